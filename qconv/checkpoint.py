@@ -1,0 +1,329 @@
+"""Reading model and adapter folders: safetensors only, lazily, one tensor at a time.
+
+Bytes are fetched with `pread` into fresh buffers rather than memory-mapped, so that resident
+memory is what the caller holds and nothing more. The header is parsed here because the reader
+of the safetensors library accepts duplicate keys, and an index may point anywhere
+(format: https://github.com/huggingface/safetensors#format). Pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from qconv.errors import CheckpointError
+from qconv.types import TensorSpec
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
+
+
+class SafetensorsCheckpoint:
+    """A `Checkpoint` over the safetensors files of one local folder.
+
+    Args:
+        folder: local folder.
+        config: parsed ``config.json`` or ``adapter_config.json``.
+        files: the shards, in order.
+        index: tensor name -> shard file name, when the folder has an index.
+
+    Raises:
+        CheckpointError: a shard is malformed, or index and shards disagree.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], files: list[Path], index: Mapping[str, str] | None):
+        self.folder = folder
+        self.config = config
+        self._specs: dict[str, TensorSpec] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._handles: dict[Path, int] = {}
+        for file in files:
+            for spec, offset in _read_header(file):
+                if spec.name in self._specs:
+                    other = self._places[spec.name][0].name
+                    raise CheckpointError(
+                        f"{file}: tensor {spec.name!r} is also in {other}; a tensor lies in one shard"
+                    )
+                self._specs[spec.name] = spec
+                self._places[spec.name] = (file, offset)
+        if index is not None:
+            self._check_index(index)
+
+    def _check_index(self, index: Mapping[str, str]) -> None:
+        for name, file_name in index.items():
+            if name not in self._places or self._places[name][0].name != file_name:
+                raise CheckpointError(
+                    f"{self.folder / INDEX_NAME}: says that {name!r} is in {file_name}, but it is not there; "
+                    "a shard is missing, stale or from another model: fetch the folder again"
+                )
+        spare = sorted(self._specs.keys() - index.keys())
+        if spare:
+            raise CheckpointError(
+                f"{self.folder / INDEX_NAME}: {len(spare)} tensors of the shards are not in the index, "
+                f"first {spare[0]!r}; the index is stale: fetch or save the folder again"
+            )
+
+    @property
+    def location(self) -> str:
+        return str(self.folder)
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def file_of(self, name: str) -> Path:
+        return self._places[name][0]
+
+    def read(self, name: str, device: str = "cpu") -> Tensor:
+        if name not in self._specs:
+            raise CheckpointError(f"{self.folder}: no tensor {name!r}")
+        spec = self._specs[name]
+        file, offset = self._places[name]
+        buffer = torch.empty(spec.num_bytes, dtype=torch.uint8)
+        _pread_into(self._handle(file), memoryview(buffer.numpy().data), offset, file)
+        return buffer.view(spec.dtype).reshape(spec.shape).to(device)
+
+    def _handle(self, file: Path) -> int:
+        if file not in self._handles:
+            self._handles[file] = os.open(file, os.O_RDONLY)
+        return self._handles[file]
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_handles", {}).values():
+            os.close(handle)
+
+
+def open_checkpoint(source: str | Path, revision: str | None = None) -> SafetensorsCheckpoint:
+    """Opens a model by local folder or hub id (``org/name``), reading headers only.
+
+    Raises:
+        CheckpointError: no such folder or hub model, no config.json, no safetensors, a malformed
+            or missing shard, or an index that leaves the folder.
+    """
+    folder = resolve_folder(source, revision)
+    config = read_json(folder / "config.json", "a model folder has a config.json")
+    index_file = folder / INDEX_NAME
+    if index_file.exists():
+        weight_map = read_json(index_file, "").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index_file}: expected a non-empty object under 'weight_map'")
+        return SafetensorsCheckpoint(folder, config, _index_files(index_file, weight_map), weight_map)
+    single = folder / "model.safetensors"
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        _refuse_files(folder, files, "model.safetensors, or shards with " + INDEX_NAME)
+    return SafetensorsCheckpoint(folder, config, files, None)
+
+
+def open_adapter_files(source: str | Path, revision: str | None = None) -> SafetensorsCheckpoint:
+    """Opens the files of a PEFT adapter (``adapter_config.json``, ``adapter_model.safetensors``).
+
+    Raises:
+        CheckpointError: the folder or one of the two files is missing or malformed.
+    """
+    folder = resolve_folder(source, revision)
+    config = read_json(folder / "adapter_config.json", "a PEFT adapter folder has an adapter_config.json")
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        _refuse_files(folder, [], "adapter_model.safetensors")
+    return SafetensorsCheckpoint(folder, config, [file], None)
+
+
+def resolve_folder(source: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a path or hub id; a hub id is downloaded to (or found in) the hub cache."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder}: expected a folder or a hub id (org/name), found a file")
+    if not _HUB_ID.fullmatch(str(source)):
+        raise CheckpointError(f"{source}: no such folder, and not a hub id of the form org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=_HUB_PATTERNS))
+    except Exception as error:
+        raise CheckpointError(
+            f"{source}: no such local folder, and the hub did not deliver it ({type(error).__name__}: {error}); "
+            "check the spelling, the network, and HF_TOKEN for gated models"
+        ) from error
+
+
+def read_json(file: Path, why: str) -> dict[str, Any]:
+    """Parses a JSON object, refusing duplicate keys and NaN."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: not found; {why}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as text ({error})") from error
+    return parse_json_object(text, str(file))
+
+
+def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise CheckpointError(f"{where}: key {twice!r} stands twice in one JSON object")
+        return result
+
+    def refuse_constant(constant: str) -> NoReturn:
+        raise CheckpointError(f"{where}: {constant} is not JSON")
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _index_files(index_file: Path, weight_map: Mapping[str, Any]) -> list[Path]:
+    names = dict.fromkeys(weight_map.values())
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+            raise CheckpointError(f"{index_file}: shard {name!r} leaves the folder; only plain file names are read")
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index_file}: shard {name!r} is not a safetensors file; pickled weights are not read"
+            )
+        if not (index_file.parent / name).is_file():
+            raise CheckpointError(f"{index_file}: shard {name!r} is missing from the folder; fetch it again")
+    return [index_file.parent / name for name in names]
+
+
+def _refuse_files(folder: Path, found: list[Path], expected: str) -> NoReturn:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if found:
+        raise CheckpointError(f"{folder}: expected {expected}, found {', '.join(path.name for path in found)}")
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: holds only pickled weights ({pickles[0]}), which can run code when they are read; "
+            f"expected {expected}. Load and save it once with transformers or peft in a sandbox you trust "
+            "(safetensors is their default)"
+        )
+    raise CheckpointError(f"{folder}: expected {expected}, found no safetensors file")
+
+
+def _read_header(file: Path) -> Iterator[tuple[TensorSpec, int]]:
+    """Yields each tensor's spec and its absolute byte offset, after checking the whole header."""
+    try:
+        file_bytes = file.stat().st_size
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if file_bytes < 8 or length > min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise CheckpointError(f"{file}: not a safetensors file, or truncated ({file_bytes} bytes)")
+            header = parse_json_object(handle.read(length), str(file))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from error
+    header.pop("__metadata__", None)
+    data_start = 8 + length
+    entries = sorted((_checked_entry(file, name, entry) for name, entry in header.items()), key=lambda e: e[1])
+    end = 0
+    for spec, begin in entries:
+        if begin != end:
+            raise CheckpointError(
+                f"{file}: tensor {spec.name!r} starts at byte {begin}, expected {end} (overlap or hole)"
+            )
+        end = begin + spec.num_bytes
+    if data_start + end != file_bytes:
+        raise CheckpointError(
+            f"{file}: expected {data_start + end} bytes, found {file_bytes}; the file is truncated or padded"
+        )
+    by_name = {spec.name: (spec, begin) for spec, begin in entries}
+    for name in header:
+        spec, begin = by_name[name]
+        yield spec, data_start + begin
+
+
+def _checked_entry(file: Path, name: str, entry: Any) -> tuple[TensorSpec, int]:
+    if not name or not name.isprintable() or "/" in name or "\\" in name or ".." in name:
+        raise CheckpointError(f"{file}: tensor name {name!r} is not a dotted name")
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        ok = all(type(n) is int and n >= 0 for n in [*shape, begin, end])
+    except (TypeError, KeyError, ValueError):
+        ok = False
+    if not ok:
+        raise CheckpointError(f"{file}: tensor {name!r} has a malformed header entry: {entry!r}")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name!r} has dtype {dtype}; read are {', '.join(DTYPES)}")
+    spec = TensorSpec(name=name, shape=tuple(shape), dtype=DTYPES[dtype])
+    if prod(shape) * spec.dtype.itemsize != end - begin:
+        raise CheckpointError(f"{file}: tensor {name!r} of {dtype} {shape} cannot fill {end - begin} bytes")
+    return spec, begin
+
+
+def _pread_into(handle: int, buffer: memoryview, offset: int, file: Path) -> None:
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(handle, [buffer[done : done + (1 << 30)]], offset + done)
+        if got == 0:
+            raise CheckpointError(f"{file}: ended at byte {offset + done}; the file was truncated while it was read")
+        done += got
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+OTHER_SIDE_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+_LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
+    """The adapter's folder when it brings a tokenizer of its own, else the base's."""
+    own = adapter is not None and any((adapter / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return adapter if own and adapter is not None else base
+
+
+def side_files(base: Path, adapter: Path | None) -> list[Path]:
+    """Files that leave as they came: tokenizer, chat template, generation config, licence.
+
+    The tokenizer comes whole from the adapter where it has one, otherwise whole from the base; a
+    chat template is taken from the adapter where it has one.
+    """
+    tokenizer = tokenizer_folder(base, adapter)
+    files = [tokenizer / name for name in TOKENIZER_FILES]
+    templates = [folder / name for folder in (adapter, base) if folder for name in TEMPLATE_FILES]
+    files += [path for path in templates if path.exists()][:1]
+    files += [base / name for name in OTHER_SIDE_FILES]
+    files += sorted(path for pattern in _LICENSES for path in base.glob(pattern) if path.is_file())
+    return [file for file in files if file.exists()]

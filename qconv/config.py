@@ -1,0 +1,263 @@
+"""What can be asked of qconv: frozen, keyword-only, checked once when built. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from qconv.errors import SchemeError, UsageError
+from qconv.types import BnbKind, Scheme
+
+Algorithm = Literal["rtn", "gptq", "awq", "fp8"]
+GROUP_SIZES = (128, 64, 32)
+BNB_KINDS: tuple[BnbKind, ...] = ("nf4", "nf4-dq", "fp4", "fp4-dq", "16bit")
+PLAIN_DTYPES = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One row of the table of outputs: an on-disk format and what may be put into it."""
+
+    name: str
+    format: str
+    algorithms: tuple[Algorithm, ...]
+    bits: tuple[int, ...]
+    symmetric: bool | None  # the default; None where the choice does not exist
+    readers: str
+
+    @property
+    def is_float(self) -> bool:
+        return self.algorithms == ("fp8",)
+
+
+TARGETS: Mapping[str, Target] = {
+    "gptq": Target(
+        name="gptq",
+        format="gptq",
+        algorithms=("gptq", "awq", "rtn"),
+        bits=(4, 8),
+        symmetric=True,
+        readers="vLLM, SGLang, transformers + gptqmodel",
+    ),
+    "awq": Target(
+        name="awq",
+        format="awq",
+        algorithms=("awq", "gptq", "rtn"),
+        bits=(4,),
+        symmetric=False,
+        readers="vLLM, SGLang, transformers + gptqmodel",
+    ),
+    "w4a16": Target(
+        name="w4a16",
+        format="pack-quantized",
+        algorithms=("gptq", "awq", "rtn"),
+        bits=(4, 8),
+        symmetric=True,
+        readers="vLLM, SGLang, transformers + compressed-tensors",
+    ),
+    "fp8": Target(
+        name="fp8",
+        format="float-quantized",
+        algorithms=("fp8",),
+        bits=(8,),
+        symmetric=None,
+        readers="vLLM, SGLang, transformers + compressed-tensors",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """How to re-quantize.
+
+    Attributes:
+        target: a key of `TARGETS`.
+        algorithm: None = the target's first.
+        bits: None = the target's first.
+        group_size: None = the largest of 128, 64, 32 that divides every quantized K; -1 = per row.
+        symmetric: None = the target's default.
+        desc_act: GPTQ's activation-ordered groups with a stored group index (``desc_act: true``).
+            Columns are always visited in activation order; this also regroups them.
+        damping: GPTQ damping as a fraction of the mean Gram diagonal.
+    """
+
+    target: str
+    algorithm: Algorithm | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    desc_act: bool = False
+    damping: float = 0.03
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UsageError(f"unknown target {self.target!r}; there are {', '.join(TARGETS)}")
+        target = TARGETS[self.target]
+        if self.algorithm is not None and self.algorithm not in target.algorithms:
+            raise UsageError(f"{self.target} takes --algorithm {' or '.join(target.algorithms)}, got {self.algorithm}")
+        if self.bits is not None and self.bits not in target.bits:
+            raise UsageError(f"{self.target} has --bits {' or '.join(map(str, target.bits))}, got {self.bits}")
+        if target.is_float and (self.group_size is not None or self.symmetric is not None or self.desc_act):
+            raise UsageError(f"{self.target} is per channel and symmetric: no --group-size, --sym/--asym or --desc-act")
+        if self.desc_act and not (target.format == "gptq" and self.resolved_algorithm == "gptq"):
+            raise UsageError("--desc-act belongs to --requant gptq with the gptq algorithm (a stored group index)")
+        if self.group_size is not None and self.group_size != -1 and self.group_size < 8:
+            raise SchemeError(f"--group-size must be at least 8, or -1 for one group per row, got {self.group_size}")
+        if not 0 < self.damping < 1:
+            raise UsageError(f"--damping is a fraction between 0 and 1, got {self.damping}")
+
+    @property
+    def resolved_algorithm(self) -> Algorithm:
+        return self.algorithm or TARGETS[self.target].algorithms[0]
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.resolved_algorithm in ("gptq", "awq")
+
+    def scheme_for(self, in_features: Collection[int], location: str) -> Scheme:
+        """The scheme for linears with these K.
+
+        Raises:
+            SchemeError: the group size does not divide every K; names the sizes that would.
+        """
+        target = TARGETS[self.target]
+        if target.is_float:
+            return Scheme(kind="float", bits=8, group_size=-1, symmetric=True, dynamic_activations=True)
+        widths = sorted(set(in_features))
+        fitting = [g for g in GROUP_SIZES if all(k % g == 0 for k in widths)]
+        size = self.group_size
+        if size is None:
+            size = fitting[0] if fitting else None
+        if size is None or (size != -1 and any(k % size for k in widths)):
+            wanted = "no group size of 128, 64, 32" if size is None else f"group size {size} does not divide"
+            odd = next(k for k in widths if size is None or k % size)
+            raise SchemeError(
+                f"{location}: {wanted}{' divides' if size is None else ''} the {odd} input features of a linear; "
+                f"sizes that would: {', '.join(map(str, [*fitting, -1]))} (-1 = one group per row)"
+            )
+        symmetric = target.symmetric if self.symmetric is None else self.symmetric
+        return Scheme(
+            kind="int",
+            bits=self.bits or target.bits[0],
+            group_size=size,
+            symmetric=bool(symmetric),
+            activation_order=self.resolved_algorithm == "gptq",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """Text that statistics are gathered on: ``source`` as `corpus.load_documents` reads it."""
+
+    source: str = "default"
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.seq_len < 8:
+            raise UsageError(
+                f"calibration needs --samples >= 1 and --seq-len >= 8, got {self.samples} and {self.seq_len}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """What is compared and what must hold.
+
+    Attributes:
+        source: held-out text, as `corpus.load_documents` reads it.
+        tokens: evaluated tokens (rounded down to whole rows).
+        seq_len: tokens per row.
+        max_kl: gate on the mean KL(reference || candidate), nats per token.
+        min_effect: gate on the adapter effect retained, 0..1.
+    """
+
+    source: str = "default-eval"
+    tokens: int = 16384
+    seq_len: int = 512
+    seed: int = 0
+    max_kl: float | None = None
+    min_effect: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 8 or self.tokens < self.seq_len:
+            raise UsageError(
+                f"validation needs --eval-tokens >= --eval-seq-len >= 8, got {self.tokens}, {self.seq_len}"
+            )
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise UsageError(f"--max-kl is a positive number of nats, got {self.max_kl}")
+        if self.min_effect is not None and not self.min_effect <= 1:
+            raise UsageError(f"--min-effect is at most 1, got {self.min_effect}")
+
+    @property
+    def rows(self) -> int:
+        return self.tokens // self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeJob:
+    """Base + adapter (or none) -> a folder, plain or re-quantized, validated unless told not to be.
+
+    Attributes:
+        base: folder or hub id.
+        adapter: folder or hub id of a PEFT adapter, or None to only quantize or convert.
+        out: output folder.
+        trained_on: how training saw a 16-bit base; None = as the adapter's record says.
+        dtype: storage dtype of unquantized tensors; None = the base's.
+        quantization: None = write a plain checkpoint.
+        validation: None = do not validate.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+    """
+
+    base: str
+    out: Path
+    adapter: str | None = None
+    trained_on: BnbKind | None = None
+    dtype: str | None = None
+    max_shard_bytes: int = 5_000_000_000
+    quantization: QuantizationConfig | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    validation: ValidationConfig | None = field(default_factory=ValidationConfig)
+    device: str = "auto"
+    overwrite: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.trained_on is not None and self.trained_on not in BNB_KINDS:
+            raise UsageError(f"--trained-on takes {', '.join(BNB_KINDS)}, got {self.trained_on}")
+        if self.dtype is not None and self.dtype not in PLAIN_DTYPES:
+            raise UsageError(f"--dtype takes {', '.join(PLAIN_DTYPES)}, got {self.dtype}")
+        if self.max_shard_bytes < 1_000_000:
+            raise UsageError(f"--max-shard-size must be at least 1MB, got {self.max_shard_bytes} bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateJob:
+    """Compares a candidate folder with base + unmerged adapter."""
+
+    reference: str
+    candidate: str
+    adapter: str | None = None
+    trained_on: BnbKind | None = None
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    device: str = "auto"
+    report_dir: Path | None = None
+
+
+_SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """``"5GB"``, ``"500MiB"`` or ``"20m"`` in bytes.
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", text.lower())
+    if not match or match[2] not in _SIZE_UNITS:
+        raise UsageError(f"expected a size such as 5GB or 500MiB, got {text!r}")
+    return int(float(match[1]) * _SIZE_UNITS[match[2]])

@@ -1,0 +1,67 @@
+"""Every error a user can meet, in one tree.
+
+A message says what was expected, what was found, where (file and tensor), and what to do.
+`cli.py` alone turns an error into an exit code; no other module calls `sys.exit`.
+"""
+
+EXIT_DONE = 0
+EXIT_OTHER = 1
+EXIT_USAGE = 2
+EXIT_BAD_INPUT = 3
+EXIT_GATE_FAILED = 4
+EXIT_GATE_INCONCLUSIVE = 5
+EXIT_INTERRUPTED = 130
+
+
+class QconvError(Exception):
+    """Base of all errors that qconv raises on purpose."""
+
+    exit_code = EXIT_OTHER
+
+
+class UsageError(QconvError):
+    """The request itself is incomplete or contradicts itself (a missing or impossible option)."""
+
+    exit_code = EXIT_USAGE
+
+
+class CheckpointError(QconvError):
+    """A model folder, shard, index or tokenizer cannot be read or written as asked."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class AdapterError(QconvError):
+    """An adapter cannot be merged exactly into the base it was given."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class SchemeError(QconvError):
+    """A quantization scheme does not fit the model or the target format."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class CalibrationError(QconvError):
+    """Calibration or evaluation text is missing, empty or too short."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class NumericsError(QconvError):
+    """NaN or infinity where a finite number is required; names the tensor."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class GateError(QconvError):
+    """A measured value misses the gate that the user set."""
+
+    exit_code = EXIT_GATE_FAILED
+
+
+class GateInconclusiveError(QconvError):
+    """A gate could not be decided from the tokens that were evaluated."""
+
+    exit_code = EXIT_GATE_INCONCLUSIVE

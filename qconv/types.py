@@ -1,0 +1,204 @@
+"""The nouns that the rooms of qconv hand to one another.
+
+Nothing here imports torch when it runs, so that building a config stays cheap.
+
+Dimension legend, used in names throughout the package: N = out features, K = in features,
+G = number of quantization groups along K, R = adapter rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from qconv.errors import SchemeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BnbKind = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "16bit"]
+"""How training saw the base: bitsandbytes 4-bit (``-dq`` = double quantization) or unquantized."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor; no data."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint(Protocol):
+    """A readable set of named tensors with a model config: a folder on disk, or a view over one.
+
+    Views (dequantized, merged) read their source lazily, so a whole model is never in memory.
+    """
+
+    @property
+    def location(self) -> str:
+        """Where the tensors come from, for messages."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The content of ``config.json`` (for an adapter: ``adapter_config.json``)."""
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """All tensors by name, in a stable order. Reads no data."""
+
+    def read(self, name: str, device: str = "cpu") -> Tensor:
+        """The tensor, a fresh copy on ``device``, with the shape and dtype of its spec.
+
+        Raises:
+            CheckpointError: no such tensor, or its bytes cannot be read.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """What the numbers of a quantized linear look like.
+
+    Attributes:
+        kind: ``"int"`` (affine integer codes) or ``"float"`` (float8_e4m3fn).
+        bits: width of a code; 8 for ``"float"``.
+        group_size: input features that share a scale; -1 = the whole row (per output channel).
+        symmetric: no stored zero point; integer codes are centred on ``2**(bits - 1)``.
+        activation_order: columns were quantized in order of decreasing activation power
+            (GPTQ "act-order"); groups are then either static or named by a group index.
+        dynamic_activations: the engine quantizes inputs to float8 per token at run time.
+    """
+
+    kind: Literal["int", "float"] = "int"
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    activation_order: bool = False
+    dynamic_activations: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind == "float" and (self.bits != 8 or not self.symmetric):
+            raise SchemeError(f"float schemes are 8-bit symmetric, got bits={self.bits} symmetric={self.symmetric}")
+        if self.kind == "int" and self.bits not in (2, 3, 4, 8):
+            raise SchemeError(f"integer schemes have 2, 3, 4 or 8 bits, got {self.bits}")
+        if self.group_size != -1 and self.group_size <= 0:
+            raise SchemeError(f"group size must be positive, or -1 for one group per row, got {self.group_size}")
+
+    @property
+    def max_code(self) -> int:
+        return int(2**self.bits) - 1
+
+    @property
+    def mid_code(self) -> int:
+        """The code that means zero in a symmetric integer scheme."""
+        return int(2 ** (self.bits - 1))
+
+    def num_groups(self, in_features: int) -> int:
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedLinear:
+    """One quantized linear weight, independent of any on-disk format.
+
+    Algorithms produce it, formats pack it, and ``unpack(pack(q))`` gives it back bit for bit.
+
+    Attributes:
+        codes_NK: ``[N, K]``; uint8 in ``0 .. 2**bits - 1`` for integer schemes (always unsigned,
+            also when symmetric), float8_e4m3fn for float schemes.
+        scales_NG: ``[N, G]`` float32, holding values that are exact in both float16 and bfloat16
+            for integer schemes (see `quantize/grid.py`), so that no reader's cast changes them;
+            bfloat16-exact for float schemes.
+        zeros_NG: ``[N, G]`` uint8 zero points, or None when the scheme is symmetric.
+        group_index_K: ``[K]`` int32, the group of each input feature, or None for ``k // group_size``.
+        scheme: what the codes mean.
+    """
+
+    codes_NK: Tensor
+    scales_NG: Tensor
+    zeros_NG: Tensor | None
+    group_index_K: Tensor | None
+    scheme: Scheme
+
+    def dequantize(self) -> Tensor:
+        """The weight ``[N, K]`` in float32: ``(code - zero) * scale`` of the column's group."""
+        import torch
+
+        codes = self.codes_NK.to(torch.float32)
+        num_groups = self.scales_NG.shape[1]
+        if self.group_index_K is not None:
+            index = self.group_index_K.long()
+            scales = self.scales_NG.float()[:, index]
+            zeros = None if self.zeros_NG is None else self.zeros_NG.float()[:, index]
+        else:
+            k = codes.shape[1]
+            repeat = k if num_groups == 1 else self.scheme.group_size
+            scales = self.scales_NG.float().repeat_interleave(repeat, dim=1)[:, :k]
+            zeros = None if self.zeros_NG is None else self.zeros_NG.float().repeat_interleave(repeat, dim=1)[:, :k]
+        if self.scheme.kind == "int":
+            codes = codes - (self.scheme.mid_code if zeros is None else zeros)
+        return codes * scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraDelta:
+    """Where the low-rank update of one base weight lies in an adapter, and how it is scaled.
+
+    The update is ``scaling * (B @ A)``, transposed when the base stores ``[in, out]``
+    (LoRA, Hu et al. 2021, section 4.1).
+
+    Attributes:
+        weight: base tensor that changes, e.g. ``model.layers.0.self_attn.q_proj.weight``.
+        a: adapter tensor A ``[R, in]``.
+        b: adapter tensor B ``[out, R]``.
+        rank: R of this module, after ``rank_pattern``.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA, after both patterns.
+        transposed: the base weight is stored ``[in, out]`` (``fan_in_fan_out``, Conv1D).
+        b_bias: adapter tensor ``[out]`` added, scaled, to the layer's bias (``lora_bias``), or None.
+        magnitude: adapter tensor ``[out]`` of DoRA (Liu et al. 2024, equation 5), or None.
+    """
+
+    weight: str
+    a: str
+    b: str
+    rank: int
+    scaling: float
+    transposed: bool = False
+    b_bias: str | None = None
+    magnitude: str | None = None
+
+    @property
+    def module(self) -> str:
+        return self.weight.removesuffix(".weight")
+
+    @property
+    def bias(self) -> str:
+        return self.module + ".bias"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A PEFT adapter that was checked against its base: every tensor in it has a place to go.
+
+    Attributes:
+        tensors: the adapter's own tensors, read lazily.
+        deltas: low-rank updates by base tensor name.
+        replacements: base tensor name -> adapter tensor that replaces it whole
+            (biases, ``modules_to_save``).
+        trained_on: the base quantization recorded by ``qconv train``, or None when unknown.
+    """
+
+    tensors: Checkpoint
+    deltas: Mapping[str, LoraDelta]
+    replacements: Mapping[str, str]
+    trained_on: BnbKind | None = None
+
+    @property
+    def location(self) -> str:
+        return self.tensors.location

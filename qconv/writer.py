@@ -1,0 +1,244 @@
+"""Writing a model folder: header first, tensors in any order, visible only when complete.
+
+All names, shapes and dtypes are known before the first tensor is computed, so shard files are
+laid out up front and every tensor is written straight to its place. Nothing is buffered: host
+memory is the tensor in hand. The folder is built as ``OUT.partial``, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.checkpoint import DTYPES, INDEX_NAME
+from qconv.errors import CheckpointError
+from qconv.types import TensorSpec
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SIDE_BYTES = 64 << 20  # room left on the disk for tokenizer, reports and file system overhead
+
+
+class CheckpointWriter:
+    """Writes one model folder atomically; use as a context manager and end with `commit`.
+
+    Leaving the block without `commit` (an error, an interrupt) removes ``OUT.partial``.
+
+    Args:
+        out: final folder.
+        specs: every tensor that will be written, in the order of the model.
+        max_shard_bytes: a shard closes before it would exceed this (a larger tensor gets its own).
+        overwrite: replace an existing ``out`` at commit; until then it stays as it is.
+
+    Raises:
+        CheckpointError: ``out`` exists and ``overwrite`` is false, or the disk is too full.
+    """
+
+    def __init__(self, out: Path, specs: Iterable[TensorSpec], max_shard_bytes: int, overwrite: bool = False):
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        self._overwrite = overwrite
+        self._specs = {spec.name: spec for spec in specs}
+        self._shards = _plan_shards(list(self._specs.values()), max_shard_bytes)
+        self._places: dict[str, tuple[int, int]] = {}
+        self._pending = set(self._specs)
+        self._handles: list[int] = []
+        self._file_names = _shard_names(len(self._shards))
+        check_output(out, overwrite)
+
+    def __enter__(self) -> CheckpointWriter:
+        need = sum(spec.num_bytes for spec in self._specs.values()) + SIDE_BYTES
+        parent = self.out.absolute().parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(parent).free
+            if free < need:
+                raise CheckpointError(
+                    f"{parent}: the output needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+                    "make room or choose another -o"
+                )
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir()
+            for file_name, shard in zip(self._file_names, self._shards, strict=True):
+                self._start_shard(file_name, shard)
+        except OSError as error:
+            self.discard()
+            raise _disk_error(self.partial, error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+    def _start_shard(self, file_name: str, shard: list[TensorSpec]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for spec in shard:
+            end = offset + spec.num_bytes
+            header[spec.name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        handle = os.open(self.partial / file_name, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
+        self._handles.append(handle)
+        os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
+        os.ftruncate(handle, 8 + len(text) + offset)
+        for spec in shard:
+            self._places[spec.name] = (handle, 8 + len(text) + header[spec.name]["data_offsets"][0])
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Stores one tensor; its shape and dtype must be those of its spec, and it comes once."""
+        spec = self._specs.get(name)
+        if spec is None or name not in self._pending:
+            raise CheckpointError(f"{self.out}: tensor {name!r} was {'written twice' if spec else 'not announced'}")
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise CheckpointError(
+                f"{self.out}: tensor {name!r} announced as {spec.dtype} {spec.shape}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        handle, offset = self._places[name]
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        try:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(handle, data[done : done + (1 << 30)], offset + done)
+        except OSError as error:
+            raise _disk_error(self.partial, error) from error
+        self._pending.discard(name)
+
+    def write_text(self, file_name: str, text: str) -> None:
+        try:
+            (self.partial / file_name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise _disk_error(self.partial, error) from error
+
+    def write_json(self, file_name: str, value: Mapping[str, Any]) -> None:
+        self.write_text(file_name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def copy_files(self, files: Iterable[Path]) -> None:
+        """Copies side files (tokenizer and the like) byte for byte."""
+        try:
+            for file in files:
+                shutil.copyfile(file, self.partial / file.name)
+        except OSError as error:
+            raise _disk_error(self.partial, error) from error
+
+    def finish_tensors(self) -> None:
+        """Closes the shards and writes the index; the folder can then be read at `partial`.
+
+        Raises:
+            CheckpointError: an announced tensor was never written.
+        """
+        if self._pending:
+            name = min(self._pending)
+            raise CheckpointError(
+                f"{self.out}: {len(self._pending)} announced tensors were never written, first {name!r}"
+            )
+        try:
+            while self._handles:
+                handle = self._handles.pop()
+                os.fsync(handle)
+                os.close(handle)
+        except OSError as error:
+            raise _disk_error(self.partial, error) from error
+        if len(self._shards) > 1:
+            weight_map = {
+                spec.name: file for file, shard in zip(self._file_names, self._shards, strict=True) for spec in shard
+            }
+            total = sum(spec.num_bytes for spec in self._specs.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            self.write_json(INDEX_NAME, index)
+
+    def commit(self) -> None:
+        """Makes the folder visible under its final name, replacing an old one only now."""
+        if self._handles:
+            self.finish_tensors()
+        try:
+            for file in self.partial.iterdir():
+                _fsync(file)
+            _fsync(self.partial)
+            old = self.out.with_name(self.out.name + ".old")
+            if self.out.exists():
+                check_output(self.out, self._overwrite)
+                shutil.rmtree(old, ignore_errors=True)
+                self.out.rename(old)
+            self.partial.rename(self.out)
+            shutil.rmtree(old, ignore_errors=True)
+            _fsync(self.out.absolute().parent)
+        except OSError as error:
+            raise _disk_error(self.out, error) from error
+
+    def reject(self) -> Path:
+        """Keeps a complete folder that missed a gate, for inspection, as ``OUT.rejected``; ``out`` stays as it was."""
+        rejected = self.out.with_name(self.out.name + ".rejected")
+        try:
+            shutil.rmtree(rejected, ignore_errors=True)
+            self.partial.rename(rejected)
+        except OSError as error:
+            raise _disk_error(rejected, error) from error
+        return rejected
+
+    def discard(self) -> None:
+        while self._handles:
+            os.close(self._handles.pop())
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Refuses an output that exists, unless it may be replaced and is a model folder or empty."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{out}: exists already; choose another -o, or pass --overwrite to replace it")
+    if not out.is_dir():
+        raise CheckpointError(f"{out}: expected a folder to overwrite, found a file")
+    if any(out.iterdir()) and not ((out / "config.json").exists() or (out / "adapter_config.json").exists()):
+        raise CheckpointError(f"{out}: has files but no config.json; --overwrite replaces model folders only")
+
+
+def _plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.num_bytes
+    # Widest elements first: every tensor is then aligned to its element, as readers expect.
+    return [sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_error(path: Path, error: OSError) -> CheckpointError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CheckpointError(
+            f"{path}: the disk is full ({error.strerror}); nothing was left behind, make room and run again"
+        )
+    return CheckpointError(f"{path}: cannot be written ({error})")
