@@ -1,0 +1,19 @@
+"""How weights lie in bytes: one module per on-disk format, and views that present logical weights.
+
+This room never chooses a number. `dequantize` reads, `FORMATS` writes what algorithms chose.
+"""
+
+from qconv.convert.bnb import Backend, BnbState
+from qconv.convert.dequantize import FORMATS, DequantizedCheckpoint, dequantize
+from qconv.convert.format import Format
+from qconv.convert.simulate import simulate_training_base
+
+__all__ = [
+    "FORMATS",
+    "Backend",
+    "BnbState",
+    "DequantizedCheckpoint",
+    "Format",
+    "dequantize",
+    "simulate_training_base",
+]

@@ -1,0 +1,242 @@
+"""The layouts of the compressed-tensors package: ``pack-quantized`` and ``float-quantized``.
+
+Layout source: compressed-tensors 0.20, `compressors/pack_quantized` and `compressors/naive_quantized`.
+
+``pack-quantized``, integer codes of a weight [N, K] with b bits in G groups: ``weight_packed`` int32
+[N, ceil(K*b/32)] along K, ``weight_scale`` [N, G] in the model's dtype, ``weight_shape`` int64 [2],
+for asymmetric schemes ``weight_zero_point`` int32 [ceil(N*b/32), G] packed along N, and with a group
+index ``weight_g_idx`` int32 [K]. Symmetric weights must not store a zero point (vLLM rejects it).
+The package speaks of signed codes; what it stores is the signed code + 2**(b-1), our unsigned code.
+
+``float-quantized``: ``weight`` float8_e4m3fn [N, K], ``weight_scale`` [N, 1] in the model's dtype;
+activations are quantized per token at run time and store nothing.
+
+Rounding points: none; scales must be exact in the model's dtype. Readers multiply in that dtype,
+which rounds once more. Left out: per-tensor and block scales, static activation scales, int-quantized,
+nvfp4, mixed schemes. Group indices (``actorder: group``) are read by vLLM and by compressed-tensors up
+to 0.19; version 0.20 dropped them, so prefer static groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.convert.bitpack import num_words, pack_last, unpack_last
+from qconv.convert.format import TensorReader, check_group_size, check_values
+from qconv.errors import CheckpointError, SchemeError
+from qconv.types import QuantizedLinear, Scheme, TensorSpec
+
+
+@dataclass(frozen=True)
+class PackQuantized:
+    """Integer codes of 4 or 8 bits, by group or by channel."""
+
+    name = "pack-quantized"
+    suffixes = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
+
+    def check_scheme(self, scheme: Scheme) -> None:
+        if scheme.kind != "int" or scheme.bits not in (4, 8):
+            raise SchemeError(
+                f"pack-quantized holds 4-bit and 8-bit integer codes (serving engines read no others), "
+                f"got {scheme.bits}-bit {scheme.kind}"
+            )
+        if scheme.dynamic_activations:
+            raise SchemeError("pack-quantized has 16-bit activations; float-quantized has dynamic 8-bit ones")
+
+    def check_shapes(self, module: str, n: int, k: int, scheme: Scheme) -> None:
+        self.check_scheme(scheme)
+        check_group_size(self.name, module, k, scheme)
+
+    def check(self, q: QuantizedLinear, module: str, scale_dtype: torch.dtype) -> None:
+        n, k = q.codes_NK.shape
+        self.check_shapes(module, n, k, q.scheme)
+        check_values(q, module, scale_dtype)
+
+    def pack(self, q: QuantizedLinear, module: str, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        bits, codes = q.scheme.bits, q.codes_NK
+        tensors = {
+            module + ".weight_packed": pack_last(codes, bits),
+            module + ".weight_scale": q.scales_NG.to(scale_dtype),
+            module + ".weight_shape": torch.tensor(codes.shape, dtype=torch.int64, device=codes.device),
+        }
+        if q.zeros_NG is not None:
+            tensors[module + ".weight_zero_point"] = pack_last(q.zeros_NG.T, bits).T.contiguous()
+        if q.group_index_K is not None:
+            tensors[module + ".weight_g_idx"] = q.group_index_K.to(torch.int32)
+        return tensors
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], module: str, scheme: Scheme, location: str = "checkpoint"
+    ) -> QuantizedLinear:
+        reader = TensorReader(tensors, module, location)
+        n, k = (int(size) for size in reader.take(".weight_shape", (torch.int64, torch.int32), (2,)))
+        if n <= 0 or k <= 0:
+            raise reader.error(".weight_shape", f"says ({n}, {k})")
+        groups = scheme.num_groups(k)
+        packed = reader.take(".weight_packed", (torch.int32,), (n, num_words(k, scheme.bits)))
+        scales = reader.take_scales(".weight_scale", (n, groups))
+        zeros = None
+        if not scheme.symmetric:
+            words = reader.take(".weight_zero_point", (torch.int32,), (num_words(n, scheme.bits), groups))
+            zeros = unpack_last(words.T, scheme.bits, n).T.contiguous()
+        elif reader.has(".weight_zero_point"):
+            raise reader.error(".weight_zero_point", "is stored though the configuration says symmetric")
+        index = None
+        if reader.has(".weight_g_idx"):
+            index = reader.take_group_index(".weight_g_idx", k, groups, scheme)
+        return QuantizedLinear(
+            codes_NK=unpack_last(packed, scheme.bits, k),
+            scales_NG=scales,
+            zeros_NG=zeros,
+            group_index_K=index,
+            scheme=scheme,
+        )
+
+    def logical_shape(self, specs: Mapping[str, TensorSpec], module: str, scheme: Scheme) -> tuple[int, int] | None:
+        return None  # rows may end inside a word: only weight_shape tells
+
+    def quantization_config(
+        self,
+        scheme: Scheme,
+        quantized_modules: Collection[str],
+        ignored_modules: Collection[str],
+        has_group_index: bool = False,
+    ) -> dict[str, Any]:
+        self.check_scheme(scheme)
+        order = "group" if has_group_index else "weight" if scheme.activation_order else None
+        weights = _weight_args(scheme)
+        if order is not None:
+            weights["actorder"] = order
+        return _config(self.name, weights, None, ignored_modules)
+
+    def scheme_of(self, config: Mapping[str, Any], location: str) -> Scheme:
+        weights, activations = _only_group(config, location)
+        if activations is not None:
+            raise CheckpointError(f"{location}: pack-quantized weights with quantized activations are not read")
+        strategy, bits = weights.get("strategy"), weights.get("num_bits")
+        if weights.get("type", "int") != "int" or strategy not in ("group", "channel") or bits not in (4, 8):
+            raise CheckpointError(
+                f"{location}: quantization_config: read are 4-bit and 8-bit integer weights by group or channel, "
+                f"found num_bits {bits!r}, type {weights.get('type')!r}, strategy {strategy!r}"
+            )
+        group_size = weights.get("group_size") if strategy == "group" else -1
+        if type(group_size) is not int:
+            raise CheckpointError(f"{location}: quantization_config: group_size is {group_size!r}")
+        return Scheme(
+            bits=bits,
+            group_size=group_size,
+            symmetric=bool(weights.get("symmetric", True)),
+            activation_order=bool(weights.get("actorder")),
+        )
+
+    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {}
+
+
+@dataclass(frozen=True)
+class FloatQuantized:
+    """float8_e4m3fn weights with one scale per output channel; activations dynamic per token."""
+
+    name = "float-quantized"
+    suffixes = (".weight_scale", ".weight")
+
+    def check_scheme(self, scheme: Scheme) -> None:
+        if scheme.kind != "float" or scheme.group_size != -1 or not scheme.dynamic_activations:
+            raise SchemeError(
+                "float-quantized holds float8 weights with one scale per channel (group size -1) and dynamic "
+                f"activations, got {scheme.kind}, group size {scheme.group_size}, "
+                f"dynamic activations {scheme.dynamic_activations}"
+            )
+
+    def check_shapes(self, module: str, n: int, k: int, scheme: Scheme) -> None:
+        self.check_scheme(scheme)
+
+    def check(self, q: QuantizedLinear, module: str, scale_dtype: torch.dtype) -> None:
+        self.check_scheme(q.scheme)
+        check_values(q, module, scale_dtype)
+
+    def pack(self, q: QuantizedLinear, module: str, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        return {module + ".weight": q.codes_NK, module + ".weight_scale": q.scales_NG.to(scale_dtype)}
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], module: str, scheme: Scheme, location: str = "checkpoint"
+    ) -> QuantizedLinear:
+        reader = TensorReader(tensors, module, location)
+        codes = reader.take(".weight", (torch.float8_e4m3fn,), (None, None))
+        scales = reader.take_scales(".weight_scale", (codes.shape[0], 1))
+        return QuantizedLinear(codes_NK=codes, scales_NG=scales, zeros_NG=None, group_index_K=None, scheme=scheme)
+
+    def logical_shape(self, specs: Mapping[str, TensorSpec], module: str, scheme: Scheme) -> tuple[int, int] | None:
+        spec = specs.get(module + ".weight")
+        return (spec.shape[0], spec.shape[1]) if spec is not None and len(spec.shape) == 2 else None
+
+    def quantization_config(
+        self,
+        scheme: Scheme,
+        quantized_modules: Collection[str],
+        ignored_modules: Collection[str],
+        has_group_index: bool = False,
+    ) -> dict[str, Any]:
+        self.check_scheme(scheme)
+        activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+        return _config(self.name, _weight_args(scheme), activations, ignored_modules)
+
+    def scheme_of(self, config: Mapping[str, Any], location: str) -> Scheme:
+        weights, activations = _only_group(config, location)
+        found = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
+        if found != ("float", 8, "channel") or activations is None or activations.get("dynamic") is not True:
+            raise CheckpointError(
+                f"{location}: quantization_config: read are float 8-bit weights by channel with dynamic activations, "
+                f"found type, bits and strategy {found}, activations {activations}"
+            )
+        return Scheme(kind="float", bits=8, group_size=-1, dynamic_activations=True)
+
+    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {}
+
+
+def _weight_args(scheme: Scheme) -> dict[str, Any]:
+    args: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": scheme.kind,
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size == -1 else "group",
+        "dynamic": False,
+    }
+    if scheme.group_size != -1:
+        args["group_size"] = scheme.group_size
+    return args
+
+
+def _config(
+    name: str, weights: dict[str, Any], activations: dict[str, Any] | None, ignored_modules: Collection[str]
+) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignored_modules),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _only_group(config: Mapping[str, Any], location: str) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """Weight and activation arguments of the one config group that we read."""
+    groups = config.get("config_groups")
+    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+        raise CheckpointError(
+            f"{location}: quantization_config: expected exactly one config group with weight arguments, "
+            f"found {sorted(groups) if isinstance(groups, dict) else groups!r}"
+        )
+    if config.get("kv_cache_scheme"):
+        raise CheckpointError(f"{location}: quantization_config: quantized key-value caches are not read")
+    return group["weights"], group.get("input_activations")

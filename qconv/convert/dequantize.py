@@ -1,0 +1,252 @@
+"""Views that present logical weights over quantized tensors, read lazily and one weight at a time.
+
+What is quantized is decided by the tensors that are there; ``quantization_config`` only says how to
+read integer and float8 layouts. A configuration that announces bitsandbytes over plain weights is
+therefore stale, and harmless; packed tensors that nothing here reads are an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.convert import bnb
+from qconv.convert.awq import Awq
+from qconv.convert.compressed_tensors import FloatQuantized, PackQuantized
+from qconv.convert.format import Format
+from qconv.convert.gptq import Gptq
+from qconv.errors import CheckpointError
+from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
+
+FORMATS: Mapping[str, Format] = {
+    "gptq": Gptq(1),
+    "gptq_v2": Gptq(2),
+    "awq": Awq(),
+    "pack-quantized": PackQuantized(),
+    "float-quantized": FloatQuantized(),
+}
+
+READ = "bitsandbytes 4-bit (nf4, fp4), GPTQ, AWQ gemm, compressed-tensors pack-quantized and float-quantized"
+
+# Tensor suffixes that give a quantized layout away.
+SIGNS: Mapping[str, str] = {
+    ".SCB": "bitsandbytes int8",
+    ".weight_format": "bitsandbytes int8",
+    ".weight.absmax": "bitsandbytes 4-bit without its quant_state",
+    ".weight.quant_map": "bitsandbytes 4-bit without its quant_state",
+    ".weight.nested_absmax": "bitsandbytes 4-bit without its quant_state",
+    ".weight_scale_inv": "fp8 with block scales",
+    "_blocks": "mxfp4",
+    ".W_q": "HQQ",
+    ".weight_global_scale": "nvfp4",
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".g_idx": "GPTQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_shape": "compressed-tensors",
+    ".weight_scale": "compressed-tensors or fp8",
+    ".weight_zero_point": "compressed-tensors",
+    ".codebooks": "AQLM",
+}
+CODE_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
+
+
+class DequantizedCheckpoint:
+    """A frozen view: every quantized linear ``X`` appears as its logical tensor ``X.weight``.
+
+    Attributes:
+        kind: ``"plain"``, ``"bnb-nf4"``, ``"bnb-nf4-dq"``, ``"bnb-fp4"``, ``"bnb-fp4-dq"``, or a key of `FORMATS`.
+        quantized_modules: names without ``.weight``, in the order of the checkpoint.
+        scheme: of the integer or float8 codes; None for bitsandbytes and plain checkpoints.
+    """
+
+    def __init__(self, source: Checkpoint):
+        self.source = source
+        self.scheme: Scheme | None = None
+        self._format: Format | None = None
+        self._states: dict[str, bnb.BnbState] = {}
+        config = dict(source.config)
+        quantization = config.pop("quantization_config", None)
+        self.config: Mapping[str, Any] = MappingProxyType(config)
+        self._parts: dict[str, tuple[str, ...]] = {}  # logical weight -> stored tensors
+        self.kind = self._detect(quantization)
+        self._specs = self._logical_specs()
+        _refuse_leftovers(source, self._specs)
+
+    @property
+    def location(self) -> str:
+        return self.source.location
+
+    @property
+    def quantized_modules(self) -> tuple[str, ...]:
+        return tuple(weight.removesuffix(".weight") for weight in self._parts)
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str, device: str = "cpu") -> Tensor:
+        """The logical tensor: bitsandbytes in the dtype of its quant state, other formats in float32.
+
+        Raises:
+            CheckpointError: no such tensor, or stored tensors that do not fit one another.
+            NumericsError: a scale or absmax is NaN or infinite.
+        """
+        if name not in self._specs:
+            raise CheckpointError(f"{self.location}: no tensor {name!r}")
+        if name in self._states:
+            return bnb.decode(self.source, self._states[name], device)
+        if name in self._parts:
+            return self.read_quantized(name.removesuffix(".weight"), device).dequantize()
+        return self.source.read(name, device)
+
+    def read_quantized(self, module: str, device: str = "cpu") -> QuantizedLinear:
+        """The stored codes, scales and zero points of one module (integer and float8 formats).
+
+        Raises:
+            CheckpointError: the module is not stored in such a format, or its tensors do not fit.
+        """
+        parts = self._parts.get(module + ".weight")
+        if self._format is None or self.scheme is None or parts is None:
+            raise CheckpointError(f"{self.location}: module {module!r} has no integer or float8 codes ({self.kind})")
+        tensors = {name: self.source.read(name, device) for name in parts}
+        return self._format.unpack(tensors, module, self.scheme, self.location)
+
+    def bnb_state(self, weight: str) -> bnb.BnbState | None:
+        """How bitsandbytes quantized one weight, or None when it is not bitsandbytes 4-bit."""
+        return self._states.get(weight)
+
+    def _detect(self, quantization: Any) -> str:
+        """Fills `_parts` and what reads them; returns the kind."""
+        packed = bnb.packed_weights(self.source.specs())
+        if quantization is not None and not isinstance(quantization, dict):
+            raise CheckpointError(f"{self.location}: quantization_config in config.json is not an object")
+        method = str((quantization or {}).get("quant_method") or "")
+        if packed:
+            if method not in ("", "bitsandbytes"):
+                raise CheckpointError(
+                    f"{self.location}: holds bitsandbytes 4-bit tensors, but config.json says quant_method {method!r}"
+                )
+            return self._detect_bnb(packed)
+        if method in ("", "bitsandbytes"):
+            return "plain"
+        if method not in ("gptq", "awq", "compressed-tensors"):
+            raise CheckpointError(f"{self.location}: quantized with {method!r}, which is not read; read are {READ}")
+        assert isinstance(quantization, dict)
+        self._format = _format_of(method, quantization, self.location)
+        self.scheme = self._format.scheme_of(quantization, self.location)
+        self._find_modules(self._format)
+        return self._format.name
+
+    def _detect_bnb(self, packed: Mapping[str, str]) -> str:
+        model_type = self.source.config.get("model_type")
+        if model_type in CONV1D_MODELS:
+            raise CheckpointError(
+                f"{self.location}: bitsandbytes stores the Conv1D weights of {model_type} transposed; "
+                "such checkpoints are not read"
+            )
+        for weight, state_name in packed.items():
+            state = bnb.read_state(self.source, weight, state_name)
+            self._states[weight] = state
+            self._parts[weight] = (weight, state_name, *state.companions)
+        kinds = {state.kind for state in self._states.values()}
+        if len(kinds) > 1:
+            raise CheckpointError(f"{self.location}: mixes bitsandbytes kinds {', '.join(sorted(kinds))}")
+        return "bnb-" + kinds.pop()
+
+    def _find_modules(self, fmt: Format) -> None:
+        specs, mark = self.source.specs(), fmt.suffixes[0]
+        for name in specs:
+            module = name.removesuffix(mark)
+            if not name.endswith(mark):
+                continue
+            if fmt.name == "float-quantized" and module + ".weight" not in specs:
+                raise CheckpointError(f"{self.location}: a scale {name!r} but no weight {module + '.weight'!r}")
+            self._parts[module + ".weight"] = tuple(
+                module + suffix for suffix in fmt.suffixes if module + suffix in specs
+            )
+        if not self._parts:
+            raise CheckpointError(
+                f"{self.location}: config.json announces {fmt.name}, but no tensor ends in {mark!r}; "
+                "if the weights are 16-bit, remove quantization_config from config.json"
+            )
+
+    def _logical_specs(self) -> Mapping[str, TensorSpec]:
+        """Source specs with every quantized module's tensors replaced, where the first one stood."""
+        owner = {part: weight for weight, parts in self._parts.items() for part in parts}
+        specs: dict[str, TensorSpec] = {}
+        for name, spec in self.source.specs().items():
+            weight = owner.get(name)
+            if weight is None:
+                specs[name] = spec
+            elif weight not in specs:
+                specs[weight] = self._logical_spec(weight)
+        return MappingProxyType(specs)
+
+    def _logical_spec(self, weight: str) -> TensorSpec:
+        if weight in self._states:
+            state = self._states[weight]
+            return TensorSpec(name=weight, shape=state.shape, dtype=state.dtype)
+        assert self._format is not None
+        assert self.scheme is not None
+        module = weight.removesuffix(".weight")
+        shape = self._format.logical_shape(self.source.specs(), module, self.scheme)
+        if shape is None:
+            shape = self._stored_shape(module)
+        return TensorSpec(name=weight, shape=shape, dtype=torch.float32)
+
+    def _stored_shape(self, module: str) -> tuple[int, int]:
+        """Reads the two numbers of ``weight_shape``."""
+        name = module + ".weight_shape"
+        if name not in self.source.specs():
+            raise CheckpointError(
+                f"{self.location}: quantized module {module!r} has no tensor {name!r}, or its shape is damaged"
+            )
+        numbers = self.source.read(name).reshape(-1).tolist()
+        if len(numbers) != 2 or min(numbers) <= 0:
+            raise CheckpointError(f"{self.location}: tensor {name!r}: expected [out, in], found {numbers}")
+        return int(numbers[0]), int(numbers[1])
+
+
+def dequantize(checkpoint: Checkpoint) -> DequantizedCheckpoint:
+    """Logical weights over any checkpoint that qconv reads; reads metadata only.
+
+    Raises:
+        CheckpointError: a quantized layout that is not read, or tensors that are missing or do not fit.
+    """
+    return DequantizedCheckpoint(checkpoint)
+
+
+def _format_of(method: str, config: Mapping[str, Any], location: str) -> Format:
+    if method == "awq":
+        return FORMATS["awq"]
+    if method == "gptq":
+        name = str(config.get("checkpoint_format") or "gptq").lower()
+        if name in ("gptq", "gptq_v2"):
+            return FORMATS[name]
+        raise CheckpointError(f"{location}: GPTQ checkpoint_format {name!r} is not read; read are gptq and gptq_v2")
+    name = str(config.get("format"))
+    if name in ("pack-quantized", "float-quantized"):
+        return FORMATS[name]
+    raise CheckpointError(
+        f"{location}: compressed-tensors format {name!r} is not read; read are pack-quantized and float-quantized"
+    )
+
+
+def _refuse_leftovers(source: Checkpoint, logical: Mapping[str, TensorSpec]) -> None:
+    """No tensor may pass as plain that is a piece of some quantized layout."""
+    for name, spec in logical.items():
+        if name not in source.specs() or source.specs()[name] is not spec:
+            continue
+        sign = next((what for suffix, what in SIGNS.items() if name.endswith(suffix)), None)
+        if sign is None and spec.dtype in CODE_DTYPES and (name.endswith(".weight") or len(spec.shape) > 1):
+            sign = f"{spec.dtype} {spec.shape}"
+        if sign is not None:
+            raise CheckpointError(
+                f"{source.location}: tensor {name!r} belongs to a quantized layout ({sign}) that the configuration "
+                f"does not explain or that is not read; read are {READ}"
+            )
