@@ -1,0 +1,110 @@
+"""Reading a PEFT LoRA adapter against its base: every tensor finds its place, or it is an error.
+
+Method: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024) as peft 0.21
+saves them, with trained biases, ``lora_bias`` and ``modules_to_save``. Nothing is rounded here.
+
+Left out, and refused by name: every other peft type, LoRA on embeddings, convolutions and bare
+parameters, trained token rows, pickled adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files
+from qconv.errors import AdapterError, NumericsError
+from qconv.merge.adapter_config import parse_adapter_config
+from qconv.merge.adapter_names import sort_names
+from qconv.merge.adapter_source import AdapterSource
+from qconv.merge.lora_layers import find_deltas
+from qconv.merge.vocabulary import find_vocabulary
+from qconv.merge.whole_tensors import drop_unchanged, find_replacements
+from qconv.records import read_train_record
+from qconv.types import Adapter, Checkpoint, LoraDelta
+
+
+def load_adapter(
+    source: str | Path,
+    base: Checkpoint,
+    revision: str | None = None,
+    linear_weights: Collection[str] | None = None,
+) -> Adapter:
+    """Opens an adapter by folder or hub id and checks all of it against its base.
+
+    Every adapter tensor is read once, so that NaN or infinity shows before long work starts.
+
+    Args:
+        source: folder or hub id.
+        base: view with logical weights (dequantized). Names, shapes and config are used; data only
+            of tensors that the adapter also stores whole.
+        revision: of the hub id.
+        linear_weights: the base tensors that are weights of linear layers, when the caller knows
+            them; a LoRA on any other tensor (a norm, an embedding) is then refused.
+
+    Raises:
+        CheckpointError: the folder or its files are missing or malformed.
+        AdapterError: the adapter cannot be merged exactly into this base, or was never trained
+            (its update is zero in every module).
+        NumericsError: NaN or infinity in an adapter tensor.
+    """
+    files = open_adapter_files(source, revision)
+    config = parse_adapter_config(files.config, str(files.folder / "adapter_config.json"))
+    where = str(files.folder / "adapter_model.safetensors")
+    names = sort_names(files.specs(), where)
+    record = read_train_record(files.folder)
+    touched = {module + ".weight" for module in names.lora} | names.plain.keys()
+    opened = AdapterSource(
+        files=files,
+        where=where,
+        config=config,
+        names=names,
+        base=base,
+        vocabulary=find_vocabulary(base, touched),
+    )
+    zeros = _check_values(files, where)
+    replacements = find_replacements(opened)
+    deltas = find_deltas(opened, replacements, linear_weights)
+    _check_trained(deltas, zeros, where)
+    return Adapter(
+        tensors=files,
+        deltas=deltas,
+        replacements=drop_unchanged(opened, replacements),
+        trained_on=None if record is None else record.trained_on,
+    )
+
+
+def _check_values(files: SafetensorsCheckpoint, where: str) -> set[str]:
+    """Reads every tensor once; returns the names of those that are all zero."""
+    zeros = set()
+    for name, spec in files.specs().items():
+        if not spec.dtype.is_floating_point:
+            raise AdapterError(
+                f"{where}: tensor {name!r}: expected floating point values, found {spec.dtype}; "
+                "save the adapter from an unquantized layer"
+            )
+        tensor = files.read(name).float()
+        if not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise NumericsError(
+                f"{where}: tensor {name!r} has NaN or infinity in {bad} of {tensor.numel()} values; training diverged "
+                "or the file is damaged: use an earlier checkpoint of the adapter"
+            )
+        if not tensor.any():
+            zeros.add(name)
+    return zeros
+
+
+def _check_trained(deltas: Mapping[str, LoraDelta], zeros: set[str], where: str) -> None:
+    """Refuses an adapter whose LoRA is exactly zero everywhere, whatever else it holds.
+
+    One training step makes B non-zero in every module it reaches, so this is a save that went wrong.
+    """
+    if not deltas:
+        raise AdapterError(f"{where}: holds no LoRA layer; expected lora_A and lora_B tensors")
+    biases = {delta.b_bias for delta in deltas.values()} - {None}
+    if all(delta.a in zeros or delta.b in zeros for delta in deltas.values()) and biases <= zeros:
+        raise AdapterError(
+            f"{where}: lora_B (or lora_A) is zero in all {len(deltas)} modules: the adapter was never trained, or its "
+            "tensors were saved before training; merging it would change nothing"
+        )

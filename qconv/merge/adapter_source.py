@@ -1,0 +1,79 @@
+"""An opened adapter beside its base: what the checks on its layers and whole tensors ask for."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import NoReturn
+
+from qconv.checkpoint import SafetensorsCheckpoint
+from qconv.errors import AdapterError
+from qconv.merge.adapter_config import AdapterConfig
+from qconv.merge.adapter_names import AdapterNames
+from qconv.merge.compare import relative_difference
+from qconv.merge.vocabulary import Vocabulary
+from qconv.types import Checkpoint, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSource:
+    """Nothing here is data; tensors are read where they are compared.
+
+    Attributes:
+        files: the adapter folder.
+        where: the adapter's tensor file, for messages.
+    """
+
+    files: SafetensorsCheckpoint
+    where: str
+    config: AdapterConfig
+    names: AdapterNames
+    base: Checkpoint
+    vocabulary: Vocabulary
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        return self.files.specs()[tensor].shape
+
+    def in_base(self, name: str) -> str:
+        """The base tensor that holds the values of ``name``: itself, or the embedding for a tied head."""
+        if self.vocabulary.head_is_embedding and name == self.vocabulary.head and self.vocabulary.embedding:
+            return self.vocabulary.embedding
+        return name
+
+    def base_spec(self, name: str, tensor: str) -> TensorSpec:
+        """The base's spec for ``name``, which the adapter's ``tensor`` changes.
+
+        Raises:
+            AdapterError: the base has no such tensor; the message offers the nearest name.
+        """
+        spec = self.base.specs().get(self.in_base(name))
+        if spec is None:
+            near = difflib.get_close_matches(name, self.base.specs(), n=1, cutoff=0.0)
+            hint = f"; the nearest name there is {near[0]!r}" if near else ""
+            raise AdapterError(
+                f"{self.where}: tensor {tensor!r} belongs to {name!r}, which {self.base.location} does not have{hint}. "
+                "Is this the base that the adapter was trained on?"
+            )
+        return spec
+
+    def difference_to_base(self, name: str, tensor: str) -> float:
+        """Relative Frobenius difference between an adapter tensor and the base's, over the rows both have."""
+        base = self.base.read(self.in_base(name))
+        found = self.files.read(tensor)
+        rows = min(len(base), len(found))
+        return relative_difference(found[:rows], base[:rows])
+
+    def equals_base(self, name: str, tensor: str) -> bool:
+        same_shape = self.base_spec(name, tensor).shape == self.shape(tensor)
+        return same_shape and self.difference_to_base(name, tensor) == 0
+
+    def are_same(self, first: str, second: str) -> bool:
+        """Whether two adapter tensors hold equal values."""
+        if first == second:
+            return True
+        if self.shape(first) != self.shape(second):
+            return False
+        return relative_difference(self.files.read(first), self.files.read(second)) == 0
+
+    def refuse(self, message: str) -> NoReturn:
+        raise AdapterError(f"{self.where}: {message}")

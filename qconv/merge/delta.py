@@ -1,0 +1,83 @@
+"""The low-rank update of one weight, and the weight with it.
+
+Method: ``W' = W + scaling * B @ A`` (LoRA, Hu et al. 2021, section 4.1), and for DoRA (Liu et al.
+2024, equation 5) ``W' = m * (W + scaling * B @ A) / ||W + scaling * B @ A||`` with the norm over
+each output feature and no epsilon, as peft computes it.
+
+Rounding: stored values are read exactly into float32; products and sums are float32; nothing is
+rounded to 16 bits here. The one rounding to the storage dtype is the writer's.
+
+Dimensions: N = out, K = in, R = rank; a base that stores ``[K, N]`` (Conv1D) is handled transposed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qconv.errors import NumericsError
+from qconv.types import Adapter, LoraDelta
+
+SLICE_ELEMENTS = 1 << 24  # 64 MiB of float32: bounds every temporary beside the result
+
+
+@torch.no_grad()
+def delta_weight(adapter: Adapter, delta: LoraDelta, device: str = "cpu") -> Tensor:
+    """``scaling * (B @ A)`` in float32, in the base's own layout: ``[N, K]``, or ``[K, N]`` when transposed.
+
+    For DoRA this is the direction update alone; the magnitude needs the weight, see `merged_weight`.
+    """
+    a_RK, b_NR = _factors(adapter, delta, torch.device(device))
+    update_NK = (b_NR @ a_RK).mul_(delta.scaling).float()
+    return update_NK.T.contiguous() if delta.transposed else update_NK
+
+
+@torch.no_grad()
+def merged_weight(w: Tensor, adapter: Adapter, delta: LoraDelta) -> Tensor:
+    """The base weight with the adapter's update, in float32 on the weight's device.
+
+    Args:
+        w: ``[N, K]``, or ``[K, N]`` when the base stores it transposed; any float dtype. Not changed.
+
+    Raises:
+        NumericsError: NaN or infinity in the result; names the tensor and the likely cause.
+    """
+    a_RK, b_NR = _factors(adapter, delta, w.device)
+    magnitude_N = None
+    if delta.magnitude is not None:
+        magnitude_N = adapter.tensors.read(delta.magnitude, str(w.device)).float()
+    result = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    w_NK, result_NK = (w.T, result.T) if delta.transposed else (w, result)
+    is_finite = torch.ones((), dtype=torch.bool, device=w.device)
+    step = max(1, SLICE_ELEMENTS // w_NK.shape[1])
+    for start in range(0, w_NK.shape[0], step):
+        rows = slice(start, start + step)
+        merged_nK = w_NK[rows].float() + (b_NR[rows] @ a_RK).mul_(delta.scaling).float()
+        if magnitude_N is not None:
+            norm_n = torch.linalg.vector_norm(merged_nK, dim=1)
+            merged_nK *= (magnitude_N[rows] / norm_n)[:, None]
+        is_finite &= merged_nK.isfinite().all()
+        result_NK[rows] = merged_nK
+    if not is_finite:
+        raise NumericsError(_explain(w, adapter, delta, magnitude_N is not None))
+    return result
+
+
+def _factors(adapter: Adapter, delta: LoraDelta, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A ``[R, K]`` and B ``[N, R]`` in float32; in float64 where float32 products would run in TF32."""
+    dtype = torch.float32
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        dtype = torch.float64
+    a_RK = adapter.tensors.read(delta.a, str(device)).to(dtype)
+    b_NR = adapter.tensors.read(delta.b, str(device)).to(dtype)
+    return a_RK, b_NR
+
+
+def _explain(w: Tensor, adapter: Adapter, delta: LoraDelta, has_magnitude: bool) -> str:
+    if not w.isfinite().all():
+        cause = "the base weight has them already: the base is damaged or was decoded from damaged blocks"
+    elif has_magnitude:
+        cause = "a row of W + dW has norm 0, by which DoRA divides, or the update overflows"
+    else:
+        cause = "the update overflows float32: training diverged"
+    return f"{adapter.location}: NaN or infinity in the merged weight {delta.weight!r}; {cause}"

@@ -1,0 +1,121 @@
+"""The LoRA layers of an adapter, each checked against the base weight it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from qconv.merge.adapter_source import AdapterSource
+from qconv.types import LoraDelta
+
+# Model types whose linears are Conv1D layers, stored [in, out]; only the head is a Linear.
+CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_SPELLED = {"a": "lora_A", "b": "lora_B", "b_bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
+
+
+def find_deltas(
+    source: AdapterSource, replacements: Mapping[str, str], linear_weights: Collection[str] | None
+) -> dict[str, LoraDelta]:
+    """Base weight -> its low-rank update.
+
+    Raises:
+        AdapterError: a part is missing or spare, a rank or shape does not fit, the base lacks the
+            weight or the bias, or the weight is no linear layer's.
+    """
+    deltas = {}
+    for module, parts in source.names.lora.items():
+        _check_parts(source, module, parts)
+        delta = _delta(source, module, parts, replacements)
+        if linear_weights is not None and delta.weight not in linear_weights and delta.weight != source.vocabulary.head:
+            source.refuse(f"tensor {delta.a!r} is a LoRA on {delta.weight}, which is not the weight of a linear layer")
+        deltas[delta.weight] = delta
+    _check_squares(source, deltas)
+    return deltas
+
+
+def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -> None:
+    config = source.config
+    for part, wanted in {"a": True, "b": True, "b_bias": config.lora_bias, "magnitude": config.use_dora}.items():
+        if wanted and part not in parts:
+            found = ", ".join(map(repr, parts.values()))
+            source.refuse(f"{module} has no {_SPELLED[part]} (found only {found}); the file is incomplete")
+        if not wanted and part in parts:
+            flag = "lora_bias" if part == "b_bias" else "use_dora"
+            source.refuse(f"spare tensor {parts[part]!r}: {config.where} says that {flag} is false")
+
+
+def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replacements: Mapping[str, str]) -> LoraDelta:
+    weight, a, b = module + ".weight", parts["a"], parts["b"]
+    base_shape = source.base_spec(weight, a).shape
+    if weight in replacements:
+        base_shape = source.shape(replacements[weight])
+    _check_factors(source, module, a, b, base_shape)
+    delta = LoraDelta(
+        weight=weight,
+        a=a,
+        b=b,
+        rank=source.config.rank_of(module),
+        scaling=source.config.scaling_of(module),
+        transposed=_is_transposed(source, weight, a, b, base_shape),
+        b_bias=parts.get("b_bias"),
+        magnitude=parts.get("magnitude"),
+    )
+    num_out = source.shape(b)[0]
+    for vector in (delta.b_bias, delta.magnitude):
+        if vector is not None and source.shape(vector) != (num_out,):
+            source.refuse(f"tensor {vector!r}: expected shape [{num_out}], found {list(source.shape(vector))}")
+    if delta.b_bias is not None and delta.bias not in source.base.specs():
+        source.refuse(
+            f"tensor {delta.b_bias!r} (lora_bias) adds to {delta.bias}, which {source.base.location} does not have; "
+            "a model without that bias cannot hold the merged one"
+        )
+    return delta
+
+
+def _check_factors(source: AdapterSource, module: str, a: str, b: str, base_shape: tuple[int, ...]) -> None:
+    a_shape, b_shape, rank = source.shape(a), source.shape(b), source.config.rank_of(module)
+    if len(a_shape) != 2 or len(b_shape) != 2:
+        source.refuse(
+            f"expected 2-D matrices, found {a!r} {list(a_shape)} and {b!r} {list(b_shape)}; LoRA on convolutions is "
+            "not read, and a flat or empty tensor means that a sharded training run did not gather it"
+        )
+    if a_shape[0] != rank or b_shape[1] != rank:
+        source.refuse(
+            f"{source.config.where} gives {module} rank {rank}: expected {a!r} [{rank}, in] and {b!r} [out, {rank}], "
+            f"found {list(a_shape)} and {list(b_shape)}; config and tensors are not of one adapter"
+        )
+    update = (b_shape[0], a_shape[1])
+    if base_shape not in (update, update[::-1]):
+        source.refuse(
+            f"{b!r} {list(b_shape)} and {a!r} {list(a_shape)} update a weight of shape {list(update)}: expected that "
+            f"of {module}.weight, found {list(base_shape)} in {source.base.location}; "
+            "the adapter belongs to another base model"
+        )
+
+
+def _is_transposed(source: AdapterSource, weight: str, a: str, b: str, base_shape: tuple[int, ...]) -> bool:
+    """Whether the base stores this weight ``[in, out]``: the shapes decide, and for squares the kind of layer.
+
+    fan_in_fan_out alone cannot: peft overwrites it for each module, so the file holds the last one's.
+    """
+    update = (source.shape(b)[0], source.shape(a)[1])
+    if update != update[::-1]:
+        return base_shape != update
+    if source.base.config.get("model_type") in CONV1D_MODEL_TYPES:
+        return weight != source.vocabulary.head
+    return source.config.fan_in_fan_out
+
+
+def _check_squares(source: AdapterSource, deltas: Mapping[str, LoraDelta]) -> None:
+    """Refuses square weights taken as transposed when other weights show that this base transposes nothing."""
+    if source.base.config.get("model_type") in CONV1D_MODEL_TYPES or not source.config.fan_in_fan_out:
+        return
+    oblong = {name: source.shape(d.b)[0] != source.shape(d.a)[1] for name, d in deltas.items()}
+    squares = [name for name in deltas if not oblong[name]]
+    straight = [
+        name for name, d in deltas.items() if oblong[name] and not d.transposed and name != source.vocabulary.head
+    ]
+    if squares and straight:
+        source.refuse(
+            f"{source.config.where} says fan_in_fan_out, but {straight[0]} is stored [out, in], so how the square "
+            f"{squares[0]} is stored is unclear; set fan_in_fan_out to false if the base has plain linear layers"
+        )
