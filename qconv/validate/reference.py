@@ -1,0 +1,82 @@
+"""The reference: the base with its adapter left unmerged, computed the way training computed it.
+
+The side branch follows peft's `lora.Linear` / `lora.bnb.Linear4bit` forward: the input is cast to
+the adapter's float32, ``scaling * B(A(x))`` is formed there, rounded once to the activation dtype,
+and added to the base linear's output. DoRA (Liu et al. 2024, equation 5) scales the result by
+magnitude / ||W + dW|| per output feature, as peft's `DoraLinearLayer` does. No merging code is used,
+so that a mistake there cannot hide here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qconv.errors import AdapterError
+from qconv.streaming import Decorate
+from qconv.types import Adapter, LoraDelta
+
+
+def unmerged(adapter: Adapter) -> Decorate:
+    """A `Decorate` that hangs the adapter's low-rank branches on the linears it targets.
+
+    Whole replacements (biases, saved modules) are not branches: read the reference through a view
+    that already substitutes them.
+
+    Raises:
+        AdapterError: a target is not a linear of the running model.
+    """
+
+    def decorate(prefix: str, module: nn.Module) -> None:
+        loaded = {name: child for name, child in module.named_modules() if _is_loaded(child)}
+        for name, delta in adapter.deltas.items():
+            local = delta.module.removeprefix(prefix)
+            if name.startswith(prefix) and local in loaded:
+                _attach(loaded[local], adapter, delta)
+
+    return decorate
+
+
+def _is_loaded(module: nn.Module) -> bool:
+    """Whether the weight is here: the parts outside the blocks come with decoder layers still on the meta device."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_meta
+
+
+def _attach(linear: nn.Module, adapter: Adapter, delta: LoraDelta) -> None:
+    weight = linear.weight
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(linear, nn.Embedding):
+        raise AdapterError(f"{adapter.location}: {delta.module!r} is not a linear layer, cannot run it unmerged")
+    device = str(weight.device)
+    a_RK = adapter.tensors.read(delta.a, device).float()
+    b_NR = adapter.tensors.read(delta.b, device).float()
+    b_bias_N = adapter.tensors.read(delta.b_bias, device).float() if delta.b_bias else None
+    factor_N = _dora_factor(weight, adapter, delta, a_RK, b_NR) if delta.magnitude else None
+    linear.register_forward_hook(_branch(a_RK, b_NR, b_bias_N, factor_N, delta.scaling))
+
+
+def _dora_factor(weight: Tensor, adapter: Adapter, delta: LoraDelta, a_RK: Tensor, b_NR: Tensor) -> Tensor:
+    assert delta.magnitude is not None
+    magnitude_N = adapter.tensors.read(delta.magnitude, str(weight.device)).float().reshape(-1)
+    w_NK = weight.float().T if delta.transposed else weight.float()
+    norm_N: Tensor = torch.linalg.vector_norm(w_NK + delta.scaling * (b_NR @ a_RK), dim=1)
+    return magnitude_N / norm_N
+
+
+def _branch(
+    a_RK: Tensor, b_NR: Tensor, b_bias_N: Tensor | None, factor_N: Tensor | None, scaling: float
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        x: Tensor = args[0].to(a_RK.dtype)
+        branch = nn.functional.linear(nn.functional.linear(x, a_RK), b_NR, b_bias_N) * scaling
+        if factor_N is None:
+            return out + branch.to(out.dtype)
+        bias = getattr(module, "bias", None)
+        plain = out if bias is None else out - bias
+        scaled: Tensor = (factor_N * (plain.float() + branch)).to(out.dtype)
+        return scaled if bias is None else scaled + bias
+
+    return hook
