@@ -1,0 +1,39 @@
+# Everything runs in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+
+.PHONY: help setup demo test check format clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## environment in .venv (needs python3 >= 3.11; does nothing when it is up to date)
+
+# torch comes first and alone, so that no later step can choose another build of it.
+$(STAMP): constraints.txt pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'qconv needs Python 3.11 or newer; choose one: make setup PYTHON=python3.12' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-deps --requirement constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: setup  ## train a small adapter, merge, re-quantize, validate (minutes, CPU)
+	$(BIN)/qconv demo
+
+test: setup check  ## setup, then all checks
+
+check:  ## format, lint, types, import layers, tests
+	scripts/check
+
+format:  ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist demo-out qconv.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,281 @@
+"""Text for calibration, training and evaluation, and the token rows that are cut from it.
+
+The embedded text is in the public domain: Moby-Dick (1851), chapters 1 to 100, and addresses of
+United States presidents to Congress. Chapters 86 to 100 and the last three addresses evaluate; the
+rest calibrates and trains, less the paragraphs of older addresses that the last three quote.
+
+Documents are taken in a systematic sample (Cochran 1977, Sampling Techniques, chapter 8): whatever
+is needed comes evenly from all parts of the list, so a small sample of the embedded text has both
+prose and speeches, and one of a file sorted by topic has all topics. The seed moves the sample.
+Left out: chat templates (text is used as it stands) and streaming of data sets larger than memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import lzma
+import random
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qconv.errors import CalibrationError, CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+DOCUMENT_CHARACTERS = 4000  # paragraphs are merged up to this: about a thousand tokens
+SHARED_CHARACTERS = 128  # a run of text this long is taken as copied, not as a common phrase
+SHARED_STRIDE = 32
+EMBEDDED: dict[str, tuple[str, ...]] = {
+    "default": ("prose-calibration", "speeches-calibration"),
+    "default-eval": ("prose-evaluation", "speeches-evaluation"),
+    "default-prose": ("prose-calibration",),
+    "default-prose-eval": ("prose-evaluation",),
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZER_SIDE_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples modulo 1 fill the interval most evenly
+_SOURCES = f"{', '.join(EMBEDDED)}, a .txt file, or a .jsonl file with a text field"
+
+
+def load_documents(source: str) -> list[str]:
+    """The documents of a source, in its own order; none is empty.
+
+    Args:
+        source: ``"default"`` or ``"default-prose"`` (calibration and training),
+            ``"default-eval"`` or ``"default-prose-eval"`` (evaluation), or a path. In a ``.txt`` file
+            blank lines separate paragraphs, and following paragraphs are merged while the document
+            stays within 4000 characters (a longer paragraph is a document of its own). In a
+            ``.jsonl`` file each line is an object whose ``text`` is one document; blank ones are
+            passed over.
+
+    Raises:
+        CalibrationError: an unknown source, or a file that is missing, not UTF-8, malformed or empty.
+    """
+    if source in EMBEDDED:
+        return [document for name in EMBEDDED[source] for document in _read_embedded(name)]
+    file = Path(source)
+    if file.suffix not in (".txt", ".jsonl"):
+        raise CalibrationError(f"{source}: unknown text source; expected {_SOURCES}")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise CalibrationError(f"{source}: no such file; expected {_SOURCES}") from None
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{source}: expected UTF-8 text, found {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise CalibrationError(f"{source}: cannot be read ({error.strerror})") from error
+    documents = list(_jsonl_texts(text, source)) if file.suffix == ".jsonl" else list(_merge_paragraphs(text))
+    if not documents:
+        raise CalibrationError(f"{source}: has no text; expected {_SOURCES}")
+    return documents
+
+
+def pack_tokens(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    allow_fewer: bool = False,
+) -> Tensor:
+    """Token rows ``[num_samples, seq_len]``, int64, cut from documents in a seeded systematic order.
+
+    Each document is tokenized whole, with the special tokens that the tokenizer adds by itself (a
+    BOS in front, for most Llamas), and closed with EOS where the tokenizer has one. The stream is cut
+    into rows without padding, so a row may start and end within a document. The tokenizer object
+    stays as it is: tokenizing with transformers changes the truncation that it would save, hence a copy.
+
+    Raises:
+        CalibrationError: the documents have fewer than ``num_samples * seq_len`` tokens (with
+            ``allow_fewer``, which then gives the whole rows there are: fewer than ``seq_len``).
+    """
+    import torch
+
+    need = num_samples * seq_len
+    if num_samples < 1 or seq_len < 1:
+        raise CalibrationError(f"expected at least one row of one token, got {num_samples} rows of {seq_len}")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = int(1e30)  # rows are cut here; a warning about long documents would mislead
+    stream: list[int] = []
+    for index in _systematic_order(len(documents), seed):
+        ids = tokenizer(documents[index], truncation=False, padding=False)["input_ids"]
+        stream += ids
+        if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
+            stream.append(tokenizer.eos_token_id)
+        if len(stream) >= need:
+            return torch.tensor(stream[:need], dtype=torch.int64).reshape(num_samples, seq_len)
+    num_rows = len(stream) // seq_len
+    if allow_fewer and num_rows:
+        return torch.tensor(stream[: num_rows * seq_len], dtype=torch.int64).reshape(num_rows, seq_len)
+    raise CalibrationError(
+        f"{num_samples} rows of {seq_len} tokens need {need} tokens, the text has {len(stream)}: "
+        f"ask for at most {num_rows} rows of this length, or give more text"
+    )
+
+
+def calibration_digest(content: Sequence[str] | Tensor) -> str:
+    """SHA-256 (hex) of documents, or of token rows with their shape; equal text gives an equal digest."""
+    digest = hashlib.sha256()
+    if isinstance(content, Sequence):
+        for document in content:
+            data = document.encode()
+            digest.update(f"{len(data)}:".encode() + data)
+    else:
+        digest.update(f"{tuple(content.shape)}:".encode())
+        digest.update(content.cpu().contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str]) -> None:
+    """Refuses an evaluation on text that calibrates: its numbers would be too good.
+
+    Runs of text are compared with white space collapsed. Any shared run of 159 characters is found
+    (128-character windows, every 32nd of the evaluation text against every one of the calibration
+    text); none below 128 characters counts. Documents shorter than a window are compared whole.
+
+    Raises:
+        CalibrationError: text is shared; quotes it.
+    """
+    import numpy as np
+
+    left = [" ".join(document.split()) for document in calibration]
+    right = [" ".join(document.split()) for document in evaluation]
+    whole = set(left).intersection(right) - {""}
+    if whole:
+        raise _shared_text(min(whole))
+    marks = [_window_hashes(text)[::SHARED_STRIDE] for text in right]
+    known = np.unique(np.concatenate(marks)) if marks else np.empty(0, dtype=np.uint64)
+    for text in left if len(known) else []:
+        hashes = _window_hashes(text)
+        place = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+        for start in np.flatnonzero(known[place] == hashes):
+            window = text[start : start + SHARED_CHARACTERS]
+            if any(window in other for other in right):  # the hash is not proof
+                raise _shared_text(window)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local model or adapter folder; fetches nothing and runs no code of the folder.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer, or one that transformers cannot read.
+    """
+    folder = Path(folder)
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not found:
+        raise CheckpointError(
+            f"{folder}: has no tokenizer; expected {' or '.join(TOKENIZER_FILES)} beside the weights: "
+            "copy the tokenizer files of the base model there"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the reader below raises whatever its parser meets
+        raise CheckpointError(
+            f"{folder}: transformers cannot read the tokenizer in {', '.join(found)} ({error}); "
+            "copy the tokenizer files of the base model there again"
+        ) from error
+    return tokenizer
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make up its tokenizer and chat template, to be carried along as they are."""
+    names = (*TOKENIZER_FILES, *_TOKENIZER_SIDE_FILES)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _read_embedded(name: str) -> Iterator[str]:
+    data = files("qconv").joinpath("data", f"{name}.txt.xz").read_bytes()
+    for chapter in lzma.decompress(data).decode("utf-8").split("\n\n\n"):
+        yield from _merge_paragraphs(chapter)
+
+
+def _merge_paragraphs(text: str) -> Iterator[str]:
+    document = ""
+    for paragraph in _paragraphs(text):
+        if document and len(document) + 2 + len(paragraph) > DOCUMENT_CHARACTERS:
+            yield document
+            document = ""
+        document += ("\n\n" if document else "") + paragraph
+    if document:
+        yield document
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    lines: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if line.strip():
+            lines.append(line.rstrip())
+        elif lines:
+            yield "\n".join(lines)
+            lines = []
+
+
+def _jsonl_texts(content: str, source: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{source}, line {number}"
+        try:
+            row: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{where}: expected a JSON object, found broken JSON ({error})") from error
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            found = f"{type(text).__name__} there" if isinstance(row, dict) and "text" in row else "none"
+            raise CalibrationError(f'{where}: expected an object with a string under "text", found {found}')
+        if not _is_unicode(text):
+            raise CalibrationError(f"{where}: the text has half of a surrogate pair, which no tokenizer takes")
+        if text.strip():
+            yield text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _systematic_order(count: int, seed: int) -> list[int]:
+    """All of ``range(count)``; every prefix is spread evenly over it, from a start that the seed sets."""
+    start = random.Random(seed).random()
+    return sorted(range(count), key=lambda index: (start + index * _GOLDEN) % 1.0)
+
+
+def _window_hashes(text: str) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Polynomial hashes (modulo 2**64) of all 128-character windows, by doubling: 1, 2, 4, ... 128."""
+    import numpy as np
+
+    if len(text) < SHARED_CHARACTERS:
+        return np.empty(0, dtype=np.uint64)
+    hashes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.uint64)
+    factor, width = 6364136223846793005, 1
+    while width < SHARED_CHARACTERS:
+        hashes = hashes[:-width] * np.uint64(factor) + hashes[width:]
+        factor, width = factor * factor % 2**64, 2 * width
+    return hashes
+
+
+def _shared_text(text: str) -> CalibrationError:
+    quote = text if len(text) <= 80 else text[:80] + "…"
+    return CalibrationError(
+        f"calibration and evaluation share text, so the evaluation would be too good: {quote!r}; "
+        "evaluate on text that was held out"
+    )
