@@ -1,0 +1,85 @@
+"""AWQ scales of one fold: search, make them storable, move them into the producer.
+
+Dimension legend: N = out features, K = in features.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qconv.quantize.awq import _scaled_loss, apply_scale, search_scale
+from qconv.quantize.folds import (
+    Fold,
+    Heads,
+    fold_into_norm,
+    fold_into_rows,
+    producer_scale,
+    share_across_heads,
+)
+from qconv.types import Scheme
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one distinct linear input: Gram matrix ``[K, K]`` and mean magnitude ``[K]``, float32."""
+
+    gram_KK: Tensor
+    mean_abs_K: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldContext:
+    """What folding needs to know beyond the block: attention shape, scheme, storage dtype, where to count."""
+
+    heads: Heads
+    scheme: Scheme
+    storage: torch.dtype
+    prefix: str
+    counts: Counter[str]
+
+
+def fold_scales(
+    tensors: dict[str, Tensor], statistics: dict[str, Statistics], fold: Fold, context: FoldContext
+) -> set[str]:
+    """Searches the scale of one fold and applies it in place to ``tensors`` and ``statistics``.
+
+    Returns:
+        Names of the tensors that took the inverse scale (a norm, or a linear and its bias).
+    """
+    weights = [f"{target}.weight" for target in fold.targets]
+    source = f"{fold.source}.weight"
+    if source not in tensors or any(name not in statistics for name in weights):
+        context.counts["awq folds skipped: layer not found"] += 1
+        return set()
+    stats = statistics[weights[0]]
+    w_list = [tensors[name].float() for name in weights]
+    found = search_scale(w_list, stats.gram_KK, stats.mean_abs_K, context.scheme)
+    scale_K = found.s_K
+    if fold.kind == "rows" and fold.targets[0].endswith("o_proj"):
+        scale_K = share_across_heads(scale_K, context.heads)
+        if _scaled_loss(torch.cat(w_list), scale_K, stats.gram_KK, context.scheme) >= found.loss_before:
+            context.counts["awq folds skipped: no gain with scales shared between heads"] += 1
+            return set()
+    changed = {source}
+    if fold.kind == "rows":
+        bias = f"{fold.source}.bias"
+        rows, new_bias = fold_into_rows(
+            tensors[source], tensors.get(bias), producer_scale(scale_K, fold, context.heads)
+        )
+        tensors[source] = rows
+        if new_bias is not None:
+            tensors[bias] = new_bias
+            changed.add(bias)
+    else:
+        plus_one = fold.kind == "norm_plus_one"
+        tensors[source], scale_K = fold_into_norm(tensors[source], scale_K, context.storage, plus_one)
+    gram_KK, mean_abs_K = apply_scale(stats.gram_KK, stats.mean_abs_K, scale_K)
+    for name, w_NK in zip(weights, w_list, strict=True):
+        tensors[name] = w_NK * scale_K
+        statistics[name] = Statistics(gram_KK, mean_abs_K)
+    context.counts["awq folds applied"] += 1
+    return changed

@@ -1,0 +1,98 @@
+"""Weights and activations in 8-bit floating point (float8_e4m3fn).
+
+Method: one scale per output channel, absmax / 448, for weights; one scale per token, found at run time, for
+activations (FP8 Formats for Deep Learning, Micikevicius et al. 2022, section 3; the "FP8_DYNAMIC" preset of
+compressed-tensors, per-token dynamic quantization of vLLM). Optionally the weight scale is searched: a power of two
+changes nothing but the reach of the subnormals, the mantissa of the scale decides where the weights fall.
+
+Rounding points: the weight scale is rounded once, to bfloat16, and codes are chosen after that. The cast to
+float8_e4m3fn rounds to nearest even; it turns overflow into NaN, so values are clamped to 448 first.
+
+Left out: block scales, e5m2, static activation scales.
+
+Legend: N = out features, K = in features, T = tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qconv.quantize.grid import check_finite, row_chunks
+from qconv.types import QuantizedLinear, Scheme
+
+FP8_MAX = 448.0
+MIN_WEIGHT_SCALE = torch.finfo(torch.bfloat16).tiny  # smallest normal number: no reader flushes it
+MIN_TOKEN_SCALE = 1.0 / (FP8_MAX * 512.0)  # vLLM's floor for dynamic scales
+
+
+def quantize_per_channel(
+    w_NK: Tensor,
+    scheme: Scheme,
+    name: str,
+    *,
+    column_importance_K: Tensor | None = None,
+    num_candidates: int = 1,
+) -> QuantizedLinear:
+    """float8_e4m3fn codes and one bfloat16-exact scale per output channel.
+
+    Args:
+        w_NK: ``[N, K]`` float32.
+        scheme: a ``"float"`` scheme with ``group_size=-1``.
+        name: the weight, for messages.
+        column_importance_K: ``[K]`` weights of the squared error, the diagonal of the Gram matrix.
+        num_candidates: scales tried per channel, ``absmax / 448 * 2**(i / num_candidates)``; 1 = the plain scale.
+
+    Raises:
+        NumericsError: NaN or infinity in the weights.
+    """
+    check_finite(w_NK, name)
+    importance_K = torch.ones_like(w_NK[0]) if column_importance_K is None else column_importance_K
+    codes_NK = torch.empty_like(w_NK, dtype=torch.float8_e4m3fn)
+    scales_N1 = torch.empty_like(w_NK[:, :1])
+    for rows in row_chunks(w_NK):
+        w_nK = w_NK[rows]
+        plain_n1 = w_nK.abs().amax(dim=1, keepdim=True) / FP8_MAX
+        best_n1 = _round_weight_scale(plain_n1)
+        if num_candidates > 1:
+            best_loss_n1 = torch.full_like(best_n1, torch.inf)
+            for i in range(num_candidates):
+                scale_n1 = _round_weight_scale(plain_n1 * 2.0 ** (i / num_candidates))
+                error_nK = to_fp8(w_nK, scale_n1).float().mul_(scale_n1).sub_(w_nK)
+                loss_n1 = error_nK.square_().mv(importance_K).unsqueeze(1)
+                better_n1 = loss_n1 < best_loss_n1
+                best_n1 = torch.where(better_n1, scale_n1, best_n1)
+                best_loss_n1 = torch.where(better_n1, loss_n1, best_loss_n1)
+        codes_NK[rows] = to_fp8(w_nK, best_n1)
+        scales_N1[rows] = best_n1
+    return QuantizedLinear(codes_NK=codes_NK, scales_NG=scales_N1, zeros_NG=None, group_index_K=None, scheme=scheme)
+
+
+def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """``x / scale`` in float8_e4m3fn, saturated at 448 (the bare cast would give NaN)."""
+    return x.div(scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def fake_quantize_per_token(x: Tensor, name: str = "activation") -> Tensor:
+    """What an engine's float8 matmul sees of its input: per-token dynamic quantization and back.
+
+    Args:
+        x: ``[..., K]``; each row along the last axis is one token.
+        name: the module, for messages.
+
+    Returns:
+        The same shape and dtype; scale and product are float32 (as in vLLM), rounded once to the dtype of ``x``.
+
+    Raises:
+        NumericsError: NaN or infinity in the input.
+    """
+    check_finite(x, name)
+    x_float = x.float()
+    scale = x_float.abs().amax(dim=-1, keepdim=True).div_(FP8_MAX).clamp_min_(MIN_TOKEN_SCALE)
+    return to_fp8(x_float, scale).float().mul_(scale).to(x.dtype)
+
+
+def _round_weight_scale(scale: Tensor) -> Tensor:
+    """Nearest bfloat16 (as float32); zero channels get 1, tiny ones the smallest normal number."""
+    rounded = scale.bfloat16().float().clamp_min(MIN_WEIGHT_SCALE)
+    return torch.where(scale == 0, 1.0, rounded)

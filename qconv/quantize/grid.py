@@ -1,0 +1,203 @@
+"""From a group of weights to its grid (scale and zero point), and from weights to codes.
+
+Method: affine uniform quantization, ``w ~ (code - zero) * scale``. Symmetric: scale = absmax / ((2^b - 1) / 2),
+codes centred on 2^(b-1) (the compressed-tensors convention). Asymmetric: min-max with zero inside the range.
+Optionally the grid is searched for the smallest weighted squared error (as OMSE, Choukroun et al. 2019, with the
+importance of each column as its weight). A searched symmetric scale may be negative: codes run from -2^(b-1) to
+2^(b-1) - 1, so the sign decides which side of zero gets the extra code, and readers only multiply by it (the
+reference quantizer of llama.cpp's q4_0 and AutoRound's full-range mode use this).
+
+Rounding points: the scale is rounded once, to a number that bfloat16 and float16 both hold exactly, so that no
+reader's cast changes it; codes are chosen after that, against the rounded scale.
+
+Left out: scales shared between groups (double quantization), non-uniform grids.
+
+Legend: N = out features, K = in features, G = groups, g = features of a group (the last axis, padded with zeros).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qconv.errors import NumericsError
+from qconv.types import Scheme
+
+MIN_SCALE = 2.0**-24  # smallest positive float16
+MAX_SCALE = 65280.0  # largest number that float16 and bfloat16 both hold
+
+# Range factors that the search tries. 1.0 comes first: a group without any importance keeps it. Factors above 1 pay
+# for symmetric grids, whose positive side ends at 7/7.5 of the largest weight.
+SHRINK_FACTORS = (1.0, *(1.1 - 0.5 * i / 19 for i in range(20)))
+SHRINK_FACTORS_LOW_BITS = (*SHRINK_FACTORS, *(0.575 - 0.025 * i for i in range(10)))  # 2 and 3 bits clip more
+SIDE_FACTORS = tuple(1.0 - 0.05 * i for i in range(1, 7))  # then one end of an asymmetric range alone
+CPU_CHUNK = 1 << 18  # elements worked on at a time: stays in the cache of a CPU core
+GPU_CHUNK = 1 << 26
+MIN_CHUNK_ROWS = 256
+
+
+class Grid(NamedTuple):
+    """Scale and zero point per group; the zero of a symmetric scheme is its middle code.
+
+    Attributes:
+        scale: float32 ``[..., G]``, exact in bfloat16 and float16, never zero.
+        zero: float32 ``[..., G]``, whole numbers in ``0 .. 2**bits - 1``.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+
+class ClipRange(NamedTuple):
+    """The range that a grid covers, per group: ``low <= 0 <= high``, float32 ``[N, G]``."""
+
+    low: Tensor
+    high: Tensor
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raises NumericsError, naming ``name``, if the tensor holds NaN or infinity."""
+    if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NumericsError(
+            f"{name}: expected finite numbers, found {bad} of {tensor.numel()} that are NaN or infinite; "
+            "the checkpoint or adapter that it comes from is damaged, or its training diverged"
+        )
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """Rounds scales to numbers that bfloat16 and float16 both hold exactly.
+
+    First to bfloat16, then to float16: the second step only drops low bits (float16 subnormals), so the result
+    still fits bfloat16. The sign is kept; magnitudes under 2^-24 become 2^-24. Overflow becomes infinity, which
+    `check_scale` reports.
+    """
+    magnitude = scale.abs().bfloat16().half().float().clamp_min(MIN_SCALE)
+    return torch.where(scale < 0, -magnitude, magnitude)
+
+
+def check_scale(scale: Tensor, name: str) -> None:
+    """Raises NumericsError, naming ``name``, if a rounded scale does not fit float16."""
+    if not bool(torch.isfinite(scale).all()):
+        raise NumericsError(
+            f"{name}: the weights are too large for a float16 scale (largest possible {MAX_SCALE:g}); "
+            "leave this layer unquantized"
+        )
+
+
+def groups_of(w_NK: Tensor, group_size: int) -> Tensor:
+    """View ``[N, G, g]`` of the columns; a short last group is padded with zeros (neutral to every grid here)."""
+    if group_size == -1 or group_size >= w_NK.shape[-1]:
+        return w_NK.unsqueeze(-2)
+    pad = -w_NK.shape[-1] % group_size
+    if pad:
+        w_NK = torch.nn.functional.pad(w_NK, (0, pad))
+    return w_NK.reshape(*w_NK.shape[:-1], -1, group_size)
+
+
+def ungroup(w_NGg: Tensor, in_features: int) -> Tensor:
+    """Inverse of `groups_of`."""
+    return w_NGg.flatten(-2)[..., :in_features]
+
+
+def range_of(w_NGg: Tensor) -> ClipRange:
+    """Smallest and largest weight of each group, widened to include zero, ``[N, G]``."""
+    low, high = torch.aminmax(w_NGg, dim=-1)
+    return ClipRange(low.clamp_max(0.0), high.clamp_min(0.0))
+
+
+def grid_of_range(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
+    """The grid that covers ``low <= 0 <= high`` (any shape, float32). A range of zero width gets scale 1."""
+    if scheme.symmetric:
+        scale = torch.maximum(-low, high) / (scheme.max_code / 2)
+        scale = torch.where(scale == 0, 1.0, round_scale(scale))
+        return Grid(scale, torch.full_like(scale, scheme.mid_code))
+    scale = (high - low) / scheme.max_code
+    scale = torch.where(scale == 0, 1.0, round_scale(scale))
+    zero = torch.round(-low / scale).clamp_(0, scheme.max_code)
+    return Grid(scale, zero)
+
+
+def encode(w: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """Nearest codes as whole float32 numbers in ``0 .. 2**bits - 1``; ``scale`` and ``zero`` broadcast."""
+    return w.div(scale).round_().add_(zero).clamp_(0, scheme.max_code)
+
+
+def quantize_dequantize(w: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """What a reader gets back after `encode`."""
+    return encode(w, scale, zero, scheme).sub_(zero).mul_(scale)
+
+
+def search_grid(w_NGg: Tensor, scheme: Scheme, importance_Gg: Tensor | None = None, signed: bool = True) -> Grid:
+    """The grid per group with the smallest ``sum(importance * (w - q)^2)`` among shrunk ranges.
+
+    Never worse, in that error, than `grid_of_range` on the group's own range.
+
+    Args:
+        w_NGg: ``[N, G, g]`` float32, as `groups_of` gives it.
+        importance_Gg: ``[G, g]`` non-negative weights, the same for all rows; None = all equal.
+        signed: also try negative scales for a symmetric scheme.
+
+    Returns:
+        Grid of ``[N, G]``.
+    """
+
+    def loss(error_NGg: Tensor) -> Tensor:
+        squared_NGg = error_NGg.square_()
+        return (squared_NGg if importance_Gg is None else squared_NGg.mul_(importance_Gg)).sum(-1)
+
+    return search_grid_by(w_NGg, scheme, loss, signed)
+
+
+def search_grid_by(w_NGg: Tensor, scheme: Scheme, loss: Callable[[Tensor], Tensor], signed: bool = True) -> Grid:
+    """As `search_grid` for any loss: a function from the errors ``[n, G, g]`` of some rows to ``[n, G]``.
+
+    The loss may overwrite the errors; it sees all rows, in chunks.
+    """
+    parts = [_search_rows(w_NGg[rows], scheme, loss, signed) for rows in row_chunks(w_NGg)]
+    return Grid(torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts]))
+
+
+def _search_rows(w_NGg: Tensor, scheme: Scheme, loss_of: Callable[[Tensor], Tensor], signed: bool) -> Grid:
+    low, high = range_of(w_NGg)
+    factors = SHRINK_FACTORS if scheme.bits > 3 else SHRINK_FACTORS_LOW_BITS
+    # The end of the range that is farther from zero is given the extra (negative) code.
+    sign = torch.where(high > -low, -1.0, 1.0) if scheme.symmetric and signed else None
+    best = grid_of_range(low, high, scheme)
+    best_low, best_high = low, high
+    loss = loss_of(_grid_error(w_NGg, best, scheme))
+
+    def consider(new_low: Tensor, new_high: Tensor) -> None:
+        nonlocal best, best_low, best_high, loss
+        grid = grid_of_range(new_low, new_high, scheme)
+        if sign is not None:
+            grid = Grid(grid.scale * sign, grid.zero)
+        new_loss = loss_of(_grid_error(w_NGg, grid, scheme))
+        better = new_loss < loss
+        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
+        best_low, best_high = torch.where(better, new_low, best_low), torch.where(better, new_high, best_high)
+        loss = torch.where(better, new_loss, loss)
+
+    for factor in factors:
+        consider(low * factor, high * factor)
+    if not scheme.symmetric:
+        base_low, base_high = best_low, best_high
+        for factor in SIDE_FACTORS:
+            consider(base_low * factor, base_high)
+            consider(base_low, base_high * factor)
+    return best
+
+
+def _grid_error(w_NGg: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    return quantize_dequantize(w_NGg, grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1), scheme).sub_(w_NGg)
+
+
+def row_chunks(tensor: Tensor) -> Iterator[slice]:
+    """Slices of the first axis that bound the memory of temporaries; enough rows each to multiply efficiently."""
+    limit = GPU_CHUNK if tensor.is_cuda else CPU_CHUNK
+    step = max(MIN_CHUNK_ROWS, limit // max(1, tensor[:1].numel()))
+    for start in range(0, tensor.shape[0], step):
+        yield slice(start, start + step)

@@ -1,0 +1,103 @@
+"""From the weights of one block to quantized linears, by the algorithm that was asked for.
+
+Linears that share an input share a Gram matrix; GPTQ stacks their rows and solves them at once.
+
+Dimension legend: N = out features, K = in features, G = groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qconv.config import QuantizationConfig
+from qconv.quantize.awq import search_clip
+from qconv.quantize.awq_block import Statistics
+from qconv.quantize.fp8 import quantize_per_channel
+from qconv.quantize.gptq import gptq
+from qconv.quantize.rtn import rtn
+from qconv.types import QuantizedLinear, Scheme
+
+
+def solve(
+    weights: Mapping[str, Tensor],
+    statistics: Mapping[str, Statistics],
+    prefix: str,
+    config: QuantizationConfig,
+    scheme: Scheme,
+    counts: Counter[str],
+) -> dict[str, QuantizedLinear]:
+    """Quantizes the float32 weights ``[N, K]`` of one block; names are local, ``prefix`` makes them full.
+
+    Raises:
+        NumericsError: NaN or infinity, or a Gram matrix that no damping makes positive definite.
+    """
+    match config.resolved_algorithm:
+        case "fp8":
+            return {name: quantize_per_channel(w, scheme, prefix + name) for name, w in weights.items()}
+        case "rtn":
+            return {name: rtn(w, scheme, prefix + name) for name, w in weights.items()}
+        case "awq":
+            return {name: _clipped(name, w, statistics, prefix, scheme) for name, w in weights.items()}
+        case "gptq":
+            return _gptq(weights, statistics, prefix, config, scheme, counts)
+
+
+def _clipped(
+    name: str, w_NK: Tensor, statistics: Mapping[str, Statistics], prefix: str, scheme: Scheme
+) -> QuantizedLinear:
+    clip = search_clip(w_NK, statistics[name].gram_KK, scheme)
+    return rtn(w_NK, scheme, prefix + name, clip=clip)
+
+
+def _gptq(
+    weights: Mapping[str, Tensor],
+    statistics: Mapping[str, Statistics],
+    prefix: str,
+    config: QuantizationConfig,
+    scheme: Scheme,
+    counts: Counter[str],
+) -> dict[str, QuantizedLinear]:
+    shared: dict[int, list[str]] = {}
+    for name in weights:
+        shared.setdefault(id(statistics[name]), []).append(name)
+    result: dict[str, QuantizedLinear] = {}
+    for names in shared.values():
+        label = prefix + " + ".join(names)
+        stacked_NK = torch.cat([weights[name] for name in names])
+        gram_KK = statistics[names[0]].gram_KK
+        order_K = torch.argsort(gram_KK.diagonal(), descending=True, stable=True) if config.desc_act else None
+        if order_K is not None:
+            stacked_NK, gram_KK = stacked_NK[:, order_K], gram_KK[order_K][:, order_K]
+        solved = gptq(stacked_NK, gram_KK, scheme, label, damping=config.damping)
+        linear = solved.linear if order_K is None else regrouped(solved.linear, order_K)
+        counts["gptq solves with damping raised"] += solved.stats.attempts > 1
+        counts["dead input channels"] += solved.stats.dead_columns
+        result |= dict(zip(names, split_rows(linear, [len(weights[name]) for name in names]), strict=True))
+    return {name: result[name] for name in weights}
+
+
+def regrouped(linear: QuantizedLinear, order_K: Tensor) -> QuantizedLinear:
+    """Puts columns that were quantized in ``order_K`` back in place, with the group that each belongs to."""
+    k = len(order_K)
+    size = k if linear.scheme.group_size == -1 else linear.scheme.group_size
+    group_index_K = torch.empty(k, dtype=torch.int32, device=order_K.device)
+    group_index_K[order_K] = (torch.arange(k, device=order_K.device) // size).to(torch.int32)
+    codes_NK = torch.empty_like(linear.codes_NK)
+    codes_NK[:, order_K] = linear.codes_NK
+    return dataclasses.replace(linear, codes_NK=codes_NK, group_index_K=group_index_K)
+
+
+def split_rows(linear: QuantizedLinear, sizes: list[int]) -> list[QuantizedLinear]:
+    """Undoes the stacking of rows."""
+    codes = torch.split(linear.codes_NK, sizes)
+    scales = torch.split(linear.scales_NG, sizes)
+    zeros = [None] * len(sizes) if linear.zeros_NG is None else torch.split(linear.zeros_NG, sizes)
+    return [
+        QuantizedLinear(codes_NK=c, scales_NG=s, zeros_NG=z, group_index_K=linear.group_index_K, scheme=linear.scheme)
+        for c, s, z in zip(codes, scales, zeros, strict=True)
+    ]
