@@ -1,0 +1,342 @@
+"""Commands: parse, build one frozen config, call one function. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qconv import errors
+from qconv.config import (
+    BNB_KINDS,
+    PLAIN_DTYPES,
+    TARGETS,
+    CalibrationConfig,
+    MergeJob,
+    QuantizationConfig,
+    ValidateJob,
+    ValidationConfig,
+    parse_size,
+)
+from qconv.progress import Progress
+
+if TYPE_CHECKING:
+    from qconv.validate.report import Report
+
+Command = Callable[..., Any]
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def apply(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+run_options = _options(
+    click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr."),
+    click.option("-v", "--verbose", is_flag=True, help="Say every decision on stderr."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one."),
+)
+output_options = _options(
+    click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist."),
+    click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete."),
+    click.option(
+        "--dtype", type=click.Choice(PLAIN_DTYPES), help="Dtype of what is not quantized [default: the base's]."
+    ),
+    click.option("--max-shard-size", default="5GB", show_default=True, help="Largest shard file."),
+    click.option("--revision", help="Branch, tag or commit, when the base is a hub id."),
+)
+quantize_options = _options(
+    click.option("--algorithm", type=click.Choice(["gptq", "awq", "rtn", "fp8"]), help="[default: the target's own]"),
+    click.option("--bits", type=int, help="4 or 8 [default: 4; fp8 is 8]"),
+    click.option(
+        "--group-size", type=int, help="Inputs per scale, -1 = row [default: largest of 128, 64, 32 that divides]"
+    ),
+    click.option("--sym/--asym", "symmetric", default=None, help="[default: sym; awq: asym]"),
+    click.option("--desc-act", is_flag=True, help="gptq: groups in activation order, with a stored group index."),
+    click.option(
+        "--damping", default=0.03, show_default=True, help="gptq: damping, fraction of the mean Gram diagonal."
+    ),
+    click.option(
+        "--calibration", default="default", show_default=True, help=".txt or .jsonl file, or the embedded default."
+    ),
+    click.option("--samples", default=128, show_default=True, help="Calibration rows."),
+    click.option("--seq-len", default=512, show_default=True, help="Tokens per calibration row."),
+    click.option("--seed", default=0, show_default=True, help="Seed of calibration and evaluation sampling."),
+)
+validate_options = _options(
+    click.option(
+        "--eval-data", default="default-eval", show_default=True, help="Held-out .txt or .jsonl, or the default."
+    ),
+    click.option("--eval-tokens", default=16384, show_default=True, help="Tokens to evaluate."),
+    click.option("--eval-seq-len", default=512, show_default=True, help="Tokens per evaluated row."),
+    click.option("--max-kl", type=float, help="Gate: mean KL(reference || candidate) in nats, 95% interval."),
+    click.option("--min-effect", type=float, help="Gate: adapter effect retained, 0..1, 95% interval."),
+)
+trained_on_option = click.option(
+    "--trained-on",
+    type=click.Choice(BNB_KINDS),
+    help="How training saw a 16-bit base; needed unless the adapter carries qconv's record.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(version("qconv"), prog_name="qconv")
+def cli() -> None:
+    """Turn a QLoRA adapter into a deployable quantized model, and prove that it still behaves like the one you trained.
+
+    \b
+    Exit codes: 0 done, 2 usage, 3 bad input, 4 gate failed, 5 gate inconclusive, 1 anything else, 130 interrupted.
+    """
+
+
+@cli.command()
+@click.argument("base")
+@click.argument("adapter")
+@click.option("--requant", type=click.Choice(list(TARGETS)), help="Re-quantize [default: write plain 16-bit shards].")
+@trained_on_option
+@click.option("--no-validate", is_flag=True, help="Skip the comparison with the unmerged model.")
+@output_options
+@quantize_options
+@validate_options
+@run_options
+def merge(base: str, adapter: str, requant: str | None, no_validate: bool, **options: Any) -> None:
+    """Merge ADAPTER into the dequantized BASE, optionally re-quantize, and validate against the unmerged model.
+
+    \b
+    qconv merge ./base-nf4 ./adapter --requant awq -o ./out
+    qconv merge meta-llama/Llama-3.1-8B ./adapter --trained-on nf4-dq --requant w4a16 --max-kl 0.1 -o ./out
+    """
+    _run_job(_merge_job(base, adapter, requant, not no_validate, options), options)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--to", "target", required=True, type=click.Choice(list(TARGETS)), help="Target format.")
+@click.option("--no-validate", is_flag=True, help="Skip the comparison with the unquantized model.")
+@output_options
+@quantize_options
+@validate_options
+@run_options
+def quantize(model: str, target: str, no_validate: bool, **options: Any) -> None:
+    """Quantize a MODEL without an adapter, and validate against it.
+
+    \b
+    qconv quantize ./merged --to gptq -o ./out
+    """
+    _run_job(_merge_job(model, None, target, not no_validate, options), options)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--to", "dtype", required=True, type=click.Choice(PLAIN_DTYPES), help="Plain dtype to write.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest shard file.")
+@click.option("--revision", help="Branch, tag or commit, when the model is a hub id.")
+@run_options
+def convert(model: str, dtype: str, **options: Any) -> None:
+    """Dequantize MODEL (anything that qconv reads or writes) to plain weights.
+
+    \b
+    qconv convert ./base-nf4 --to bf16 -o ./base-bf16
+    """
+    job = MergeJob(
+        base=model,
+        out=options["out"],
+        dtype=dtype,
+        max_shard_bytes=parse_size(options["max_shard_size"]),
+        validation=None,
+        device=options["device"],
+        overwrite=options["overwrite"],
+        revision=options["revision"],
+    )
+    _run_job(job, options)
+
+
+@cli.command()
+@click.option("--reference", required=True, help="The base that the adapter was trained on.")
+@click.option("--adapter", help="The adapter, left unmerged.")
+@click.option("--candidate", required=True, help="The folder to judge; any format that qconv reads.")
+@trained_on_option
+@click.option("--report", "report_dir", type=click.Path(path_type=Path), help="Folder for the report files.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the evaluation sampling.")
+@validate_options
+@run_options
+def validate(reference: str, adapter: str | None, candidate: str, **options: Any) -> None:
+    """Compare a CANDIDATE folder with base + unmerged adapter, and gate on it.
+
+    \b
+    qconv validate --reference ./base-nf4 --adapter ./adapter --candidate ./out --max-kl 0.1
+    """
+    from qconv import pipeline
+
+    job = ValidateJob(
+        reference=reference,
+        candidate=candidate,
+        adapter=adapter,
+        trained_on=options["trained_on"],
+        validation=_validation(options),
+        device=options["device"],
+        report_dir=options["report_dir"],
+    )
+    _finish(pipeline.validate(job, _progress(options)), None)
+
+
+@cli.command()
+@click.argument("base")
+@click.argument("data", default="default")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Adapter folder; must not exist.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing adapter folder.")
+@click.option("--rank", default=16, show_default=True, help="LoRA rank r.")
+@click.option("--alpha", default=32, show_default=True, help="LoRA alpha; the scale is alpha / r.")
+@click.option("--learning-rate", default=2e-4, show_default=True)
+@click.option("--schedule", default="constant", show_default=True, type=click.Choice(["constant", "cosine"]))
+@click.option("--dropout", default=0.0, show_default=True, help="LoRA dropout.")
+@click.option("--steps", default=200, show_default=True, help="Optimizer steps.")
+@click.option("--batch-size", default=4, show_default=True, help="Rows per forward pass.")
+@click.option("--gradient-accumulation", default=1, show_default=True, help="Forward passes per step.")
+@click.option("--quantize", type=click.Choice(BNB_KINDS), help="How a 16-bit base is loaded [default: nf4-dq].")
+@click.option("--revision", help="Branch, tag or commit, when the base is a hub id.")
+@click.option("--seq-len", default=512, show_default=True, help="Tokens per row.")
+@click.option("--seed", default=0, show_default=True)
+@run_options
+def train(base: str, data: str, **options: Any) -> None:
+    """Train a QLoRA adapter on BASE with DATA (.txt, .jsonl, or the embedded default).
+
+    \b
+    qconv train ./base ./data.jsonl -o ./adapter
+    """
+    from qconv.train import TrainConfig
+    from qconv.train import train as run_training
+
+    progress = _progress(options)
+    for name in ("quiet", "verbose", "debug"):
+        del options[name]
+    result = run_training(TrainConfig(base=base, data=data, **options), progress)
+    click.echo(f"adapter      {result.out}\nloss         {result.first_loss:.3f} -> {result.final_loss:.3f}")
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def inspect(path: str, as_json: bool, debug: bool) -> None:
+    """Say what a checkpoint or adapter is: kind, scheme, sizes. Reads headers only."""
+    from qconv.describe import describe
+
+    facts = describe(path)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        width = max(map(len, facts))
+        for key, value in facts.items():
+            click.echo(f"{key:<{width}}  {value}")
+
+
+@cli.command()
+@click.option("-o", "--out", default="demo-out", show_default=True, type=click.Path(path_type=Path))
+@click.option("--requant", default="awq", show_default=True, type=click.Choice(list(TARGETS)))
+@click.option("--steps", default=30, show_default=True, help="Training steps.")
+@run_options
+def demo(out: Path, requant: str, steps: int, **options: Any) -> None:
+    """Run the whole story on SmolLM2-135M: NF4 base, a short QLoRA training, merge, re-quantize, validate."""
+    from qconv.demo import run_demo
+
+    run_demo(out, requant, steps, options["device"], _progress(options))
+
+
+def _merge_job(
+    base: str, adapter: str | None, target: str | None, validate_it: bool, options: dict[str, Any]
+) -> MergeJob:
+    quantization = None
+    if target is not None:
+        names = ("algorithm", "bits", "group_size", "symmetric", "desc_act", "damping")
+        quantization = QuantizationConfig(target=target, **{name: options[name] for name in names})
+    elif any(options[name] is not None for name in ("algorithm", "bits", "group_size", "symmetric")):
+        raise errors.UsageError("--algorithm, --bits, --group-size and --sym/--asym belong to --requant")
+    if not validate_it and (options["max_kl"] is not None or options["min_effect"] is not None):
+        raise errors.UsageError("--no-validate leaves nothing to gate: drop it, or drop --max-kl and --min-effect")
+    return MergeJob(
+        base=base,
+        adapter=adapter,
+        out=options["out"],
+        trained_on=options.get("trained_on"),
+        dtype=options["dtype"],
+        max_shard_bytes=parse_size(options["max_shard_size"]),
+        quantization=quantization,
+        calibration=CalibrationConfig(
+            source=options["calibration"],
+            samples=options["samples"],
+            seq_len=options["seq_len"],
+            seed=options["seed"],
+        ),
+        validation=_validation(options) if validate_it else None,
+        device=options["device"],
+        overwrite=options["overwrite"],
+        revision=options["revision"],
+    )
+
+
+def _validation(options: dict[str, Any]) -> ValidationConfig:
+    return ValidationConfig(
+        source=options["eval_data"],
+        tokens=options["eval_tokens"],
+        seq_len=options["eval_seq_len"],
+        seed=options["seed"],
+        max_kl=options["max_kl"],
+        min_effect=options["min_effect"],
+    )
+
+
+def _progress(options: dict[str, Any]) -> Progress:
+    return Progress(verbosity=0 if options["quiet"] else 2 if options["verbose"] else 1)
+
+
+def _run_job(job: MergeJob, options: dict[str, Any]) -> None:
+    from qconv import pipeline
+
+    _finish(pipeline.run(job, _progress(options)), job.out)
+
+
+def _finish(report: Report, out: Path | None) -> None:
+    click.echo(report.summary(out))
+    if report.verdict == "fail":
+        raise errors.GateError("a gate failed: see the report")
+    if report.verdict == "inconclusive":
+        raise errors.GateInconclusiveError("a gate is inconclusive: evaluate more tokens (--eval-tokens)")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: turns every error into a message on stderr and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(args=arguments, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(errors.EXIT_USAGE)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: nothing was left behind", err=True)
+        sys.exit(errors.EXIT_INTERRUPTED)
+    except errors.QconvError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        click.echo(f"unexpected {type(error).__name__}: {error}\n(--debug shows where; this is a bug)", err=True)
+        sys.exit(errors.EXIT_OTHER)

@@ -1,0 +1,63 @@
+"""The whole story on a real model, for somebody who has just installed qconv."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from qconv import pipeline
+from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.demo_model import build_smollm2
+from qconv.progress import Progress
+from qconv.train import TrainConfig, train
+from qconv.validate.report import JSON_NAME, MARKDOWN_NAME, Report
+from qconv.writer import check_output
+
+
+def run_demo(out: Path, target: str, steps: int, device: str, progress: Progress) -> Report:
+    """SmolLM2-135M-Instruct in NF4, a short QLoRA training on prose, merge, re-quantize, validate.
+
+    Args:
+        out: new folder that gets ``base-nf4``, ``adapter`` and the quantized model.
+        target: a key of `config.TARGETS`.
+        steps: optimizer steps of 8 x 256 tokens.
+
+    Raises:
+        CheckpointError: ``out`` exists, or the package with the model is not installed.
+    """
+    started = time.monotonic()
+
+    def stage(text: str) -> None:
+        progress.say(f"[{time.monotonic() - started:4.0f} s] {text}")
+
+    check_output(out, overwrite=False)
+    base, adapter, result = out / "base-nf4", out / "adapter", out / f"merged-{target}"
+    stage("SmolLM2-135M-Instruct -> bitsandbytes NF4 with double quantization")
+    build_smollm2(base, quantized=True)
+    stage(f"QLoRA: {steps} steps on the embedded prose")
+    train(
+        TrainConfig(
+            base=str(base), out=adapter, data="default-prose", steps=steps, batch_size=8, seq_len=256, device=device
+        ),
+        progress,
+    )
+    stage(f"merge, re-quantize to {target}, validate against the unmerged model")
+    report = pipeline.run(
+        MergeJob(
+            base=str(base),
+            adapter=str(adapter),
+            out=result,
+            quantization=QuantizationConfig(target=target),
+            calibration=CalibrationConfig(source="default-prose", samples=32, seq_len=512),
+            validation=ValidationConfig(source="default-prose-eval", tokens=8192),
+            device=device,
+        ),
+        progress,
+    )
+    stage("done")
+    print(report.summary(result))
+    print(f"base       {base}\nadapter    {adapter}")
+    print(f"report     {result / JSON_NAME}\n           {result / MARKDOWN_NAME}")
+    print(f"again      qconv merge {base} {adapter} --requant {target} -o OUT")
+    print(f"serve      vllm serve {result}")
+    return report

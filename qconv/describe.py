@@ -1,0 +1,85 @@
+"""What a folder is, from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint, resolve_folder
+from qconv.convert import dequantize
+from qconv.records import read_train_record
+from qconv.types import Checkpoint
+
+
+def describe(source: str | Path) -> dict[str, Any]:
+    """Facts about a model or adapter folder, ready for JSON.
+
+    Raises:
+        CheckpointError: neither a model nor an adapter folder, or a malformed one.
+    """
+    folder = resolve_folder(source)
+    if (folder / "adapter_config.json").exists():
+        return _describe_adapter(open_adapter_files(folder))
+    return _describe_model(open_checkpoint(folder))
+
+
+def _describe_model(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
+    view = dequantize(checkpoint)
+    config = checkpoint.config
+    facts: dict[str, Any] = {
+        "kind": "model",
+        "folder": checkpoint.location,
+        "architecture": ", ".join(config.get("architectures") or [str(config.get("model_type"))]),
+        "storage": view.kind,
+    }
+    if view.scheme is not None:
+        scheme = view.scheme
+        facts["scheme"] = (
+            f"{scheme.kind}{scheme.bits}, group size {scheme.group_size}, "
+            f"{'symmetric' if scheme.symmetric else 'asymmetric'}"
+        )
+    facts["quantized linears"] = len(view.quantized_modules)
+    facts["parameters"] = _num_elements(view)
+    return facts | _sizes(checkpoint)
+
+
+def _describe_adapter(adapter: SafetensorsCheckpoint) -> dict[str, Any]:
+    config = adapter.config
+    record = read_train_record(adapter.folder)
+    return {
+        "kind": "adapter",
+        "folder": adapter.location,
+        "peft_type": config.get("peft_type"),
+        "base": config.get("base_model_name_or_path"),
+        "r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "use_rslora": bool(config.get("use_rslora")),
+        "use_dora": bool(config.get("use_dora")),
+        "target_modules": config.get("target_modules"),
+        "modules_to_save": config.get("modules_to_save"),
+        "trained on": record.trained_on if record else "not recorded (a 16-bit base needs --trained-on)",
+        "parameters": _num_elements(adapter),
+        **_sizes(adapter),
+    }
+
+
+def _sizes(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
+    specs = checkpoint.specs().values()
+    dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in specs)
+    return {
+        "tensors": len(specs),
+        "bytes": sum(spec.num_bytes for spec in specs),
+        "shards": len({checkpoint.file_of(spec.name) for spec in specs}),
+        "dtypes": ", ".join(f"{name} x {count}" for name, count in dtypes.most_common()),
+    }
+
+
+def _num_elements(checkpoint: Checkpoint) -> int:
+    total = 0
+    for spec in checkpoint.specs().values():
+        count = 1
+        for size in spec.shape:
+            count *= size
+        total += count
+    return total

@@ -1,0 +1,119 @@
+"""Builds the models that a validation compares and measures them.
+
+Reference = base + UNMERGED adapter, as training saw it. On a GPU with bitsandbytes and peft
+installed and a 4-bit base, it runs their own kernels; otherwise the base is decoded by qconv
+(bit-equal) and the adapter hangs beside it. Candidate = the stored bytes, read back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from qconv import corpus
+from qconv.assemble import config_dtype
+from qconv.checkpoint import SafetensorsCheckpoint
+from qconv.config import ValidationConfig
+from qconv.convert import dequantize
+from qconv.errors import CheckpointError, UsageError
+from qconv.merge import merge
+from qconv.progress import Progress
+from qconv.quantize.fp8 import fake_quantize_per_token
+from qconv.streaming import BlockModel, Decorate, StreamedModel, block_linears
+from qconv.types import Adapter, Checkpoint
+from qconv.validate.compare import compare
+from qconv.validate.reference import unmerged
+from qconv.validate.report import measure
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What training produced: a base view as training saw it, and the adapter beside it (or None)."""
+
+    base: Checkpoint
+    adapter: Adapter | None
+
+
+def measure_fidelity(
+    reference: Reference,
+    candidate: SafetensorsCheckpoint,
+    config: ValidationConfig,
+    device: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Compares the stored candidate with the unmerged reference on held-out text.
+
+    Raises:
+        CheckpointError: the candidate has another vocabulary or depth, or no tokenizer.
+        UsageError: an adapter gate without an adapter.
+        NumericsError: NaN or infinity in either model.
+    """
+    if config.min_effect is not None and reference.adapter is None:
+        raise UsageError("--min-effect needs an adapter: the effect retained is measured against the base without it")
+    ids_TS, evaluation = evaluation_tokens(candidate, config)
+    others: dict[str, BlockModel] = {"candidate": candidate_model(candidate, device)}
+    model = reference_model(reference, device)
+    if reference.adapter is not None:
+        base = StreamedModel(reference.base, device, config_dtype(reference.base.config))
+        if _vocabulary(reference.base) >= _vocabulary(candidate):
+            others["base"] = base
+        else:
+            evaluation["note"] = "the adapter adds tokens that the base lacks: effect retained not measured"
+            if config.min_effect is not None:
+                raise UsageError("--min-effect: the adapter adds tokens to the vocabulary, the base cannot be compared")
+    _check_alike(model, others["candidate"], candidate)
+    rows = max(1, (4096 if device == "cpu" else 16384) // config.seq_len)
+    comparison = compare(model, others, ids_TS, rows_per_batch=rows, progress=progress)
+    return measure(comparison, evaluation)
+
+
+def evaluation_tokens(candidate: SafetensorsCheckpoint, config: ValidationConfig) -> tuple[Tensor, dict[str, Any]]:
+    """Held-out rows ``[rows, seq_len]`` through the candidate's own tokenizer, and their description."""
+    documents = corpus.load_documents(config.source)
+    tokenizer = corpus.load_tokenizer(candidate.folder)
+    ids_TS = corpus.pack_tokens(documents, tokenizer, config.rows, config.seq_len, config.seed)
+    digest = corpus.calibration_digest(ids_TS)
+    return ids_TS, {"source": config.source, "seq_len": config.seq_len, "seed": config.seed, "sha256": digest}
+
+
+def reference_model(reference: Reference, device: str) -> BlockModel:
+    view, adapter = reference.base, reference.adapter
+    decorate: Decorate | None = None
+    if adapter is not None:
+        # Whole replacements (biases, saved modules) join the view; low-rank updates stay beside it.
+        view = merge(view, [dataclasses.replace(adapter, deltas={})])
+        decorate = unmerged(adapter)
+    return StreamedModel(view, device, config_dtype(view.config), decorate)
+
+
+def candidate_model(candidate: SafetensorsCheckpoint, device: str) -> StreamedModel:
+    view = dequantize(candidate)
+    decorate = None
+    if view.scheme is not None and view.scheme.dynamic_activations:
+        decorate = _quantize_inputs(frozenset(view.quantized_modules))
+    return StreamedModel(view, device, config_dtype(view.config), decorate)
+
+
+def _quantize_inputs(modules: frozenset[str]) -> Decorate:
+    """Engines quantize the inputs of FP8 linears per token at run time; so does the candidate."""
+
+    def decorate(prefix: str, block: nn.Module) -> None:
+        for name, linear in block_linears(block).items():
+            if prefix + name in modules:
+                linear.register_forward_pre_hook(lambda _, args: (fake_quantize_per_token(args[0]), *args[1:]))
+
+    return decorate
+
+
+def _vocabulary(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.config.get("vocab_size", 0))
+
+
+def _check_alike(reference: BlockModel, candidate: BlockModel, checkpoint: Checkpoint) -> None:
+    if reference.num_blocks != candidate.num_blocks:
+        raise CheckpointError(
+            f"{checkpoint.location}: has {candidate.num_blocks} decoder blocks, "
+            f"the reference has {reference.num_blocks}"
+        )
