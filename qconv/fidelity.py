@@ -8,6 +8,7 @@ installed and a 4-bit base, it runs their own kernels; otherwise the base is dec
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,18 +23,28 @@ from qconv.merge import merge
 from qconv.progress import Progress
 from qconv.quantize.fp8 import fake_quantize_per_token
 from qconv.streaming import BlockModel, Decorate, StreamedModel, block_linears
-from qconv.types import Adapter, Checkpoint
+from qconv.types import Adapter, BnbKind, Checkpoint
 from qconv.validate.compare import compare
 from qconv.validate.reference import unmerged
 from qconv.validate.report import measure
+from qconv.validate.resident import load_resident, why_not_resident
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What training produced: a base view as training saw it, and the adapter beside it (or None)."""
+    """What training produced.
 
+    Attributes:
+        source: the base as it lies on disk.
+        base: the same as training saw it: decoded, or rounded to 4 bits and back.
+        adapter: left unmerged, or None.
+        kind: how training saw the base.
+    """
+
+    source: SafetensorsCheckpoint
     base: Checkpoint
     adapter: Adapter | None
+    kind: BnbKind
 
 
 def measure_fidelity(
@@ -54,7 +65,7 @@ def measure_fidelity(
         raise UsageError("--min-effect needs an adapter: the effect retained is measured against the base without it")
     ids_TS, evaluation = evaluation_tokens(candidate, config)
     others: dict[str, BlockModel] = {"candidate": candidate_model(candidate, device)}
-    model = reference_model(reference, device)
+    model, evaluation["reference"] = reference_model(reference, device)
     if reference.adapter is not None:
         base = StreamedModel(reference.base, device, config_dtype(reference.base.config))
         if _vocabulary(reference.base) >= _vocabulary(candidate):
@@ -78,7 +89,21 @@ def evaluation_tokens(candidate: SafetensorsCheckpoint, config: ValidationConfig
     return ids_TS, {"source": config.source, "seq_len": config.seq_len, "seed": config.seed, "sha256": digest}
 
 
-def reference_model(reference: Reference, device: str) -> BlockModel:
+def reference_model(reference: Reference, device: str) -> tuple[BlockModel, str]:
+    """The reference and which implementation runs it, for the report."""
+    adapter = reference.adapter
+    is_quantized = reference.base is not reference.source and dequantize(reference.source).kind != "plain"
+    num_bytes = sum(spec.num_bytes for spec in reference.source.specs().values()) // (1 if is_quantized else 3)
+    reason = why_not_resident(device, reference.kind, num_bytes)
+    if reason is None:
+        folder = None if adapter is None else Path(adapter.location)
+        model = load_resident(reference.source.folder, folder, reference.kind, is_quantized, device)
+        return model, "bitsandbytes and peft kernels, adapter unmerged"
+    return streamed_reference(reference, device), f"decoded by qconv, adapter unmerged ({reason})"
+
+
+def streamed_reference(reference: Reference, device: str) -> StreamedModel:
+    """The reference without anybody's 4-bit kernels: the decoded base, the adapter's branches beside it."""
     view, adapter = reference.base, reference.adapter
     decorate: Decorate | None = None
     if adapter is not None:

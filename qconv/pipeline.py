@@ -20,7 +20,7 @@ from qconv.checkpoint import (
     side_files,
     tokenizer_folder,
 )
-from qconv.config import CalibrationConfig, MergeJob, ValidateJob
+from qconv.config import BNB_KINDS, CalibrationConfig, MergeJob, ValidateJob
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
 from qconv.errors import AdapterError, UsageError
 from qconv.fidelity import Reference, measure_fidelity
@@ -111,12 +111,18 @@ def load_reference(source: SafetensorsCheckpoint, adapter_source: str | None, tr
     if adapter_source is None:
         if trained_on is not None:
             raise UsageError("--trained-on says how an adapter saw its base, and there is no adapter")
-        return Reference(base=base, adapter=None)
+        return Reference(source=source, base=base, adapter=None, kind=_stored_kind(base))
     adapter = load_adapter(adapter_source, base)
     kind = _training_kind(base, adapter, trained_on)
+    seen: Checkpoint = base
     if base.kind == "plain" and kind != "16bit":
-        return Reference(base=simulate_training_base(base, kind, linear_weights(base)), adapter=adapter)
-    return Reference(base=base, adapter=adapter)
+        seen = simulate_training_base(base, kind, linear_weights(base), adapter.backend)
+    return Reference(source=source, base=seen, adapter=adapter, kind=kind)
+
+
+def _stored_kind(base: DequantizedCheckpoint) -> BnbKind:
+    stored = base.kind.removeprefix("bnb-")
+    return next((kind for kind in BNB_KINDS if kind == stored), "16bit")
 
 
 def _training_kind(base: DequantizedCheckpoint, adapter: Adapter, trained_on: BnbKind | None) -> BnbKind:
@@ -125,14 +131,14 @@ def _training_kind(base: DequantizedCheckpoint, adapter: Adapter, trained_on: Bn
         raise UsageError(f"{adapter.location}: --trained-on {trained_on}, but the adapter's own record says {recorded}")
     kind = trained_on or recorded
     if base.kind != "plain":
-        stored = base.kind.removeprefix("bnb-")
+        stored = _stored_kind(base)
         if kind is not None and kind != stored:
             raise AdapterError(
                 f"{adapter.location}: trained on a base quantized as {kind}, but {base.location} is "
                 f"stored as {stored}; "
                 "give the base that the adapter was trained on"
             )
-        return kind or "16bit"
+        return stored
     if kind is None:
         raise UsageError(
             f"{base.location} is a 16-bit base and {adapter.location} does not record how training saw it. "

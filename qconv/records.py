@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from qconv.errors import AdapterError
-from qconv.types import BnbKind
+from qconv.types import BnbBackend, BnbKind
 
 TRAIN_RECORD_NAME = "qconv-train.json"
 TRAIN_RECORD_FORMAT = 1
@@ -28,15 +28,17 @@ class TrainRecord:
     Attributes:
         trained_on: the quantization of the base during training.
         base: folder or hub id of the base, as it was given to training.
+        backend: whose bitsandbytes kernels quantized it; the two round a few values differently.
     """
 
     trained_on: BnbKind
     base: str
+    backend: BnbBackend = "cuda"
 
 
-def write_train_record(folder: Path, trained_on: BnbKind, base: str) -> None:
+def write_train_record(folder: Path, trained_on: BnbKind, base: str, backend: BnbBackend = "cuda") -> None:
     """Leaves the record in an adapter folder; an existing one is replaced in one step."""
-    record = {"format": TRAIN_RECORD_FORMAT, "trained_on": trained_on, "base": base}
+    record = {"format": TRAIN_RECORD_FORMAT, "trained_on": trained_on, "base": base, "backend": backend}
     partial = folder / (TRAIN_RECORD_NAME + ".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / TRAIN_RECORD_NAME)
@@ -70,7 +72,10 @@ def read_train_record(folder: Path) -> TrainRecord | None:
         )
     if not isinstance(base, str):
         raise AdapterError(f'{file}: expected "base" to be a string, found {base!r}; {_WHAT_TO_DO}')
-    return TrainRecord(trained_on=cast(BnbKind, trained_on), base=base)
+    backend = record.get("backend", "cuda")
+    if backend not in get_args(BnbBackend):
+        raise AdapterError(f'{file}: expected "backend" to be cpu or cuda, found {backend!r}; {_WHAT_TO_DO}')
+    return TrainRecord(trained_on=cast(BnbKind, trained_on), base=base, backend=cast(BnbBackend, backend))
 
 
 _WHAT_TO_DO = "restore the file from training, or delete it and say on the command line how training saw the base"

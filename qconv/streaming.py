@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ class BlockModel(ABC):
     device: str
 
     def __init__(self) -> None:
-        self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._calls: dict[tuple[int, int], list[_Call]] = {}
 
     @abstractmethod
     def load_block(self, index: int) -> nn.Module:
@@ -49,8 +50,8 @@ class BlockModel(ABC):
     @torch.no_grad()
     def run_block(self, index: int, block: nn.Module, hidden_BSH: Tensor) -> Tensor:
         """One decoder block on one batch that came from `embed` (its masks and positions are kept by shape)."""
-        kwargs = self._kwargs[(hidden_BSH.shape[0], hidden_BSH.shape[1])][index]
-        out = block(hidden_BSH, **kwargs)
+        call = self._calls[(hidden_BSH.shape[0], hidden_BSH.shape[1])][index]
+        out = block(hidden_BSH, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
@@ -61,13 +62,15 @@ class BlockModel(ABC):
         Also records what each block is called with, once per batch shape.
         """
         outer = self._load_outer(with_head=False)
-        hidden = []
+        hidden: list[Tensor] = []
         for ids_BS in batches:
-            calls: list[tuple[Tensor, dict[str, Any]]] = []
+            calls: list[_Call] = []
             with _replaced_layers(outer, self.layers_name, calls, None):
                 outer.base_model(input_ids=ids_BS.to(self.device), use_cache=False)  # type: ignore[operator]
-            hidden.append(calls[0][0])
-            self._kwargs[(ids_BS.shape[0], ids_BS.shape[1])] = [kwargs for _, kwargs in calls]
+            first = calls[0].hidden_BSH
+            assert first is not None
+            hidden.append(first)
+            self._calls[(ids_BS.shape[0], ids_BS.shape[1])] = [replace(call, hidden_BSH=None) for call in calls]
         return hidden
 
     def head(self) -> Callable[[Tensor], Tensor]:
@@ -244,22 +247,34 @@ def _assign(root: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a decoder layer was called with."""
+
+    hidden_BSH: Tensor | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class _replaced_layers:  # noqa: N801 - reads as a verb where it is used
     """Within this context every decoder layer records its call and returns its input, or ``last`` at the end."""
 
-    def __init__(self, model: nn.Module, layers_name: str, calls: list[Any], last: Tensor | None):
+    def __init__(self, model: nn.Module, layers_name: str, calls: list[_Call], last: Tensor | None):
         self._layers: nn.ModuleList = model.get_submodule(layers_name)  # type: ignore[assignment]
         self._calls = calls
         self._last = last
 
-    def _record(self, is_last: bool, hidden_BSH: Tensor, **kwargs: Any) -> Tensor:
-        self._calls.append((hidden_BSH, kwargs))
+    def _record(self, is_last: bool, hidden_BSH: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._calls.append(_Call(hidden_BSH, args, kwargs))
         return self._last if is_last and self._last is not None else hidden_BSH
 
     def __enter__(self) -> None:
+        self._own = [layer.__dict__.get("forward") for layer in self._layers]
         for index, layer in enumerate(self._layers):
             layer.forward = partial(self._record, index == len(self._layers) - 1)
 
     def __exit__(self, *_: object) -> None:
-        for layer in self._layers:
+        for layer, own in zip(self._layers, self._own, strict=True):
             del layer.forward
+            if own is not None:  # somebody else had wrapped it
+                layer.forward = own

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 BnbKind = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "16bit"]
 """How training saw the base: bitsandbytes 4-bit (``-dq`` = double quantization) or unquantized."""
 
+BnbBackend = Literal["cpu", "cuda"]
+"""Whose bitsandbytes kernels quantized a base: the two round a few values differently."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
@@ -192,12 +195,14 @@ class Adapter:
         replacements: base tensor name -> adapter tensor that replaces it whole
             (biases, ``modules_to_save``).
         trained_on: the base quantization recorded by ``qconv train``, or None when unknown.
+        backend: where the base was quantized for training; a GPU unless the record says otherwise.
     """
 
     tensors: Checkpoint
     deltas: Mapping[str, LoraDelta]
     replacements: Mapping[str, str]
     trained_on: BnbKind | None = None
+    backend: BnbBackend = "cuda"
 
     @property
     def location(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the network must fail
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve tests that run beside
 
 import json
 import shutil

@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from qconv.errors import NumericsError
-from qconv.quantize.awq import apply_scale, scaled_loss, search_block_grid, search_clip, search_scale
+from qconv.quantize.awq import apply_scale, scaled_loss, search_block_grid, search_scale
 from qconv.quantize.gram import GramAccumulator
-from qconv.quantize.grid import groups_of, range_of
 from qconv.quantize.rtn import rtn
 from qconv.types import Scheme
 
@@ -107,7 +106,6 @@ def test_clip_lowers_each_groups_own_output_error(symmetric: bool, columns: int)
     w_NK, x_TK = weights[0][:, :columns], x_TK[:, :columns]
     w_NK = torch.where(w_NK.abs() > 0.09, w_NK * 2, w_NK)  # outliers, worth clipping
     gram_KK, _ = statistics(x_TK)
-    clip = search_clip(w_NK, gram_KK, scheme)
 
     def group_errors(back_NK: Tensor) -> Tensor:
         parts = []
@@ -118,18 +116,11 @@ def test_clip_lowers_each_groups_own_output_error(symmetric: bool, columns: int)
         return torch.stack(parts, dim=1)
 
     plain_NG = group_errors(rtn(w_NK, scheme, "w").dequantize())
-    clipped_NG = group_errors(rtn(w_NK, scheme, "w", clip=clip).dequantize())
     searched_NG = group_errors(rtn(w_NK, scheme, "w", grid=search_block_grid(w_NK, gram_KK, scheme)).dequantize())
-    assert bool((clipped_NG <= plain_NG * (1 + 1e-4)).all())
     assert bool((searched_NG <= plain_NG * (1 + 1e-4)).all())
-    assert float(searched_NG.sum()) < float(clipped_NG.sum())
-    assert float(clipped_NG.sum()) < 0.8 * float(plain_NG.sum())
+    assert float(searched_NG.sum()) < 0.8 * float(plain_NG.sum())
     unsigned = search_block_grid(w_NK, gram_KK, scheme, signed=False)
     assert bool((unsigned.scale > 0).all())
-    low, high = range_of(groups_of(w_NK, 64))
-    for found, widest in ((clip.low, low), (clip.high, high)):
-        assert bool((found.abs() <= widest.abs()).all())
-        assert bool((found.abs() >= 0.499 * widest.abs()).all())
 
 
 @pytest.mark.gpu

@@ -12,7 +12,6 @@ from qconv.errors import NumericsError, SchemeError
 from qconv.quantize.grid import (
     MAX_SCALE,
     MIN_SCALE,
-    ClipRange,
     check_finite,
     check_scale,
     grid_of_range,
@@ -204,13 +203,14 @@ def test_groups_without_importance_keep_their_range() -> None:
     assert torch.equal(q.scales_NG[:, 1], rtn(w, scheme, "w").scales_NG[:, 1])
 
 
-def test_clip_gives_the_range() -> None:
+def test_a_given_grid_is_used_as_it_is() -> None:
     w = weight()
     scheme = Scheme(group_size=64, symmetric=False)
     low, high = range_of(groups_of(w, 64))
-    half = rtn(w, scheme, "w", clip=ClipRange(low / 2, high / 2))
+    half = rtn(w, scheme, "w", grid=grid_of_range(low / 2, high / 2, scheme))
     back = groups_of(half.dequantize(), 64)
     assert bool((back.amax(-1) <= high / 2 + half.scales_NG).all())
-    assert torch.equal(rtn(w, scheme, "w", clip=ClipRange(low, high)).codes_NK, rtn(w, scheme, "w").codes_NK)
-    with pytest.raises(ValueError, match="clip"):
-        rtn(w, scheme, "w", mse=True, clip=ClipRange(low, high))
+    whole = rtn(w, scheme, "w", grid=grid_of_range(low, high, scheme))
+    assert torch.equal(whole.codes_NK, rtn(w, scheme, "w").codes_NK)
+    with pytest.raises(ValueError, match="grid"):
+        rtn(w, scheme, "w", mse=True, grid=grid_of_range(low, high, scheme))

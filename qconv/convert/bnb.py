@@ -33,7 +33,6 @@ from qconv.checkpoint import parse_json_object
 from qconv.convert.bnb_kernels import (
     BLOCK_SIZES,
     DTYPES,
-    Backend,
     decode_absmax,
     decode_codes,
     encode,
@@ -43,7 +42,7 @@ from qconv.convert.bnb_kernels import (
 from qconv.errors import CheckpointError, NumericsError
 from qconv.types import BnbKind, Checkpoint, TensorSpec
 
-__all__ = ["Backend", "BnbState", "decode", "encode", "packed_weights", "read_state", "simulate"]
+__all__ = ["BnbState", "decode", "encode", "packed_weights", "read_state", "simulate"]
 
 STATE_INFIX = ".quant_state.bitsandbytes__"
 

@@ -10,7 +10,7 @@ Rounding points of decoding: table value * absmax in float32, then one rounding 
 A nested absmax is map value * nested absmax + offset, product and sum each rounded in float32.
 
 Rounding points of encoding follow the library, whose CPU and CUDA kernels differ (read in version
-0.50, `csrc/cpu_ops.cpp`, `csrc/kernels.cu`, `backends/default/ops.py`), hence `Backend`:
+0.50, `csrc/cpu_ops.cpp`, `csrc/kernels.cu`, `backends/default/ops.py`), hence `BnbBackend`:
 
 - NF4 thresholds are the same floats on both. CUDA is compiled with an approximate reciprocal (1 ulp),
   but no quotient of two bfloat16 numbers lies within 19 * 2**-24 (relative) of a threshold, so NF4
@@ -39,15 +39,12 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qconv.errors import NumericsError, SchemeError
-from qconv.types import BnbKind
-
-Backend = Literal["cpu", "cuda"]
+from qconv.types import BnbBackend, BnbKind
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
@@ -97,7 +94,7 @@ def encode(
     weight: Tensor,
     kind: BnbKind,
     block_size: int = 64,
-    backend: Backend | None = None,
+    backend: BnbBackend | None = None,
     name: str = "weight",
 ) -> dict[str, Tensor]:
     """Quantizes as ``load_in_4bit`` does, bit for bit.
@@ -152,7 +149,7 @@ def encode(
     return result
 
 
-def simulate(weight: Tensor, kind: BnbKind, backend: Backend | None = None, name: str = "weight") -> Tensor:
+def simulate(weight: Tensor, kind: BnbKind, backend: BnbBackend | None = None, name: str = "weight") -> Tensor:
     """What training multiplied with: ``weight`` through `encode` and back, same shape and dtype.
 
     ``kind="16bit"`` returns the weight itself. Raises what `encode` raises.
@@ -189,7 +186,7 @@ def dynamic_map(device: torch.device | str) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-def _normalise(values: Tensor, block_size: int, backend: Backend) -> tuple[Tensor, Tensor]:
+def _normalise(values: Tensor, block_size: int, backend: BnbBackend) -> tuple[Tensor, Tensor]:
     """Scales every block of float32 ``values`` [n] to [-1, 1] in place; also gives the absmax [blocks]."""
     whole = values.numel() // block_size * block_size
     blocks, rest = values[:whole].view(-1, block_size), values[whole:]
@@ -203,7 +200,7 @@ def _normalise(values: Tensor, block_size: int, backend: Backend) -> tuple[Tenso
     return values.clamp_(-1, 1), maxima
 
 
-def _round_to_table(scaled: Tensor, quant_type: str, backend: Backend) -> Tensor:
+def _round_to_table(scaled: Tensor, quant_type: str, backend: BnbBackend) -> Tensor:
     """4-bit codes, uint8 [n], of float32 values in [-1, 1]."""
     if quant_type == "fp4" and backend == "cuda":
         thresholds = torch.tensor(FP4_CUDA_THRESHOLDS, dtype=torch.float32, device=scaled.device)
@@ -217,7 +214,7 @@ def _round_to_table(scaled: Tensor, quant_type: str, backend: Backend) -> Tensor
     return indices.to(torch.uint8) if quant_type == "nf4" else ascending.to(scaled.device, torch.uint8)[indices]
 
 
-def _encode_absmax(values: Tensor, nested_map: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+def _encode_absmax(values: Tensor, nested_map: Tensor, backend: BnbBackend) -> tuple[Tensor, Tensor]:
     """Double quantization of float32 ``values`` [blocks]: uint8 codes and float32 absmax per 256."""
     count = values.numel()
     padded = torch.nn.functional.pad(values, (0, -count % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)

@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
-from qconv.convert.bnb_kernels import DTYPES, Backend, simulate
+from qconv.convert.bnb_kernels import DTYPES, simulate
 from qconv.convert.dequantize import DequantizedCheckpoint
 from qconv.errors import CheckpointError
-from qconv.types import BnbKind, Checkpoint, TensorSpec
+from qconv.types import BnbBackend, BnbKind, Checkpoint, TensorSpec
 
 
 class SimulatedCheckpoint:
     """A frozen view: named weights pass through bitsandbytes 4-bit and back when they are read."""
 
-    def __init__(self, source: Checkpoint, kind: BnbKind, weights: Collection[str], backend: Backend | None):
+    def __init__(self, source: Checkpoint, kind: BnbKind, weights: Collection[str], backend: BnbBackend | None):
         self.source = source
         self._kind = kind
         self._weights = frozenset(weights)
@@ -46,7 +46,7 @@ class SimulatedCheckpoint:
 
 
 def simulate_training_base(
-    checkpoint: Checkpoint, kind: BnbKind, weights: Collection[str], backend: Backend | None = None
+    checkpoint: Checkpoint, kind: BnbKind, weights: Collection[str], backend: BnbBackend | None = None
 ) -> Checkpoint:
     """A 16-bit checkpoint as QLoRA training saw it: named weights rounded to bitsandbytes 4-bit and back.
 

@@ -71,6 +71,7 @@ def load_adapter(
         deltas=deltas,
         replacements=drop_unchanged(opened, replacements),
         trained_on=None if record is None else record.trained_on,
+        backend="cuda" if record is None else record.backend,
     )
 
 

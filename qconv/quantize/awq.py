@@ -3,8 +3,8 @@
 Method: AWQ (Lin et al. 2023, section 3.2, equations 4 and 5): s = mean|x|^alpha, alpha on a grid of 20 over [0, 1).
 Beside it the variant of the authors' code that also divides by the weights' own magnitude,
 s = mean|x|^alpha / mean|w|^(1 - alpha); the better of the two is kept. The loss is evaluated exactly on the Gram
-matrix, tr(E G E^T) with E = Q(W s) / s - W: one matrix product per candidate and no forward passes. Clipping is the
-authors' search of shrunk ranges, each group judged by its own diagonal block of the Gram matrix.
+matrix, tr(E G E^T) with E = Q(W s) / s - W on sampled rows: one matrix product per candidate, no forward passes.
+Clipping searches shrunk ranges as the authors do, each group judged by its own diagonal block of the Gram matrix.
 
 Rounding points: those of `grid.py`; ``s`` is float32 and not rounded here (the fold into the preceding operation
 decides its storage).
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from qconv.quantize.gram import output_error
 from qconv.quantize.grid import (
-    ClipRange,
     Grid,
     check_finite,
     grid_of_range,
@@ -38,8 +37,7 @@ from qconv.quantize.grid import (
 from qconv.types import Scheme
 
 NUM_RATIOS = 20
-NUM_SHRINKS = 20
-MAX_SHRINK = 0.5
+SEARCH_ROWS = 512
 
 
 class AwqScale(NamedTuple):
@@ -76,7 +74,7 @@ def search_scale(
     """
     for tensor, what in (*((w, "weight") for w in weights), (gram_KK, "Gram matrix"), (mean_abs_K, "mean input")):
         check_finite(tensor, f"{name}: {what}")
-    w_NK = torch.cat([w.float() for w in weights])
+    w_NK = sample_rows(weights)
     w_mean_K = _mean_relative_magnitude(w_NK, scheme)
     ones_K = torch.ones_like(mean_abs_K)
     loss_before = scaled_loss(w_NK, ones_K, gram_KK, scheme)
@@ -96,6 +94,12 @@ def search_scale(
             if loss < best.loss_after:
                 best = AwqScale(s_K, ratio, duo, loss_before, loss)
     return best
+
+
+def sample_rows(weights: Sequence[Tensor]) -> Tensor:
+    """At most `SEARCH_ROWS` rows of the stacked weights, evenly spaced: enough to rank a few dozen scales."""
+    w_NK = torch.cat([w.float() for w in weights])
+    return w_NK[:: -(-len(w_NK) // SEARCH_ROWS)]
 
 
 def _mean_relative_magnitude(w_NK: Tensor, scheme: Scheme) -> Tensor:
@@ -121,30 +125,16 @@ def scaled_loss(w_NK: Tensor, s_K: Tensor, gram_KK: Tensor, scheme: Scheme) -> f
     return float(loss)
 
 
-_scaled_loss = scaled_loss
-
-
-def search_clip(w_NK: Tensor, gram_KK: Tensor, scheme: Scheme) -> ClipRange:
-    """The range per group, shrunk by up to half, with the smallest error of the group's own contribution.
+def search_block_grid(w_NK: Tensor, gram_KK: Tensor, scheme: Scheme, signed: bool = True) -> Grid:
+    """The clipped grid per group with the smallest error of the group's own contribution.
 
     That error is ``e G_j e^T`` with ``G_j`` the ``[g, g]`` diagonal block of the group; cross terms between groups
-    are ignored. Both ends shrink by the same factor. Pass the result to `rtn`.
+    are ignored. The candidates are those of `search_grid`. Pass the result to `rtn` as ``grid``.
 
     Args:
         w_NK: ``[N, K]`` float32, already multiplied by ``s`` if there is one.
         gram_KK: ``[K, K]`` float32, already divided by it (see `apply_scale`).
-    """
-    blocks_Ggg = _diagonal_blocks(gram_KK, scheme)
-    parts = [
-        _clip_rows(groups_of(w_NK[rows].float(), scheme.group_size), blocks_Ggg, scheme) for rows in row_chunks(w_NK)
-    ]
-    return ClipRange(torch.cat([part.low for part in parts]), torch.cat([part.high for part in parts]))
-
-
-def search_block_grid(w_NK: Tensor, gram_KK: Tensor, scheme: Scheme, signed: bool = True) -> Grid:
-    """As `search_clip`, over the wider family of `search_grid`: factors above 1, negative scales, one-sided shrinking.
-
-    Pass the result to `rtn` as ``grid``. Arguments as for `search_clip`; ``signed`` as for `search_grid`.
+        signed: as for `search_grid`.
     """
     blocks_Ggg = _diagonal_blocks(gram_KK, scheme)
     return search_grid_by(
@@ -167,21 +157,6 @@ def _diagonal_blocks(gram_KK: Tensor, scheme: Scheme) -> Tensor:
 def _block_loss(error_NGg: Tensor, blocks_Ggg: Tensor) -> Tensor:
     error_GNg = error_NGg.transpose(0, 1)
     return torch.bmm(error_GNg, blocks_Ggg).mul_(error_GNg).sum(-1).t()
-
-
-def _clip_rows(w_NGg: Tensor, blocks_Ggg: Tensor, scheme: Scheme) -> ClipRange:
-    low, high = range_of(w_NGg)
-    best = ClipRange(low, high)
-    best_loss = torch.full_like(low, torch.inf)
-    for i in range(NUM_SHRINKS + 1):
-        factor = 1.0 - MAX_SHRINK * i / NUM_SHRINKS
-        scale_NG, zero_NG = grid_of_range(low * factor, high * factor, scheme)
-        error_NGg = quantize_dequantize(w_NGg, scale_NG.unsqueeze(-1), zero_NG.unsqueeze(-1), scheme).sub_(w_NGg)
-        loss = _block_loss(error_NGg, blocks_Ggg)
-        better = loss < best_loss
-        best = ClipRange(torch.where(better, low * factor, best.low), torch.where(better, high * factor, best.high))
-        best_loss = torch.where(better, loss, best_loss)
-    return best
 
 
 def apply_scale(gram_KK: Tensor, mean_abs_K: Tensor, s_K: Tensor) -> tuple[Tensor, Tensor]:

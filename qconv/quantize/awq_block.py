@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconv.quantize.awq import _scaled_loss, apply_scale, search_scale
+from qconv.quantize.awq import apply_scale, scaled_loss, search_scale
 from qconv.quantize.folds import (
     Fold,
     Heads,
@@ -61,7 +61,7 @@ def fold_scales(
     scale_K = found.s_K
     if fold.kind == "rows" and fold.targets[0].endswith("o_proj"):
         scale_K = share_across_heads(scale_K, context.heads)
-        if _scaled_loss(torch.cat(w_list), scale_K, stats.gram_KK, context.scheme) >= found.loss_before:
+        if scaled_loss(torch.cat(w_list), scale_K, stats.gram_KK, context.scheme) >= found.loss_before:
             context.counts["awq folds skipped: no gain with scales shared between heads"] += 1
             return set()
     changed = {source}

@@ -3,9 +3,9 @@
 Method: GPTQ (Frantar et al. 2022, Algorithm 1): blocks of 128 columns with lazy batch updates (step 2), Cholesky
 reformulation (step 3), optional order of decreasing activation power. Groups are static then (found on the original
 weights), so column k stays in group k // g and no group index is stored. Grids are searched with importance
-1 / R_kk^2, the weight that column k's rounding error has in the loss of Algorithm 1. After it, optional passes of
-coordinate descent over the codes (QuantEase, Behdin et al. 2023) alternate with a least squares refit of the scales;
-both only ever lower the layer's (damped) squared error.
+1 / R_kk^2, the weight that column k's rounding error has in the loss of Algorithm 1. After it, each
+optional pass refits the scales by least squares and then runs one coordinate descent over the codes (QuantEase,
+Behdin et al. 2023); both only ever lower the layer's (damped) squared error.
 
 The factor: Algorithm 1 needs the upper triangular R with H^-1 = R^T R. With J the flip of all columns,
 J H J = L L^T gives H = U U^T for the upper triangular U = J L J, so H^-1 = (U^-1)^T U^-1 and R = U^-1 = J L^-1 J:
@@ -45,6 +45,9 @@ from qconv.quantize.rtn import as_linear, check_integer
 from qconv.types import QuantizedLinear, Scheme
 
 BLOCK_COLUMNS = 128
+# Geometric means over five linears of SmolLM2-135M at 4 bits, g64, 16,384 calibration tokens, held-out squared error
+# relative to min-max rounding (symmetric, act-order): min-max grids 0.349; searched 0.302; and negative scales 0.268;
+# damping 0.01 -> 0.03 0.267; one refine pass 0.259, two 0.256.
 DAMPING = 0.03
 MAX_DAMPING = 10.0
 REFINE_PASSES = 1
@@ -104,7 +107,7 @@ def gptq(
         damping: fraction of the mean diagonal of live channels that is added to the diagonal.
         mse: search each group's grid (else min-max).
         signed_scales: let the search of a symmetric scheme use negative scales.
-        refine_passes: rounds of coordinate descent and scale refit afterwards; 0 = plain GPTQ.
+        refine_passes: rounds of scale refit and coordinate descent afterwards; 0 = plain GPTQ.
 
     A dead channel (zero diagonal) is quantized to the nearest code: it neither feeds nor receives error.
 
@@ -126,9 +129,7 @@ def gptq(
     codes_NK, grid = _solve(w_NK.float(), factor.r_KK, order_K, importance_K, scheme, (mse, signed_scales))
     check_scale(grid.scale, name)
     for _ in range(refine_passes):
-        codes_NK = descend(w_NK.float(), gram_KK, factor.shift, codes_NK, grid, scheme)
         grid = refit_scales(w_NK.float(), gram_KK, factor.shift, codes_NK, grid, scheme)
-    if refine_passes:
         codes_NK = descend(w_NK.float(), gram_KK, factor.shift, codes_NK, grid, scheme)
     linear = as_linear(codes_NK, grid, scheme)
     total = float(output_error(w_NK.float(), gram_KK).sum())

@@ -32,7 +32,6 @@ MAX_SCALE = 65280.0  # largest number that float16 and bfloat16 both hold
 # Range factors that the search tries. 1.0 comes first: a group without any importance keeps it. Factors above 1 pay
 # for symmetric grids, whose positive side ends at 7/7.5 of the largest weight.
 SHRINK_FACTORS = (1.0, *(1.1 - 0.5 * i / 19 for i in range(20)))
-SHRINK_FACTORS_LOW_BITS = (*SHRINK_FACTORS, *(0.575 - 0.025 * i for i in range(10)))  # 2 and 3 bits clip more
 SIDE_FACTORS = tuple(1.0 - 0.05 * i for i in range(1, 7))  # then one end of an asymmetric range alone
 CPU_CHUNK = 1 << 18  # elements worked on at a time: stays in the cache of a CPU core
 GPU_CHUNK = 1 << 26
@@ -51,7 +50,7 @@ class Grid(NamedTuple):
     zero: Tensor
 
 
-class ClipRange(NamedTuple):
+class Range(NamedTuple):
     """The range that a grid covers, per group: ``low <= 0 <= high``, float32 ``[N, G]``."""
 
     low: Tensor
@@ -103,10 +102,10 @@ def ungroup(w_NGg: Tensor, in_features: int) -> Tensor:
     return w_NGg.flatten(-2)[..., :in_features]
 
 
-def range_of(w_NGg: Tensor) -> ClipRange:
+def range_of(w_NGg: Tensor) -> Range:
     """Smallest and largest weight of each group, widened to include zero, ``[N, G]``."""
     low, high = torch.aminmax(w_NGg, dim=-1)
-    return ClipRange(low.clamp_max(0.0), high.clamp_min(0.0))
+    return Range(low.clamp_max(0.0), high.clamp_min(0.0))
 
 
 def grid_of_range(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
@@ -163,7 +162,6 @@ def search_grid_by(w_NGg: Tensor, scheme: Scheme, loss: Callable[[Tensor], Tenso
 
 def _search_rows(w_NGg: Tensor, scheme: Scheme, loss_of: Callable[[Tensor], Tensor], signed: bool) -> Grid:
     low, high = range_of(w_NGg)
-    factors = SHRINK_FACTORS if scheme.bits > 3 else SHRINK_FACTORS_LOW_BITS
     # The end of the range that is farther from zero is given the extra (negative) code.
     sign = torch.where(high > -low, -1.0, 1.0) if scheme.symmetric and signed else None
     best = grid_of_range(low, high, scheme)
@@ -181,7 +179,7 @@ def _search_rows(w_NGg: Tensor, scheme: Scheme, loss_of: Callable[[Tensor], Tens
         best_low, best_high = torch.where(better, new_low, best_low), torch.where(better, new_high, best_high)
         loss = torch.where(better, new_loss, loss)
 
-    for factor in factors:
+    for factor in SHRINK_FACTORS:
         consider(low * factor, high * factor)
     if not scheme.symmetric:
         base_low, base_high = best_low, best_high

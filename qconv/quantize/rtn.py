@@ -2,7 +2,7 @@
 
 Method: min-max grids are the field's baseline. With ``mse`` the grid is searched (see `grid.py`), optionally with
 the diagonal of the Gram matrix as importance of the columns; with ``clip`` the caller gives the ranges (AWQ,
-Lin et al. 2023, appendix on weight clipping).
+Lin et al. 2023, section 3.2).
 
 Rounding points: scale once, then codes (see `grid.py`).
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from qconv.errors import SchemeError
 from qconv.quantize.grid import (
-    ClipRange,
     Grid,
     check_finite,
     check_scale,
@@ -40,7 +39,6 @@ def rtn(
     *,
     mse: bool = False,
     column_importance_K: Tensor | None = None,
-    clip: ClipRange | None = None,
     grid: Grid | None = None,
     signed_scales: bool = True,
 ) -> QuantizedLinear:
@@ -51,8 +49,7 @@ def rtn(
         name: the weight, for messages.
         mse: search each group's grid for the smallest squared error instead of covering its range.
         column_importance_K: ``[K]`` non-negative weights of that squared error; needs ``mse``.
-        clip: ranges to cover instead of each group's own; excludes ``mse``.
-        grid: grids ``[N, G]`` to use as they are; excludes both.
+        grid: grids ``[N, G]`` to use as they are; excludes ``mse``.
         signed_scales: let the search of a symmetric scheme use negative scales.
 
     Raises:
@@ -61,14 +58,14 @@ def rtn(
     """
     check_integer(scheme, name)
     check_finite(w_NK, name)
-    if mse + (clip is not None) + (grid is not None) > 1:
-        raise ValueError("a grid is searched (mse), or made of a range (clip), or given (grid)")
+    if mse and grid is not None:
+        raise ValueError("a grid is searched (mse) or given (grid), not both")
     w_NGg = groups_of(w_NK.float(), scheme.group_size)
     if mse:
         importance = None if column_importance_K is None else groups_of(column_importance_K, scheme.group_size)
         grid = search_grid(w_NGg, scheme, importance, signed_scales)
     elif grid is None:
-        grid = grid_of_range(*(range_of(w_NGg) if clip is None else clip), scheme)
+        grid = grid_of_range(*range_of(w_NGg), scheme)
     check_scale(grid.scale, name)
     return encode_linear(w_NK, grid, scheme)
 

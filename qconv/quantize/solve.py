@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qconv.config import QuantizationConfig
-from qconv.quantize.awq import search_clip
+from qconv.quantize.awq import search_block_grid
 from qconv.quantize.awq_block import Statistics
 from qconv.quantize.fp8 import quantize_per_channel
 from qconv.quantize.gptq import gptq
@@ -50,8 +50,8 @@ def solve(
 def _clipped(
     name: str, w_NK: Tensor, statistics: Mapping[str, Statistics], prefix: str, scheme: Scheme
 ) -> QuantizedLinear:
-    clip = search_clip(w_NK, statistics[name].gram_KK, scheme)
-    return rtn(w_NK, scheme, prefix + name, clip=clip)
+    grid = search_block_grid(w_NK, statistics[name].gram_KK, scheme)
+    return rtn(w_NK, scheme, prefix + name, grid=grid)
 
 
 def _gptq(

@@ -1,0 +1,83 @@
+"""The reference as users run it: transformers + bitsandbytes kernels + peft's unmerged adapter, whole on a GPU.
+
+Only what is left of qconv here is the lockstep: the loaded model is run block by block so that its
+hidden states can be compared with the candidate's.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qconv.streaming import BlockModel, find_blocks
+from qconv.types import BnbKind
+
+MEMORY_SHARE = 0.6  # of the free device memory that the resident reference may take
+
+
+class ResidentModel(BlockModel):
+    """A causal language model that is already in memory, behind the interface of a streamed one."""
+
+    def __init__(self, model: nn.Module, device: str):
+        super().__init__()
+        self.device = device
+        self._model = model
+        self.layers_name, layers = find_blocks(model, type(model).__name__)
+        self._layers = layers
+        self.num_blocks = len(layers)
+
+    def load_block(self, index: int) -> nn.Module:
+        return self._layers[index]
+
+    def _load_outer(self, with_head: bool) -> nn.Module:
+        return self._model
+
+
+def why_not_resident(device: str, kind: BnbKind, num_bytes: int) -> str | None:
+    """None when `load_resident` can serve, otherwise the reason to stream instead, for the report."""
+    if not device.startswith("cuda"):
+        return "no GPU"
+    if kind == "16bit":
+        return "the base is not 4-bit"
+    missing = [name for name in ("bitsandbytes", "peft") if find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    free, _ = torch.cuda.mem_get_info()
+    if num_bytes > MEMORY_SHARE * free:
+        return f"{num_bytes / 1e9:.1f} GB of 4-bit weights do not fit beside the candidate"
+    return None
+
+
+def load_resident(base: Path, adapter: Path | None, kind: BnbKind, is_quantized: bool, device: str) -> ResidentModel:
+    """Loads base and unmerged adapter as their authors' libraries do.
+
+    Args:
+        base: model folder; 4-bit on disk when ``is_quantized``, otherwise quantized as it is loaded.
+        adapter: PEFT adapter folder, or None.
+        kind: how training saw the base.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {} if is_quantized else {"quantization_config": bnb_config(base, kind)}
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", device_map={"": device}, **options)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+    return ResidentModel(model.eval(), device)
+
+
+def bnb_config(base: Path, kind: BnbKind) -> Any:
+    """The transformers quantization config that re-creates ``kind``; computes in the base's own dtype."""
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    config = AutoConfig.from_pretrained(str(base))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind.removesuffix("-dq"),
+        bnb_4bit_use_double_quant=kind.endswith("-dq"),
+        bnb_4bit_compute_dtype=config.dtype or torch.bfloat16,
+    )
