@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconv.errors import CalibrationError, CheckpointError
+from qconv.side_files import VOCABULARY_FILES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,15 +39,6 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
     "default-prose": ("prose-calibration",),
     "default-prose-eval": ("prose-evaluation",),
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_TOKENIZER_SIDE_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples modulo 1 fill the interval most evenly
 _SOURCES = f"{', '.join(EMBEDDED)}, a .txt file, or a .jsonl file with a text field"
 
@@ -175,10 +167,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         CheckpointError: the folder has no tokenizer, or one that transformers cannot read.
     """
     folder = Path(folder)
-    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    found = [name for name in VOCABULARY_FILES if (folder / name).is_file()]
     if not found:
         raise CheckpointError(
-            f"{folder}: has no tokenizer; expected {' or '.join(TOKENIZER_FILES)} beside the weights: "
+            f"{folder}: has no tokenizer; expected {' or '.join(VOCABULARY_FILES)} beside the weights: "
             "copy the tokenizer files of the base model there"
         )
     from transformers import AutoTokenizer
@@ -191,12 +183,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             "copy the tokenizer files of the base model there again"
         ) from error
     return tokenizer
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that make up its tokenizer and chat template, to be carried along as they are."""
-    names = (*TOKENIZER_FILES, *_TOKENIZER_SIDE_FILES)
-    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _read_embedded(name: str) -> Iterator[str]:

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 from qconv import pipeline
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, TrainConfig, ValidationConfig
 from qconv.demo_model import build_smollm2
-from qconv.progress import Progress
-from qconv.train import TrainConfig, train
+from qconv.progress import Progress, quiet_libraries
+from qconv.train import train
 from qconv.validate.report import JSON_NAME, MARKDOWN_NAME, Report
 from qconv.writer import check_output
 
@@ -20,7 +20,7 @@ def run_demo(out: Path, target: str, steps: int, device: str, progress: Progress
     Args:
         out: new folder that gets ``base-nf4``, ``adapter`` and the quantized model.
         target: a key of `config.TARGETS`.
-        steps: optimizer steps of 8 x 256 tokens.
+        steps: optimizer steps of 4 x 256 tokens.
 
     Raises:
         CheckpointError: ``out`` exists, or the package with the model is not installed.
@@ -33,11 +33,12 @@ def run_demo(out: Path, target: str, steps: int, device: str, progress: Progress
     check_output(out, overwrite=False)
     base, adapter, result = out / "base-nf4", out / "adapter", out / f"merged-{target}"
     stage("SmolLM2-135M-Instruct -> bitsandbytes NF4 with double quantization")
-    build_smollm2(base, quantized=True)
+    with quiet_libraries():
+        build_smollm2(base, quantized=True)
     stage(f"QLoRA: {steps} steps on the embedded prose")
     train(
         TrainConfig(
-            base=str(base), out=adapter, data="default-prose", steps=steps, batch_size=8, seq_len=256, device=device
+            base=str(base), out=adapter, data="default-prose", steps=steps, batch_size=4, seq_len=256, device=device
         ),
         progress,
     )

@@ -17,8 +17,6 @@ from qconv.checkpoint import (
     SafetensorsCheckpoint,
     open_checkpoint,
     resolve_folder,
-    side_files,
-    tokenizer_folder,
 )
 from qconv.config import BNB_KINDS, CalibrationConfig, MergeJob, ValidateJob
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
@@ -27,6 +25,7 @@ from qconv.fidelity import Reference, measure_fidelity
 from qconv.merge import load_adapter, merge
 from qconv.progress import QUIET, Progress
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
+from qconv.side_files import side_files, tokenizer_folder
 from qconv.streaming import StreamedModel, linear_weights
 from qconv.types import Adapter, BnbKind, Checkpoint
 from qconv.validate.report import JSON_NAME, MARKDOWN_NAME, Report, judge

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,3 +38,28 @@ class Progress:
 
 
 QUIET = Progress()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without noise that asks nothing of the user: an absent CPU kernel for inference (training calls
+    none), a deprecated name that peft reads, and a loading bar where no terminal shows it."""
+    from transformers.utils import logging as transformers_logging
+
+    kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    kernels.addFilter(_is_not_about_kernels)
+    bars = transformers_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+            yield
+    finally:
+        kernels.removeFilter(_is_not_about_kernels)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _is_not_about_kernels(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()

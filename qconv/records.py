@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from qconv.errors import AdapterError
 from qconv.types import BnbBackend, BnbKind
@@ -36,9 +37,20 @@ class TrainRecord:
     backend: BnbBackend = "cuda"
 
 
-def write_train_record(folder: Path, trained_on: BnbKind, base: str, backend: BnbBackend = "cuda") -> None:
-    """Leaves the record in an adapter folder; an existing one is replaced in one step."""
-    record = {"format": TRAIN_RECORD_FORMAT, "trained_on": trained_on, "base": base, "backend": backend}
+def write_train_record(
+    folder: Path, trained_on: BnbKind, base: str, backend: BnbBackend = "cuda", details: Mapping[str, Any] | None = None
+) -> None:
+    """Leaves the record in an adapter folder; an existing one is replaced in one step.
+
+    ``details`` (settings, digests, versions) is kept for people and not read back.
+    """
+    record = {
+        "format": TRAIN_RECORD_FORMAT,
+        "trained_on": trained_on,
+        "base": base,
+        "backend": backend,
+        **(details or {}),
+    }
     partial = folder / (TRAIN_RECORD_NAME + ".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / TRAIN_RECORD_NAME)

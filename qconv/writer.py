@@ -11,7 +11,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -166,20 +167,7 @@ class CheckpointWriter:
         """Makes the folder visible under its final name, replacing an old one only now."""
         if self._handles:
             self.finish_tensors()
-        try:
-            for file in self.partial.iterdir():
-                _fsync(file)
-            _fsync(self.partial)
-            old = self.out.with_name(self.out.name + ".old")
-            if self.out.exists():
-                check_output(self.out, self._overwrite)
-                shutil.rmtree(old, ignore_errors=True)
-                self.out.rename(old)
-            self.partial.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
-            _fsync(self.out.absolute().parent)
-        except OSError as error:
-            raise _disk_error(self.out, error) from error
+        publish(self.partial, self.out, self._overwrite)
 
     def reject(self) -> Path:
         """Keeps a complete folder that missed a gate, for inspection, as ``OUT.rejected``; ``out`` stays as it was."""
@@ -195,6 +183,39 @@ class CheckpointWriter:
         while self._handles:
             os.close(self._handles.pop())
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def publish(partial: Path, out: Path, overwrite: bool) -> None:
+    """Syncs a complete folder and renames it to ``out``, replacing an old one only now."""
+    old = out.with_name(out.name + ".old")
+    try:
+        for file in partial.iterdir():
+            _fsync(file)
+        _fsync(partial)
+        check_output(out, overwrite)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+        _fsync(out.absolute().parent)
+    except OSError as error:
+        raise _disk_error(out, error) from error
+
+
+@contextmanager
+def publishing(out: Path, overwrite: bool) -> Iterator[Path]:
+    """``OUT.partial`` to fill, published when the block ends well and removed when it does not."""
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        publish(partial, out, overwrite)
+    except OSError as error:
+        raise _disk_error(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_output(out: Path, overwrite: bool) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qconv.checkpoint import open_adapter_files, open_checkpoint, side_files
+from qconv.checkpoint import open_adapter_files, open_checkpoint
 from qconv.errors import CheckpointError
+from qconv.side_files import side_files
 from qconv.types import TensorSpec
 from qconv.writer import CheckpointWriter
 

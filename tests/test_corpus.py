@@ -17,9 +17,9 @@ from qconv.corpus import (
     load_documents,
     load_tokenizer,
     pack_tokens,
-    tokenizer_files,
 )
 from qconv.errors import CalibrationError, CheckpointError
+from qconv.side_files import tokenizer_files
 from tests.conftest import TINY_LLAMA
 
 

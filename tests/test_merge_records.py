@@ -11,21 +11,25 @@ import pytest
 from qconv.errors import AdapterError
 from qconv.merge import load_adapter
 from qconv.records import TRAIN_RECORD_NAME, TrainRecord, read_train_record, write_train_record
-from qconv.types import BnbKind
+from qconv.types import BnbBackend, BnbKind
 from tests.merge_cases import toy_base, write_adapter
 
 
+@pytest.mark.parametrize("backend", get_args(BnbBackend))
 @pytest.mark.parametrize("kind", get_args(BnbKind))
-def test_what_is_written_is_read(kind: BnbKind, tmp_path: Path) -> None:
-    write_train_record(tmp_path, kind, "org/name")
-    assert read_train_record(tmp_path) == TrainRecord(trained_on=kind, base="org/name")
+def test_what_is_written_is_read(kind: BnbKind, backend: BnbBackend, tmp_path: Path) -> None:
+    write_train_record(tmp_path, kind, "org/name", backend, {"device": "any"})
+    assert read_train_record(tmp_path) == TrainRecord(trained_on=kind, base="org/name", backend=backend)
     assert json.loads((tmp_path / "qconv-train.json").read_text()) == {
         "format": 1,
         "trained_on": kind,
         "base": "org/name",
+        "backend": backend,
+        "device": "any",
     }
     assert [file.name for file in tmp_path.iterdir()] == ["qconv-train.json"]
-    assert load_adapter(write_adapter(tmp_path), toy_base()).trained_on == kind
+    adapter = load_adapter(write_adapter(tmp_path), toy_base())
+    assert (adapter.trained_on, adapter.backend) == (kind, backend)
 
 
 def test_no_record(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_an_interrupt_leaves_nothing_and_keeps_what_was_there(
             raise KeyboardInterrupt
         return 1.0
 
-    monkeypatch.setattr(train_module, "_schedule", interrupt)
+    monkeypatch.setattr("qconv.train_loop._schedule", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(config(tiny_nf4, out, data, overwrite=True))
     assert seen == [True, True, True]

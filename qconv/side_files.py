@@ -1,0 +1,46 @@
+"""Files of a model folder that are not weights and leave as they came."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+"""One of these makes a tokenizer."""
+_TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_OTHERS = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+_LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make up its tokenizer and chat template."""
+    names = (*VOCABULARY_FILES, *_TOKENIZER_EXTRAS, *_TEMPLATES)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
+    """The adapter's folder when it brings a tokenizer of its own, else the base's."""
+    if adapter is not None and any((adapter / name).is_file() for name in VOCABULARY_FILES):
+        return adapter
+    return base
+
+
+def side_files(base: Path, adapter: Path | None) -> list[Path]:
+    """Tokenizer, chat template, generation config and licence of an output, byte for byte from their source.
+
+    The tokenizer comes whole from the adapter where it has one, otherwise whole from the base; a chat
+    template is the adapter's where it has one.
+    """
+    files = [file for file in tokenizer_files(tokenizer_folder(base, adapter)) if file.name not in _TEMPLATES]
+    templates = [folder / name for folder in (adapter, base) if folder for name in _TEMPLATES]
+    files += [file for file in templates if file.is_file()][:1]
+    files += [base / name for name in _OTHERS if (base / name).is_file()]
+    return files + sorted(file for pattern in _LICENSES for file in base.glob(pattern) if file.is_file())
