@@ -7,13 +7,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv import errors
+from qconv import __version__, errors
 from qconv.config import (
     BNB_KINDS,
     PLAIN_DTYPES,
@@ -95,7 +94,7 @@ trained_on_option = click.option(
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(version("qconv"), prog_name="qconv")
+@click.version_option(__version__, prog_name="qconv")
 def cli() -> None:
     """Turn a QLoRA adapter into a deployable quantized model, and prove that it still behaves like the one you trained.
 

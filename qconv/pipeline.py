@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qconv import corpus
+from qconv import __version__, corpus
 from qconv.assemble import Layout, plan_layout, write_tensors
 from qconv.checkpoint import (
     SafetensorsCheckpoint,
@@ -210,8 +210,8 @@ def _subject(job: MergeJob, reference: Reference, device: str) -> dict[str, Any]
 
 
 def _environment(device: str) -> dict[str, str]:
-    packages = {}
-    for name in ("qconv", "torch", "transformers", "peft", "bitsandbytes"):
+    packages = {"qconv": __version__}
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -27,6 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qconv import __version__
 from qconv.checkpoint import read_json, resolve_folder
 from qconv.config import TrainConfig
 from qconv.corpus import calibration_digest, load_documents, load_tokenizer, pack_tokens
@@ -205,7 +206,7 @@ def _details(config: TrainConfig, folder: Path, data_digest: str, device: str) -
         "data_sha256": data_digest,
         "device": device,
         "hyperparameters": settings,
-        "versions": {name: version(name) for name in ("qconv", "torch", "transformers", *EXTRAS)},
+        "versions": {"qconv": __version__, **{name: version(name) for name in ("torch", "transformers", *EXTRAS)}},
     }
 
 

@@ -1,0 +1,169 @@
+"""Prints how far every kind of output is from base + unmerged adapter, on SmolLM2-135M with a real adapter.
+
+    .venv/bin/python benchmarks/quality.py --out build/quality
+
+The first run builds the model (NF4 and 16-bit) and trains an adapter on all seven linears (90 steps of 8 x 256
+tokens of prose, the setting of the tables in docs/quality.md); later runs reuse them. About 40 minutes on two cores;
+``--rows`` takes a part, e.g. ``--rows gptq,rtn-sym``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qconv import pipeline
+from qconv.config import (
+    CalibrationConfig,
+    MergeJob,
+    QuantizationConfig,
+    TrainConfig,
+    ValidateJob,
+    ValidationConfig,
+)
+from qconv.progress import Progress, quiet_libraries
+
+CALIBRATION = CalibrationConfig(source="default-prose", samples=32, seq_len=512)
+
+
+class Bench:
+    """Assets in one folder, and the rows of the table."""
+
+    def __init__(self, out: Path, tokens: int, device: str):
+        self.out, self.device = out, device
+        self.nf4, self.plain, self.adapter = out / "base-nf4", out / "base-bf16", out / "adapter"
+        self.validation = ValidationConfig(source="default-prose-eval", tokens=tokens)
+
+    def prepare(self) -> None:
+        from qconv.demo_model import build_smollm2
+        from qconv.train import train
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        with quiet_libraries():
+            if not self.nf4.exists():
+                build_smollm2(self.nf4, quantized=True)
+            if not self.plain.exists():
+                build_smollm2(self.plain, quantized=False)
+        if not self.adapter.exists():
+            config = TrainConfig(
+                base=str(self.nf4),
+                out=self.adapter,
+                data="default-prose",
+                steps=90,
+                batch_size=8,
+                seq_len=256,
+                device=self.device,
+            )
+            train(config, Progress(verbosity=1))
+
+    def merge(self, target: str | None = None, dtype: str | None = None, **options: Any) -> dict[str, Any]:
+        """One whole job: adapter to validated artifact."""
+        job = MergeJob(
+            base=str(self.nf4),
+            adapter=str(self.adapter),
+            out=self.out / "candidate",
+            dtype=dtype,
+            quantization=QuantizationConfig(target=target, **options) if target else None,
+            calibration=CALIBRATION,
+            validation=self.validation,
+            device=self.device,
+            overwrite=True,
+        )
+        fidelity = pipeline.run(job).fidelity
+        assert fidelity is not None
+        return dict(fidelity)
+
+    def judge(self, candidate: Path) -> dict[str, Any]:
+        """A folder that somebody else made."""
+        job = ValidateJob(
+            reference=str(self.nf4),
+            adapter=str(self.adapter),
+            candidate=str(candidate),
+            validation=self.validation,
+            device=self.device,
+        )
+        fidelity = pipeline.validate(job).fidelity
+        assert fidelity is not None
+        return dict(fidelity)
+
+    def wrong_base(self) -> dict[str, Any]:
+        """The adapter merged into the original 16-bit weights, as many guides say."""
+        import shutil
+
+        # A copy without the record of training, which would (rightly) refuse this.
+        bare = self.out / "adapter-bare"
+        shutil.rmtree(bare, ignore_errors=True)
+        shutil.copytree(self.adapter, bare)
+        (bare / "qconv-train.json").unlink(missing_ok=True)
+        out = self.out / "wrong-base"
+        job = MergeJob(
+            base=str(self.plain), adapter=str(bare), out=out, trained_on="16bit", validation=None, overwrite=True
+        )
+        pipeline.run(job)
+        return self.judge(out)
+
+    def peft_in_4_bit(self) -> dict[str, Any]:
+        """peft's merge_and_unload on the 4-bit model, as many guides do."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        out = self.out / "peft-4bit"
+        with quiet_libraries():
+            model = AutoModelForCausalLM.from_pretrained(self.nf4)
+            PeftModel.from_pretrained(model, self.adapter).merge_and_unload().save_pretrained(out)
+            AutoTokenizer.from_pretrained(self.nf4).save_pretrained(out)
+        return self.judge(out)
+
+
+def rows(bench: Bench) -> dict[str, tuple[str, Callable[[], dict[str, Any]]]]:
+    merge = bench.merge
+    return {
+        "fp32": ("merged into dequantized NF4, fp32", lambda: merge(dtype="fp32")),
+        "bf16": ("merged into dequantized NF4, bf16", lambda: merge()),
+        "wrong-base": ("merged into the original 16-bit base", bench.wrong_base),
+        "peft-4bit": ("peft merge_and_unload in 4-bit", bench.peft_in_4_bit),
+        "base": ("NF4 base, no adapter", lambda: bench.judge(bench.nf4)),
+        "fp8": ("`--requant fp8`", lambda: merge("fp8")),
+        "gptq": ("`--requant gptq` (4-bit sym)", lambda: merge("gptq")),
+        "w4a16": ("`--requant w4a16` (4-bit sym, gptq)", lambda: merge("w4a16")),
+        "awq": ("`--requant awq` (4-bit asym)", lambda: merge("awq")),
+        "rtn-sym": ("round-to-nearest, 4-bit sym", lambda: merge("w4a16", algorithm="rtn")),
+        "rtn-asym": ("round-to-nearest, 4-bit asym", lambda: merge("awq", algorithm="rtn")),
+        "gptq-asym": ("`--requant gptq --asym`", lambda: merge("gptq", symmetric=False)),
+        "gptq-desc": ("`--requant gptq --desc-act`", lambda: merge("gptq", desc_act=True)),
+        "awq-sym": ("`--requant awq --sym`", lambda: merge("awq", symmetric=True)),
+        "gptq-8bit": ("`--requant gptq --bits 8`", lambda: merge("gptq", bits=8)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/quality"))
+    parser.add_argument("--rows", help="names, separated by commas [default: all]")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.out, arguments.tokens, arguments.device)
+    bench.prepare()
+    table = rows(bench)
+    header = "| candidate | KL mean | 95% interval | KL p99 | top-1 | ppl (reference) | effect retained | seconds |"
+    print(header + "\n|---|---|---|---|---|---|---|---|", flush=True)
+    for name in arguments.rows.split(",") if arguments.rows else table:
+        label, measure = table[name]
+        start = time.monotonic()
+        fidelity = measure()
+        pair = fidelity["candidate"]
+        low, high = pair["kl_mean_interval_95"]
+        print(
+            f"| {label} | {pair['kl_mean']:.5f} | {low:.5f} to {high:.5f} | {pair['kl_p99']:.4f} "
+            f"| {pair['top1_agreement']:.1%} | {pair['perplexity']:.2f} ({fidelity['reference_perplexity']:.2f}) "
+            f"| {fidelity['adapter_effect_retained']['value']:.1%} | {time.monotonic() - start:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
