@@ -108,11 +108,19 @@ class Bench:
     def peft_in_4_bit(self) -> dict[str, Any]:
         """peft's merge_and_unload on the 4-bit model, as many guides do."""
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
         out = self.out / "peft-4bit"
+        # Quantized on load, to the same codes: transformers cannot save a merged model that it loaded in 4 bits.
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
         with quiet_libraries():
-            model = AutoModelForCausalLM.from_pretrained(self.nf4)
+            model = AutoModelForCausalLM.from_pretrained(self.plain, quantization_config=quantization, dtype="auto")
             PeftModel.from_pretrained(model, self.adapter).merge_and_unload().save_pretrained(out)
             AutoTokenizer.from_pretrained(self.nf4).save_pretrained(out)
         return self.judge(out)

@@ -138,15 +138,15 @@ def write_tensors(
             for key, tensor in format_.pack(linear, module, layout.storage).items():
                 writer.write(key, tensor)
         for name, tensor in block.plain.items():
-            writer.write(name, to_storage(name, tensor, layout.storage))
+            writer.write(name, to_storage(f"{view.location}: tensor {name!r}", tensor, layout.storage))
         written |= block.linears.keys() | block.plain.keys()
     rest = [name for name in view.specs() if name not in written]
     for name in progress.track(rest, "write", len(rest)):
-        writer.write(name, to_storage(name, view.read(name), layout.storage))
+        writer.write(name, to_storage(f"{view.location}: tensor {name!r}", view.read(name), layout.storage))
 
 
-def to_storage(name: str, tensor: Tensor, storage: torch.dtype) -> Tensor:
-    """One rounding to the storage dtype.
+def to_storage(where: str, tensor: Tensor, storage: torch.dtype) -> Tensor:
+    """One rounding to the storage dtype; ``where`` names folder and tensor, for messages.
 
     Raises:
         NumericsError: a value overflows the storage dtype or is not finite.
@@ -155,10 +155,15 @@ def to_storage(name: str, tensor: Tensor, storage: torch.dtype) -> Tensor:
         return tensor
     stored = tensor.to(storage)
     if not torch.isfinite(stored).all():
-        worst = float(tensor.abs().max())
+        num_bad = int((~torch.isfinite(tensor)).sum())
+        if num_bad:
+            raise NumericsError(
+                f"{where} has NaN or infinity in {num_bad} of {tensor.numel()} values, in the base or after the merge; "
+                "the file is damaged or training diverged: fetch or save it again"
+            )
         raise NumericsError(
-            f"tensor {name!r} does not fit {storage}: largest magnitude {worst:g}; choose --dtype bf16 or fp32, "
-            "or repair the weights if this is not finite"
+            f"{where} does not fit {storage}: largest magnitude {float(tensor.abs().max()):g}; "
+            "choose --dtype bf16 or fp32"
         )
     return stored
 

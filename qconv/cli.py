@@ -266,8 +266,8 @@ def _merge_job(
     if target is not None:
         names = ("algorithm", "bits", "group_size", "symmetric", "desc_act", "damping")
         quantization = QuantizationConfig(target=target, **{name: options[name] for name in names})
-    elif any(options[name] is not None for name in ("algorithm", "bits", "group_size", "symmetric")):
-        raise errors.UsageError("--algorithm, --bits, --group-size and --sym/--asym belong to --requant")
+    elif options["desc_act"] or any(options[k] is not None for k in ("algorithm", "bits", "group_size", "symmetric")):
+        raise errors.UsageError("--algorithm, --bits, --group-size, --sym/--asym and --desc-act belong to --requant")
     if not validate_it and (options["max_kl"] is not None or options["min_effect"] is not None):
         raise errors.UsageError("--no-validate leaves nothing to gate: drop it, or drop --max-kl and --min-effect")
     return MergeJob(

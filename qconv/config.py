@@ -133,7 +133,7 @@ class QuantizationConfig:
             size = fitting[0] if fitting else None
         if size is None or (size != -1 and any(k % size for k in widths)):
             wanted = "no group size of 128, 64, 32" if size is None else f"group size {size} does not divide"
-            odd = next(k for k in widths if size is None or k % size)
+            odd = next(k for k in widths if k % (size or GROUP_SIZES[-1]))
             raise SchemeError(
                 f"{location}: {wanted}{' divides' if size is None else ''} the {odd} input features of a linear; "
                 f"sizes that would: {', '.join(map(str, [*fitting, -1]))} (-1 = one group per row)"

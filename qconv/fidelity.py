@@ -8,6 +8,7 @@ installed and a 4-bit base, it runs their own kernels; otherwise the base is dec
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,32 +59,45 @@ def measure_fidelity(
 
     Raises:
         CheckpointError: the candidate has another vocabulary or depth, or no tokenizer.
-        UsageError: an adapter gate without an adapter.
         NumericsError: NaN or infinity in either model.
     """
-    if config.min_effect is not None and reference.adapter is None:
-        raise UsageError("--min-effect needs an adapter: the effect retained is measured against the base without it")
-    ids_TS, evaluation = evaluation_tokens(candidate, config)
+    _check_alike(reference, candidate)
+    ids_TS, evaluation = evaluation_tokens(candidate.folder, config)
     others: dict[str, BlockModel] = {"candidate": candidate_model(candidate, device)}
     model, evaluation["reference"] = reference_model(reference, device)
     if reference.adapter is not None:
-        base = StreamedModel(reference.base, device, config_dtype(reference.base.config))
-        if _vocabulary(reference.base) >= _vocabulary(candidate):
-            others["base"] = base
+        if _resizes_vocabulary(reference):
+            evaluation["note"] = "the adapter resizes the vocabulary of the base: effect retained not measured"
         else:
-            evaluation["note"] = "the adapter adds tokens that the base lacks: effect retained not measured"
-            if config.min_effect is not None:
-                raise UsageError("--min-effect: the adapter adds tokens to the vocabulary, the base cannot be compared")
-    _check_alike(model, others["candidate"], candidate)
+            others["base"] = StreamedModel(reference.base, device, config_dtype(reference.base.config))
     rows = max(1, (4096 if device == "cpu" else 16384) // config.seq_len)
     comparison = compare(model, others, ids_TS, rows_per_batch=rows, progress=progress)
     return measure(comparison, evaluation)
 
 
-def evaluation_tokens(candidate: SafetensorsCheckpoint, config: ValidationConfig) -> tuple[Tensor, dict[str, Any]]:
-    """Held-out rows ``[rows, seq_len]`` through the candidate's own tokenizer, and their description."""
+def check_gates(reference: Reference, config: ValidationConfig) -> None:
+    """Refuses a gate that nothing could be measured for; to be asked before the work.
+
+    Raises:
+        UsageError: an adapter gate without an adapter, or with one that resizes the vocabulary.
+    """
+    if config.min_effect is None:
+        return
+    if reference.adapter is None:
+        raise UsageError("--min-effect needs an adapter: the effect retained is measured against the base without it")
+    if _resizes_vocabulary(reference):
+        raise UsageError("--min-effect: the adapter resizes the vocabulary, so the base cannot be compared with it")
+
+
+def evaluation_tokens(folder: Path, config: ValidationConfig) -> tuple[Tensor, dict[str, Any]]:
+    """Held-out rows ``[rows, seq_len]`` through the tokenizer of a folder, and their description.
+
+    Raises:
+        CalibrationError: text that is missing or too short.
+        CheckpointError: no tokenizer.
+    """
     documents = corpus.load_documents(config.source)
-    tokenizer = corpus.load_tokenizer(candidate.folder)
+    tokenizer = corpus.load_tokenizer(folder)
     ids_TS = corpus.pack_tokens(documents, tokenizer, config.rows, config.seq_len, config.seed)
     digest = corpus.calibration_digest(ids_TS)
     return ids_TS, {"source": config.source, "seq_len": config.seq_len, "seed": config.seed, "sha256": digest}
@@ -132,13 +146,19 @@ def _quantize_inputs(modules: frozenset[str]) -> Decorate:
     return decorate
 
 
-def _vocabulary(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.config.get("vocab_size", 0))
+def _merged_config(reference: Reference) -> Mapping[str, Any]:
+    return merge(reference.base, [reference.adapter]).config if reference.adapter else reference.base.config
 
 
-def _check_alike(reference: BlockModel, candidate: BlockModel, checkpoint: Checkpoint) -> None:
-    if reference.num_blocks != candidate.num_blocks:
-        raise CheckpointError(
-            f"{checkpoint.location}: has {candidate.num_blocks} decoder blocks, "
-            f"the reference has {reference.num_blocks}"
-        )
+def _resizes_vocabulary(reference: Reference) -> bool:
+    return _merged_config(reference).get("vocab_size") != reference.base.config.get("vocab_size")
+
+
+def _check_alike(reference: Reference, candidate: Checkpoint) -> None:
+    expected = _merged_config(reference)
+    for key in ("num_hidden_layers", "vocab_size", "hidden_size"):
+        if expected.get(key) != candidate.config.get(key):
+            raise CheckpointError(
+                f"{candidate.location}: config.json has {key} {candidate.config.get(key)}, the reference "
+                f"({reference.source.location}, with its adapter) has {expected.get(key)}; they are different models"
+            )

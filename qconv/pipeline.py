@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +21,8 @@ from qconv.checkpoint import (
 )
 from qconv.config import BNB_KINDS, CalibrationConfig, MergeJob, ValidateJob
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
-from qconv.errors import AdapterError, UsageError
-from qconv.fidelity import Reference, measure_fidelity
+from qconv.errors import AdapterError, CheckpointError, UsageError
+from qconv.fidelity import Reference, check_gates, evaluation_tokens, measure_fidelity
 from qconv.merge import load_adapter, merge
 from qconv.progress import QUIET, Progress
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
@@ -46,6 +47,9 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Report:
     linears = linear_weights(merged) if job.quantization else []
     layout = plan_layout(merged, job.dtype, job.quantization, linears)
     adapter_folder = resolve_folder(job.adapter) if job.adapter else None
+    if job.validation is not None:  # what would fail after the work is asked for before it
+        check_gates(reference, job.validation)
+        evaluation_tokens(tokenizer_folder(source.folder, adapter_folder), job.validation)
     counts: Counter[str] = Counter()
     with CheckpointWriter(job.out, layout.specs, job.max_shard_bytes, job.overwrite) as writer:
         writer.write_json("config.json", layout.config)
@@ -83,7 +87,10 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Report:
     """
     device = resolve_device(job.device)
     reference = load_reference(open_checkpoint(job.reference), job.adapter, job.trained_on)
+    check_gates(reference, job.validation)
     candidate = open_checkpoint(job.candidate)
+    if job.report_dir is not None:
+        _make_folder(job.report_dir)
     fidelity = measure_fidelity(reference, candidate, job.validation, device, progress)
     subject = {
         "reference": job.reference,
@@ -93,10 +100,16 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Report:
     }
     report = Report(subject=subject, fidelity=fidelity, gates=judge(fidelity, job.validation))
     if job.report_dir is not None:
-        job.report_dir.mkdir(parents=True, exist_ok=True)
         (job.report_dir / JSON_NAME).write_text(report.to_json(), encoding="utf-8")
         (job.report_dir / MARKDOWN_NAME).write_text(report.to_markdown(), encoding="utf-8")
     return report
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the report cannot be written there ({error}); choose a folder") from error
 
 
 def load_reference(source: SafetensorsCheckpoint, adapter_source: str | None, trained_on: BnbKind | None) -> Reference:
@@ -190,10 +203,12 @@ def resolve_device(device: str) -> str:
     """``"auto"`` is CUDA where there is one.
 
     Raises:
-        UsageError: CUDA was asked for and there is none.
+        UsageError: CUDA was asked for and there is none, or the device is another one.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device takes cpu, cuda, cuda:N or auto, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA device on this machine; use --device cpu or auto")
     return device

@@ -52,7 +52,7 @@ def quantize_per_channel(
     scales_N1 = torch.empty_like(w_NK[:, :1])
     for rows in row_chunks(w_NK):
         w_nK = w_NK[rows]
-        plain_n1 = w_nK.abs().amax(dim=1, keepdim=True) / FP8_MAX
+        plain_n1 = w_nK.abs().amax(dim=1, keepdim=True) / w_nK.new_tensor(FP8_MAX)
         best_n1 = _round_weight_scale(plain_n1)
         if num_candidates > 1:
             best_loss_n1 = torch.full_like(best_n1, torch.inf)
@@ -88,7 +88,8 @@ def fake_quantize_per_token(x: Tensor, name: str = "activation") -> Tensor:
     """
     check_finite(x, name)
     x_float = x.float()
-    scale = x_float.abs().amax(dim=-1, keepdim=True).div_(FP8_MAX).clamp_min_(MIN_TOKEN_SCALE)
+    # Divided by a tensor: CUDA replaces a division by a number with a product by its rounded reciprocal.
+    scale = x_float.abs().amax(dim=-1, keepdim=True).div_(x_float.new_tensor(FP8_MAX)).clamp_min_(MIN_TOKEN_SCALE)
     return to_fp8(x_float, scale).float().mul_(scale).to(x.dtype)
 
 

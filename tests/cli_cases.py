@@ -1,0 +1,233 @@
+"""Shared by the tests of whole jobs: outputs that are made once, damaged copies of inputs, and independent decoders.
+
+The decoders follow the published layouts element by element, in numpy, and share no code with `qconv.convert`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qconv import corpus, pipeline
+from qconv.config import TARGETS, CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.validate.report import JSON_NAME
+from tests.conftest import TINY_LLAMA
+
+NUM_LINEARS = 28  # seven in each of the four blocks of tiny-llama
+EVAL_TOKENS, SEQ_LEN = 512, 64
+_MADE: dict[tuple[Any, ...], Path] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One cell of the table of outputs."""
+
+    target: str
+    algorithm: str
+    bits: int
+    symmetric: bool | None = None
+    desc_act: bool = False
+
+    def __str__(self) -> str:
+        symmetric = {True: "-sym", False: "-asym", None: ""}[self.symmetric]
+        return f"{self.target}-{self.algorithm}{self.bits}{symmetric}{'-desc_act' if self.desc_act else ''}"
+
+    @property
+    def config(self) -> QuantizationConfig:
+        return QuantizationConfig(**dataclasses.asdict(self))  # type: ignore[arg-type]
+
+
+def all_variants() -> Iterator[Variant]:
+    """Everything that `TARGETS` permits."""
+    for target in TARGETS.values():
+        choices = [None] if target.is_float else [True, False]
+        for algorithm, bits, symmetric in itertools.product(target.algorithms, target.bits, choices):
+            yield Variant(target.name, algorithm, bits, symmetric)
+            if target.format == "gptq" and algorithm == "gptq":
+                yield Variant(target.name, algorithm, bits, symmetric, desc_act=True)
+
+
+VARIANTS = list(all_variants())
+# One of each layout of bytes: what readers and `convert` have to tell apart.
+LAYOUTS = [
+    Variant("gptq", "rtn", 4, True),
+    Variant("gptq", "rtn", 8, False),
+    Variant("gptq", "gptq", 4, False, desc_act=True),
+    Variant("awq", "rtn", 4, True),
+    Variant("awq", "rtn", 4, False),
+    Variant("w4a16", "rtn", 4, True),
+    Variant("w4a16", "rtn", 4, False),
+    Variant("w4a16", "rtn", 8, True),
+    Variant("fp8", "fp8", 8),
+]
+
+
+def small_texts(factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A calibration and an evaluation file: the first documents of the embedded text."""
+    if ("texts",) not in _MADE:
+        folder = factory.mktemp("texts")
+        for name, source in (("calibration.txt", "default"), ("evaluation.txt", "default-eval")):
+            (folder / name).write_text("\n\n".join(corpus.load_documents(source)[:2]), encoding="utf-8")
+        _MADE[("texts",)] = folder
+    folder = _MADE[("texts",)]
+    return folder / "calibration.txt", folder / "evaluation.txt"
+
+
+def job(factory: pytest.TempPathFactory, out: Path, base: Path, adapter: Path | None = None, **more: Any) -> MergeJob:
+    """A job on a few hundred tokens."""
+    calibration, evaluation = small_texts(factory)
+    options: dict[str, Any] = {
+        "calibration": CalibrationConfig(source=str(calibration), samples=8, seq_len=SEQ_LEN),
+        "validation": ValidationConfig(source=str(evaluation), tokens=EVAL_TOKENS, seq_len=SEQ_LEN),
+        "device": "cpu",
+    }
+    source = None if adapter is None else str(adapter)
+    return MergeJob(base=str(base), adapter=source, out=out, **(options | more))
+
+
+def made(
+    factory: pytest.TempPathFactory, base: Path, adapter: Path, variant: Variant | None, dtype: str | None = None
+) -> Path:
+    """The output for a `Variant`, or a plain one; made once in a test run, so never change it."""
+    key = (variant, dtype, base, adapter)
+    if key not in _MADE:
+        out = factory.mktemp("out") / str(variant or "plain")
+        quantization = None if variant is None else variant.config
+        pipeline.run(job(factory, out, base, adapter, quantization=quantization, dtype=dtype))
+        _MADE[key] = out
+    return _MADE[key]
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+    return report
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder through the safetensors library."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def damaged(source: Path, folder: Path, edit: Callable[[dict[str, Tensor]], None], **config: Any) -> Path:
+    """A copy of a model or adapter folder with edited tensors, and config keys set (or, with None, removed)."""
+    shutil.copytree(source, folder)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    edit(tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, weights, metadata={"format": "pt"})
+    set_config(folder, **config)
+    return folder
+
+
+def set_config(folder: Path, **config: Any) -> None:
+    name = "adapter_config.json" if (folder / "adapter_config.json").exists() else "config.json"
+    content = json.loads((folder / name).read_text()) | config
+    (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def evaluation_ids(factory: pytest.TempPathFactory) -> Tensor:
+    """The token rows that `job` validates on, ``[rows, SEQ_LEN]``."""
+    _, evaluation = small_texts(factory)
+    tokenizer = corpus.load_tokenizer(TINY_LLAMA)
+    return corpus.pack_tokens(
+        corpus.load_documents(str(evaluation)), tokenizer, EVAL_TOKENS // SEQ_LEN, SEQ_LEN, seed=0
+    )
+
+
+def mean_kl(reference_BSV: Tensor, candidate_BSV: Tensor) -> float:
+    """KL(reference || candidate) in nats over all positions that have a next token, in float64."""
+
+    def log_softmax(logits: Tensor) -> np.ndarray:
+        x = logits[:, :-1].float().numpy().astype(np.float64)
+        x -= x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    p, q = log_softmax(reference_BSV), log_softmax(candidate_BSV)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def bitsandbytes_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a 4-bit folder as bitsandbytes itself dequantizes it, under its parameter name."""
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return {
+        name: dequantize_4bit(p.data, p.quant_state) if hasattr(p, "quant_state") else p.data
+        for name, p in model.named_parameters()
+    }
+
+
+def whole_model(weights: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A transformers model with the architecture of tiny-llama and these weights, cast once."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY_LLAMA), dtype=dtype)
+    missing, unexpected = model.load_state_dict({n: t.to(dtype) for n, t in weights.items()}, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    return model.eval()
+
+
+def logits_of(model: nn.Module, ids_BS: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(ids_BS).logits
+    return logits
+
+
+def decoded_weights(folder: Path) -> dict[str, Tensor]:
+    """All logical weights of a GPTQ or AWQ folder, decoded here; float32."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    tensors = stored_tensors(folder)
+    decode = {"gptq": decode_gptq, "awq": decode_awq}[config["quant_method"]]
+    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    weights = {f"{module}.weight": torch.from_numpy(decode(tensors, module, config)) for module in modules}
+    plain = {name: t.float() for name, t in tensors.items() if name.rpartition(".")[0] not in modules}
+    return weights | plain
+
+
+def decode_gptq(tensors: Mapping[str, Tensor], module: str, config: Mapping[str, Any]) -> np.ndarray:
+    """AutoGPTQ's layout, version 1: words along K, zero points along N and stored minus one."""
+    assert config["checkpoint_format"] == "gptq"
+    bits = config["bits"]
+    words = tensors[f"{module}.qweight"].numpy().view(np.uint32)  # [K * bits / 32, N]
+    zero_words = tensors[f"{module}.qzeros"].numpy().view(np.uint32)  # [G, N * bits / 32]
+    scales = tensors[f"{module}.scales"].numpy().astype(np.float32)  # [G, N]
+    group = tensors[f"{module}.g_idx"].numpy()  # [K]
+    per_word, mask = 32 // bits, 2**bits - 1
+    codes = np.empty((words.shape[0] * per_word, words.shape[1]), dtype=np.int64)
+    zeros = np.empty(scales.shape, dtype=np.int64)
+    for position in range(per_word):
+        codes[position::per_word] = (words >> np.uint32(position * bits)) & mask
+        zeros[:, position::per_word] = ((zero_words >> np.uint32(position * bits)) & mask) + 1
+    weight_KN = (codes - zeros[group]).astype(np.float32) * scales[group]
+    return np.ascontiguousarray(weight_KN.T)
+
+
+def decode_awq(tensors: Mapping[str, Tensor], module: str, config: Mapping[str, Any]) -> np.ndarray:
+    """AutoAWQ's gemm layout: words along N, nibble i holding column (0, 2, 4, 6, 1, 3, 5, 7)[i]."""
+    assert (config["version"], config["bits"]) == ("gemm", 4)
+    scales = tensors[f"{module}.scales"].numpy().astype(np.float32)  # [G, N]
+
+    def unpack(name: str) -> np.ndarray:
+        words = tensors[f"{module}.{name}"].numpy().view(np.uint32)
+        values = np.empty((words.shape[0], words.shape[1] * 8), dtype=np.int64)
+        for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            values[:, column::8] = (words >> np.uint32(4 * nibble)) & 15
+        return values
+
+    codes, zeros = unpack("qweight"), unpack("qzeros")  # [K, N], [G, N]
+    group = np.arange(codes.shape[0]) // config["group_size"]
+    weight_KN = (codes - zeros[group]).astype(np.float32) * scales[group]
+    return np.ascontiguousarray(weight_KN.T)
