@@ -107,8 +107,8 @@ class Bench:
 
     def peft_in_4_bit(self) -> dict[str, Any]:
         """peft's merge_and_unload on the 4-bit model, as many guides do."""
-        from peft import PeftModel
         import torch
+        from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
         out = self.out / "peft-4bit"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -323,6 +325,9 @@ def _finish(report: Report, out: Path | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: turns every error into a message on stderr and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if threading.current_thread() is threading.main_thread():
+        # A cancelled CI job sends SIGTERM: clean up as for ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli.main(args=arguments, standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -145,6 +145,7 @@ class QuantizationConfig:
             group_size=size,
             symmetric=bool(symmetric),
             activation_order=self.resolved_algorithm == "gptq",
+            min_zero=1 if target.format == "gptq" and not symmetric else 0,
         )
 
 

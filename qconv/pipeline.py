@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from qconv import __version__, corpus
+from qconv import corpus
+from qconv.account import describe_plan, environment, stages, subject
 from qconv.assemble import Layout, plan_layout, write_tensors
 from qconv.checkpoint import (
     SafetensorsCheckpoint,
     open_checkpoint,
     resolve_folder,
 )
-from qconv.config import BNB_KINDS, CalibrationConfig, MergeJob, ValidateJob
+from qconv.config import BNB_KINDS, MergeJob, ValidateJob
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
 from qconv.errors import AdapterError, CheckpointError, UsageError
 from qconv.fidelity import Reference, check_gates, evaluation_tokens, measure_fidelity
@@ -40,6 +38,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Report:
         QconvError: any of its kinds; see `errors`.
     """
     check_output(job.out, job.overwrite)
+    _check_not_input(job)
     device = resolve_device(job.device)
     source = open_checkpoint(job.base, job.revision)
     reference = load_reference(source, job.adapter, job.trained_on)
@@ -50,6 +49,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Report:
     if job.validation is not None:  # what would fail after the work is asked for before it
         check_gates(reference, job.validation)
         evaluation_tokens(tokenizer_folder(source.folder, adapter_folder), job.validation)
+    for line in describe_plan(job, reference, layout):
+        progress.say(line)
     counts: Counter[str] = Counter()
     with CheckpointWriter(job.out, layout.specs, job.max_shard_bytes, job.overwrite) as writer:
         writer.write_json("config.json", layout.config)
@@ -62,11 +63,12 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Report:
         writer.finish_tensors()
         fidelity = None
         if job.validation is not None:
+            progress.say(f"validating on {job.validation.tokens} tokens of {job.validation.source}")
             stored = open_checkpoint(writer.partial)
             fidelity = measure_fidelity(reference, stored, job.validation, device, progress)
         report = Report(
-            subject=_subject(job, reference, device),
-            stages=_stages(job, reference, merged, layout, calibration, counts),
+            subject=subject(job, device),
+            stages=stages(job, reference, merged, layout, calibration, counts),
             fidelity=fidelity,
             gates=judge(fidelity, job.validation) if fidelity and job.validation else [],
         )
@@ -92,13 +94,13 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Report:
     if job.report_dir is not None:
         _make_folder(job.report_dir)
     fidelity = measure_fidelity(reference, candidate, job.validation, device, progress)
-    subject = {
+    compared = {
         "reference": job.reference,
         "adapter": job.adapter,
         "candidate": job.candidate,
-        "environment": _environment(device),
+        "environment": environment(device),
     }
-    report = Report(subject=subject, fidelity=fidelity, gates=judge(fidelity, job.validation))
+    report = Report(subject=compared, fidelity=fidelity, gates=judge(fidelity, job.validation))
     if job.report_dir is not None:
         (job.report_dir / JSON_NAME).write_text(report.to_json(), encoding="utf-8")
         (job.report_dir / MARKDOWN_NAME).write_text(report.to_markdown(), encoding="utf-8")
@@ -110,6 +112,12 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written there ({error}); choose a folder") from error
+
+
+def _check_not_input(job: MergeJob) -> None:
+    for source in (job.base, job.adapter):
+        if source is not None and Path(source).exists() and Path(source).resolve() == job.out.resolve():
+            raise UsageError(f"-o {job.out} is an input of this run; choose another output folder")
 
 
 def load_reference(source: SafetensorsCheckpoint, adapter_source: str | None, trained_on: BnbKind | None) -> Reference:
@@ -212,65 +220,3 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA device on this machine; use --device cpu or auto")
     return device
-
-
-def _subject(job: MergeJob, reference: Reference, device: str) -> dict[str, Any]:
-    return {
-        "base": job.base,
-        "adapter": job.adapter,
-        "target": job.quantization.target if job.quantization else "plain",
-        "out": str(job.out),
-        "environment": _environment(device),
-    }
-
-
-def _environment(device: str) -> dict[str, str]:
-    packages = {"qconv": __version__}
-    for name in ("torch", "transformers", "peft", "bitsandbytes"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
-    hardware = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {**packages, "python": platform.python_version(), "device": f"{device} ({hardware})"}
-
-
-def _stages(
-    job: MergeJob,
-    reference: Reference,
-    merged: Checkpoint,
-    layout: Layout,
-    calibration: torch.Tensor | None,
-    counts: Counter[str],
-) -> dict[str, Any]:
-    stages: dict[str, Any] = {}
-    if reference.adapter is not None:
-        stages["merge"] = {
-            "weights changed by a low-rank update": len(reference.adapter.deltas),
-            "tensors replaced whole": len(reference.adapter.replacements),
-            "notes": list(getattr(merged, "notes", ())),
-        }
-    if job.quantization is not None and layout.scheme is not None:
-        scheme = layout.scheme
-        stages["quantization"] = {
-            "format": layout.format,
-            "algorithm": job.quantization.resolved_algorithm,
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "symmetric": scheme.symmetric,
-            "linears quantized": len(layout.quantized),
-            **dict(sorted(counts.items())),
-        }
-    if calibration is not None:
-        stages["calibration"] = _describe(job.calibration, calibration)
-    return stages
-
-
-def _describe(config: CalibrationConfig, rows: torch.Tensor) -> dict[str, Any]:
-    return {
-        "source": config.source,
-        "samples": config.samples,
-        "seq_len": config.seq_len,
-        "seed": config.seed,
-        "sha256": corpus.calibration_digest(rows),
-    }

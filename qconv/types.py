@@ -76,6 +76,8 @@ class Scheme:
         activation_order: columns were quantized in order of decreasing activation power
             (GPTQ "act-order"); groups are then either static or named by a group index.
         dynamic_activations: the engine quantizes inputs to float8 per token at run time.
+        min_zero: smallest zero point of an asymmetric scheme; 1 for the GPTQ v1 layout, which stores
+            zero - 1 and whose readers disagree on what a stored -1 means.
     """
 
     kind: Literal["int", "float"] = "int"
@@ -84,6 +86,7 @@ class Scheme:
     symmetric: bool = True
     activation_order: bool = False
     dynamic_activations: bool = False
+    min_zero: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
         if self.kind == "float" and (self.bits != 8 or not self.symmetric):

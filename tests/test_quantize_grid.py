@@ -214,3 +214,21 @@ def test_a_given_grid_is_used_as_it_is() -> None:
     assert torch.equal(whole.codes_NK, rtn(w, scheme, "w").codes_NK)
     with pytest.raises(ValueError, match="grid"):
         rtn(w, scheme, "w", mse=True, grid=grid_of_range(low, high, scheme))
+
+
+@pytest.mark.parametrize("searched", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_min_zero_keeps_zero_points_off_zero(bits: int, searched: bool) -> None:
+    """GPTQ v1 stores zero - 1: groups without a negative weight must still get a zero point of 1 or more."""
+    w = weight()
+    w[:4] = w[:4].abs() + 0.01
+    w[4] = 0
+    scheme = Scheme(bits=bits, group_size=64, symmetric=False, min_zero=1)
+    q = rtn(w, scheme, "w", mse=searched)
+    assert q.zeros_NG is not None
+    assert int(q.zeros_NG.min()) == 1
+    error = groups_of((q.dequantize() - w).abs(), 64).amax(-1)
+    if not searched:
+        # half a step, half for the rounded zero point, half for the rounded scale at 255 steps from zero
+        assert bool((error <= 1.51 * q.scales_NG).all())
+    assert int(rtn(w, Scheme(bits=bits, group_size=64, symmetric=False), "w").zeros_NG.min()) == 0  # type: ignore[union-attr]

@@ -81,7 +81,8 @@ def quantize_blocks(
         if request.config.resolved_algorithm == "awq":
             changed = _fold(model, tensors, statistics, prefix, request)
         weights = {name: tensors[name].float() for name in names}
-        linears = solve(weights, statistics, prefix, request.config, request.scheme, request.counts)
+        where = f"{model.view.location}: {prefix}"
+        linears = solve(weights, statistics, where, request.config, request.scheme, request.counts)
         if batches is not None and index + 1 < model.num_blocks:
             stored = {name: tensor.to(request.storage) for name, tensor in tensors.items()}
             stored |= {name: linear.dequantize() for name, linear in linears.items()}

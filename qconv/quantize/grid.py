@@ -114,9 +114,11 @@ def grid_of_range(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
         scale = torch.maximum(-low, high) / (scheme.max_code / 2)
         scale = torch.where(scale == 0, 1.0, round_scale(scale))
         return Grid(scale, torch.full_like(scale, scheme.mid_code))
+    if scheme.min_zero:  # room below zero for the codes that no weight needs
+        low = torch.minimum(low, -high / (scheme.max_code - 1))
     scale = (high - low) / scheme.max_code
     scale = torch.where(scale == 0, 1.0, round_scale(scale))
-    zero = torch.round(-low / scale).clamp_(0, scheme.max_code)
+    zero = torch.round(-low / scale).clamp_(scheme.min_zero, scheme.max_code)
     return Grid(scale, zero)
 
 

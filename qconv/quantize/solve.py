@@ -28,12 +28,12 @@ FP8_CANDIDATES = 16  # scales tried per channel: 8% less KL on SmolLM2-135M than
 def solve(
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, Statistics],
-    prefix: str,
+    where: str,
     config: QuantizationConfig,
     scheme: Scheme,
     counts: Counter[str],
 ) -> dict[str, QuantizedLinear]:
-    """Quantizes the float32 weights ``[N, K]`` of one block; names are local, ``prefix`` makes them full.
+    """Quantizes the float32 weights ``[N, K]`` of one block; names are local, ``where`` completes them in messages.
 
     Raises:
         NumericsError: NaN or infinity, or a Gram matrix that no damping makes positive definite.
@@ -41,28 +41,28 @@ def solve(
     match config.resolved_algorithm:
         case "fp8":
             return {
-                name: quantize_per_channel(w, scheme, prefix + name, num_candidates=FP8_CANDIDATES)
+                name: quantize_per_channel(w, scheme, where + name, num_candidates=FP8_CANDIDATES)
                 for name, w in weights.items()
             }
         case "rtn":
-            return {name: rtn(w, scheme, prefix + name) for name, w in weights.items()}
+            return {name: rtn(w, scheme, where + name) for name, w in weights.items()}
         case "awq":
-            return {name: _clipped(name, w, statistics, prefix, scheme) for name, w in weights.items()}
+            return {name: _clipped(name, w, statistics, where, scheme) for name, w in weights.items()}
         case "gptq":
-            return _gptq(weights, statistics, prefix, config, scheme, counts)
+            return _gptq(weights, statistics, where, config, scheme, counts)
 
 
 def _clipped(
-    name: str, w_NK: Tensor, statistics: Mapping[str, Statistics], prefix: str, scheme: Scheme
+    name: str, w_NK: Tensor, statistics: Mapping[str, Statistics], where: str, scheme: Scheme
 ) -> QuantizedLinear:
     grid = search_block_grid(w_NK, statistics[name].gram_KK, scheme)
-    return rtn(w_NK, scheme, prefix + name, grid=grid)
+    return rtn(w_NK, scheme, where + name, grid=grid)
 
 
 def _gptq(
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, Statistics],
-    prefix: str,
+    where: str,
     config: QuantizationConfig,
     scheme: Scheme,
     counts: Counter[str],
@@ -72,7 +72,7 @@ def _gptq(
         shared.setdefault(id(statistics[name]), []).append(name)
     result: dict[str, QuantizedLinear] = {}
     for names in shared.values():
-        label = prefix + " + ".join(names)
+        label = where + " + ".join(names)
         stacked_NK = torch.cat([weights[name] for name in names])
         gram_KK = statistics[names[0]].gram_KK
         order_K = torch.argsort(gram_KK.diagonal(), descending=True, stable=True) if config.desc_act else None

@@ -1,0 +1,103 @@
+"""What a run says about itself: its plan on the terminal, and the report's account of each stage."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from qconv import __version__, corpus
+from qconv.assemble import Layout
+from qconv.config import CalibrationConfig, MergeJob
+from qconv.fidelity import Reference
+from qconv.types import Checkpoint
+
+
+def describe_plan(job: MergeJob, reference: Reference, layout: Layout) -> Iterator[str]:
+    """What is about to happen, for the terminal."""
+    if reference.adapter is not None:
+        replaced = len(reference.adapter.replacements)
+        yield (
+            f"merging {len(reference.adapter.deltas)} low-rank updates and {replaced} whole tensors into {job.base}, "
+            f"as training saw it ({reference.kind})"
+        )
+    if job.quantization is not None and layout.scheme is not None:
+        scheme = layout.scheme
+        group = "row" if scheme.group_size == -1 else str(scheme.group_size)
+        kind = (
+            "float8"
+            if scheme.kind == "float"
+            else f"{scheme.bits}-bit {'symmetric' if scheme.symmetric else 'asymmetric'}"
+        )
+        yield (
+            f"quantizing {len(layout.quantized)} linears to {job.quantization.target}: {kind}, group {group}, "
+            f"by {job.quantization.resolved_algorithm}"
+        )
+    size = sum(spec.num_bytes for spec in layout.specs)
+    yield f"writing {size / 1e6:.0f} MB to {job.out}"
+
+
+def subject(job: MergeJob, device: str) -> dict[str, Any]:
+    return {
+        "base": job.base,
+        "adapter": job.adapter,
+        "target": job.quantization.target if job.quantization else "plain",
+        "out": str(job.out),
+        "environment": environment(device),
+    }
+
+
+def environment(device: str) -> dict[str, str]:
+    packages = {"qconv": __version__}
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    hardware = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {**packages, "python": platform.python_version(), "device": f"{device} ({hardware})"}
+
+
+def stages(
+    job: MergeJob,
+    reference: Reference,
+    merged: Checkpoint,
+    layout: Layout,
+    calibration: torch.Tensor | None,
+    counts: Counter[str],
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    if reference.adapter is not None:
+        result["merge"] = {
+            "weights changed by a low-rank update": len(reference.adapter.deltas),
+            "tensors replaced whole": len(reference.adapter.replacements),
+            "notes": list(getattr(merged, "notes", ())),
+        }
+    if job.quantization is not None and layout.scheme is not None:
+        scheme = layout.scheme
+        result["quantization"] = {
+            "format": layout.format,
+            "algorithm": job.quantization.resolved_algorithm,
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "symmetric": scheme.symmetric,
+            "linears quantized": len(layout.quantized),
+            **dict(sorted(counts.items())),
+        }
+    if calibration is not None:
+        result["calibration"] = _describe(job.calibration, calibration)
+    return result
+
+
+def _describe(config: CalibrationConfig, rows: torch.Tensor) -> dict[str, Any]:
+    return {
+        "source": config.source,
+        "samples": config.samples,
+        "seq_len": config.seq_len,
+        "seed": config.seed,
+        "sha256": corpus.calibration_digest(rows),
+    }
