@@ -325,6 +325,8 @@ def _finish(report: Report, out: Path | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: turns every error into a message on stderr and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries; read when tqdm is imported
     if threading.current_thread() is threading.main_thread():
         # A cancelled CI job sends SIGTERM: clean up as for ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)

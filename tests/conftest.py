@@ -49,6 +49,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """GPU tests are run by `pytest -m gpu`; all others compute on the CPU, also where there is a GPU.
+
+    transformers would otherwise put every 4-bit model on the GPU by itself.
+    """
+    expression = config.getoption("markexpr", "")
+    if "gpu" not in expression or "not gpu" in expression:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not any(item.get_closest_marker("gpu") for item in items):
         return
@@ -58,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and pytest -m gpu; torch sees none"))
 
 
 @pytest.fixture(scope="session")

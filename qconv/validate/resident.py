@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qconv.progress import quiet_libraries
 from qconv.streaming import BlockModel, find_blocks
 from qconv.types import BnbKind
 
@@ -64,9 +65,10 @@ def load_resident(base: Path, adapter: Path | None, kind: BnbKind, is_quantized:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if is_quantized else {"quantization_config": bnb_config(base, kind)}
-    model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", device_map={"": device}, **options)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+    with quiet_libraries():
+        model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", device_map={"": device}, **options)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
     return ResidentModel(model.eval(), device)
 
 

@@ -1,0 +1,77 @@
+"""The whole job on a GPU against the same job on the CPU, and the reference that only a GPU can run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qconv import pipeline
+from qconv.checkpoint import open_checkpoint
+from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.convert import dequantize
+from qconv.fidelity import reference_model, streamed_reference
+from qconv.records import write_train_record
+from qconv.validate.compare import compare
+
+pytestmark = pytest.mark.gpu
+
+
+def run(base: Path, adapter: Path, out: Path, device: str, target: str | None, **options: Any) -> dict[str, Any]:
+    job = MergeJob(
+        base=str(base),
+        adapter=str(adapter),
+        out=out,
+        quantization=QuantizationConfig(target=target) if target else None,
+        calibration=CalibrationConfig(source="default", samples=16, seq_len=128),
+        validation=ValidationConfig(tokens=8192, seq_len=128),
+        device=device,
+        **options,
+    )
+    fidelity = pipeline.run(job).fidelity
+    assert fidelity is not None
+    return dict(fidelity)
+
+
+@pytest.mark.parametrize("target", [None, "fp8", "awq", "gptq", "w4a16"])
+def test_the_gpu_gives_what_the_cpu_gives(
+    tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path, target: str | None
+) -> None:
+    cpu = run(tiny_nf4, tiny_adapter, tmp_path / "cpu", "cpu", target)
+    cuda = run(tiny_nf4, tiny_adapter, tmp_path / "cuda", "cuda", target)
+    assert "bitsandbytes and peft kernels" in cuda["evaluation"]["reference"]
+    assert "decoded by qconv" in cpu["evaluation"]["reference"]
+    # A plain merge has nothing but the noise of bfloat16 arithmetic to measure, about 2e-4 here.
+    assert cuda["candidate"]["kl_mean"] == pytest.approx(cpu["candidate"]["kl_mean"], rel=0.05, abs=2e-4)
+    assert cuda["reference_perplexity"] == pytest.approx(cpu["reference_perplexity"], rel=2e-3)
+    if target in ("awq", "gptq", "w4a16"):
+        return  # calibrated codes follow the last bits of the activations; what must agree is the distance above
+    stored = {device: dequantize(open_checkpoint(tmp_path / device)) for device in ("cpu", "cuda")}
+    for name in stored["cpu"].specs():
+        a, b = (stored[device].read(name).float() for device in ("cpu", "cuda"))
+        assert float((a - b).norm() / a.norm().clamp_min(1e-9)) < 1e-6
+
+
+def test_streamed_reference_agrees_with_bitsandbytes_kernels(tiny_nf4: Path, tiny_adapter: Path) -> None:
+    reference = pipeline.load_reference(open_checkpoint(tiny_nf4), str(tiny_adapter), None)
+    resident, how = reference_model(reference, "cuda")
+    assert how.startswith("bitsandbytes and peft kernels")
+    ids_TS = torch.randint(2048, (8, 128))
+    result = compare(resident, {"candidate": streamed_reference(reference, "cuda")}, ids_TS, rows_per_batch=4)
+    assert result.pairs["candidate"].kl_mean < 2e-4
+
+
+def test_a_16_bit_base_is_rounded_as_bitsandbytes_rounds_on_a_gpu(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """The reference quantizes on load with bitsandbytes' CUDA kernels; the merge re-creates their rounding."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny_adapter, adapter)
+    write_train_record(adapter, "nf4-dq", str(tiny_llama), "cuda")
+    fidelity = run(tiny_llama, adapter, tmp_path / "out", "cuda", None, dtype="fp32")
+    assert "bitsandbytes and peft kernels" in fidelity["evaluation"]["reference"]
+    assert fidelity["candidate"]["kl_mean"] < 2e-4
+    assert fidelity["adapter_effect_retained"]["value"] > 0.98
