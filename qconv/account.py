@@ -12,9 +12,25 @@ import torch
 
 from qconv import __version__, corpus
 from qconv.assemble import Layout
-from qconv.config import CalibrationConfig, MergeJob
+from qconv.config import TARGETS, CalibrationConfig, MergeJob, QuantizationConfig
 from qconv.fidelity import Reference
-from qconv.types import Checkpoint
+from qconv.types import Checkpoint, Scheme
+
+
+def reader_notes(quantization: QuantizationConfig, scheme: Scheme) -> list[str]:
+    """What maintained engines are known not to load, although the format holds it."""
+    notes = []
+    if quantization.target == "gptq" and not scheme.symmetric:
+        notes.append(
+            "current vLLM releases refuse asymmetric GPTQ; --requant awq --algorithm gptq holds the same numbers for it"
+        )
+    if quantization.target == "w4a16" and not scheme.symmetric:
+        notes.append("asymmetric pack-quantized weights load in vLLM, and not in every transformers release")
+        if scheme.bits == 8:
+            notes.append("vLLM's and SGLang's Marlin kernels take zero points with 4 bits only")
+    if scheme.kind == "int" and scheme.group_size not in (-1, 32, 64, 128):
+        notes.append(f"Marlin kernels know group sizes -1, 32, 64 and 128, not {scheme.group_size}")
+    return notes
 
 
 def describe_plan(job: MergeJob, reference: Reference, layout: Layout) -> Iterator[str]:
@@ -37,6 +53,7 @@ def describe_plan(job: MergeJob, reference: Reference, layout: Layout) -> Iterat
             f"quantizing {len(layout.quantized)} linears to {job.quantization.target}: {kind}, group {group}, "
             f"by {job.quantization.resolved_algorithm}"
         )
+        yield from (f"note: {note}" for note in reader_notes(job.quantization, scheme))
     size = sum(spec.num_bytes for spec in layout.specs)
     yield f"writing {size / 1e6:.0f} MB to {job.out}"
 
@@ -86,6 +103,8 @@ def stages(
             "group_size": scheme.group_size,
             "symmetric": scheme.symmetric,
             "linears quantized": len(layout.quantized),
+            "read by": TARGETS[job.quantization.target].readers,
+            "notes on readers": reader_notes(job.quantization, scheme),
             **dict(sorted(counts.items())),
         }
     if calibration is not None:

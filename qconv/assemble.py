@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qconv.config import TARGETS, QuantizationConfig
 from qconv.convert import FORMATS
 from qconv.errors import CheckpointError, NumericsError, SchemeError
 from qconv.progress import Progress
 from qconv.quantize.blocks import QuantizedBlock
+from qconv.streaming import build_skeleton
 from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
 from qconv.writer import CheckpointWriter
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# A dtype under its old name, the source's quantization, and code files that do not travel.
+_DROPPED = ("torch_dtype", "quantization_config", "auto_map")
 _CONFIG_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -48,8 +51,8 @@ class Layout:
 
 
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype a model is stored and run in, from its config.json (bfloat16 when it does not say)."""
-    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    """The dtype a model is stored and run in; `open_checkpoint` fills it in where config.json does not say."""
+    name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
     if dtype is None:
         raise CheckpointError(f"config.json: expected dtype bfloat16, float16 or float32, found {name!r}")
@@ -65,7 +68,7 @@ def plan_layout(
         SchemeError: the scheme fits not every linear; names the first and the sizes that would fit.
     """
     storage = PLAIN[dtype] if dtype else config_dtype(view.config)
-    config = {key: value for key, value in view.config.items() if key not in ("torch_dtype", "quantization_config")}
+    config = {key: value for key, value in view.config.items() if key not in _DROPPED}
     config["dtype"] = _CONFIG_NAMES[storage]
     if quantization is None:
         specs = [_stored_spec(spec, storage) for spec in view.specs().values()]
@@ -105,9 +108,11 @@ def _plan_quantized(
         format_.check_shapes(module, n, k, scheme)
         packed = format_.pack(_meta_linear(n, k, scheme, quantization.desc_act), module, storage)
         specs += [TensorSpec(name=key, shape=tuple(t.shape), dtype=t.dtype) for key, t in packed.items()]
-    modules = [name.removesuffix(".weight") for name in linears]
     config["quantization_config"] = format_.quantization_config(
-        scheme, quantized_modules=modules, ignored_modules=["lm_head"], has_group_index=quantization.desc_act
+        scheme,
+        quantized_modules=[name.removesuffix(".weight") for name in linears],
+        ignored_modules=_other_linears(view, linears),
+        has_group_index=quantization.desc_act,
     )
     return Layout(
         specs=specs,
@@ -118,6 +123,12 @@ def _plan_quantized(
         config=config,
         extra_files=format_.extra_files(config["quantization_config"]),
     )
+
+
+def _other_linears(view: Checkpoint, linears: Collection[str]) -> list[str]:
+    """Linears that stay unquantized: readers would otherwise expect packed tensors for them."""
+    modules = build_skeleton(view, torch.bfloat16).named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and f"{name}.weight" not in linears]
 
 
 def write_tensors(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -126,6 +127,22 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Safetens
     """
     folder = resolve_folder(source, revision)
     config = read_json(folder / "config.json", "a model folder has a config.json")
+    checkpoint = _open_weights(folder, config)
+    if not config.get("dtype") and not config.get("torch_dtype"):
+        config["dtype"] = _common_dtype(checkpoint)
+    return checkpoint
+
+
+def _common_dtype(checkpoint: SafetensorsCheckpoint) -> str:
+    """The floating-point dtype of most elements, for a config.json that does not name one."""
+    counts = Counter[torch.dtype]()
+    for spec in checkpoint.specs().values():
+        if spec.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            counts[spec.dtype] += prod(spec.shape)
+    return str(counts.most_common(1)[0][0] if counts else torch.bfloat16).removeprefix("torch.")
+
+
+def _open_weights(folder: Path, config: dict[str, Any]) -> SafetensorsCheckpoint:
     index_file = folder / INDEX_NAME
     if index_file.exists():
         weight_map = read_json(index_file, "").get("weight_map")

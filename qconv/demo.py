@@ -11,7 +11,7 @@ from qconv.demo_model import build_smollm2
 from qconv.progress import Progress, quiet_libraries
 from qconv.train import train
 from qconv.validate.report import JSON_NAME, MARKDOWN_NAME, Report
-from qconv.writer import check_output
+from qconv.work_folder import check_output
 
 
 def run_demo(out: Path, target: str, steps: int, device: str, progress: Progress) -> Report:

@@ -11,7 +11,7 @@ import torch
 
 from qconv import corpus
 from qconv.account import describe_plan, environment, stages, subject
-from qconv.assemble import Layout, plan_layout, write_tensors
+from qconv.assemble import Layout, config_dtype, plan_layout, write_tensors
 from qconv.checkpoint import (
     SafetensorsCheckpoint,
     open_checkpoint,
@@ -28,7 +28,8 @@ from qconv.side_files import side_files, tokenizer_folder
 from qconv.streaming import StreamedModel, linear_weights
 from qconv.types import Adapter, BnbKind, Checkpoint
 from qconv.validate.report import JSON_NAME, MARKDOWN_NAME, Report, judge
-from qconv.writer import CheckpointWriter, check_output
+from qconv.work_folder import check_inputs, check_output
+from qconv.writer import CheckpointWriter
 
 
 def run(job: MergeJob, progress: Progress = QUIET) -> Report:
@@ -38,7 +39,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Report:
         QconvError: any of its kinds; see `errors`.
     """
     check_output(job.out, job.overwrite)
-    _check_not_input(job)
+    check_inputs(job.out, [job.base, job.adapter])
     device = resolve_device(job.device)
     source = open_checkpoint(job.base, job.revision)
     reference = load_reference(source, job.adapter, job.trained_on)
@@ -46,9 +47,9 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Report:
     linears = linear_weights(merged) if job.quantization else []
     layout = plan_layout(merged, job.dtype, job.quantization, linears)
     adapter_folder = resolve_folder(job.adapter) if job.adapter else None
-    if job.validation is not None:  # what would fail after the work is asked for before it
-        check_gates(reference, job.validation)
-        evaluation_tokens(tokenizer_folder(source.folder, adapter_folder), job.validation)
+    tokenizer = tokenizer_folder(source.folder, adapter_folder)
+    _check_before_work(job, reference, merged, tokenizer)
+    calibration = _calibration_rows(job, merged, tokenizer)
     for line in describe_plan(job, reference, layout):
         progress.say(line)
     counts: Counter[str] = Counter()
@@ -57,7 +58,6 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Report:
         for file_name, content in layout.extra_files.items():
             writer.write_json(file_name, content)
         writer.copy_files(side_files(source.folder, adapter_folder))
-        calibration = _calibration_rows(job, tokenizer_folder(source.folder, adapter_folder))
         blocks = _quantized_blocks(job, merged, layout, calibration, device, counts, progress)
         write_tensors(writer, merged, layout, blocks, progress)
         writer.finish_tensors()
@@ -114,12 +114,6 @@ def _make_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder}: the report cannot be written there ({error}); choose a folder") from error
 
 
-def _check_not_input(job: MergeJob) -> None:
-    for source in (job.base, job.adapter):
-        if source is not None and Path(source).exists() and Path(source).resolve() == job.out.resolve():
-            raise UsageError(f"-o {job.out} is an input of this run; choose another output folder")
-
-
 def load_reference(source: SafetensorsCheckpoint, adapter_source: str | None, trained_on: BnbKind | None) -> Reference:
     """The base as training saw it, and the checked adapter.
 
@@ -173,14 +167,38 @@ def _training_kind(base: DequantizedCheckpoint, adapter: Adapter, trained_on: Bn
     return kind
 
 
-def _calibration_rows(job: MergeJob, folder: Path) -> torch.Tensor | None:
+def _check_before_work(job: MergeJob, reference: Reference, merged: Checkpoint, tokenizer: Path) -> None:
+    """Raises now what the run would otherwise raise after hours."""
+    if job.validation is not None:
+        check_gates(reference, job.validation)
+        ids_TS, _ = evaluation_tokens(tokenizer, job.validation)
+        check_vocabulary(ids_TS, merged, tokenizer)
+    if job.validation is not None or job.quantization is not None:
+        # From headers alone: can this model be run block by block?
+        StreamedModel(merged, "cpu", config_dtype(merged.config))
+
+
+def check_vocabulary(ids_TS: torch.Tensor, view: Checkpoint, tokenizer: Path) -> None:
+    """Refuses a tokenizer that makes tokens which the model's embedding does not have."""
+    size = view.config.get("vocab_size")
+    if isinstance(size, int) and int(ids_TS.max()) >= size:
+        raise CheckpointError(
+            f"{tokenizer}: its tokenizer gives token {int(ids_TS.max())}, {view.location} has {size}; "
+            "the tokenizer is from another model, or its new tokens were never trained"
+        )
+
+
+def _calibration_rows(job: MergeJob, view: Checkpoint, folder: Path) -> torch.Tensor | None:
     if job.quantization is None or not job.quantization.needs_calibration:
         return None
     config = job.calibration
     documents = corpus.load_documents(config.source)
     if job.validation is not None:
         corpus.check_disjoint(documents, corpus.load_documents(job.validation.source))
-    return corpus.pack_tokens(documents, corpus.load_tokenizer(folder), config.samples, config.seq_len, config.seed)
+    tokenizer = corpus.load_tokenizer(folder)
+    rows_TS = corpus.pack_tokens(documents, tokenizer, config.samples, config.seq_len, config.seed)
+    check_vocabulary(rows_TS, view, folder)
+    return rows_TS
 
 
 def _quantized_blocks(

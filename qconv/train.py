@@ -37,7 +37,7 @@ from qconv.records import write_train_record
 from qconv.side_files import tokenizer_files
 from qconv.train_loop import optimize
 from qconv.types import BnbKind
-from qconv.writer import check_output, publishing
+from qconv.work_folder import check_inputs, check_output, publishing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +73,7 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainResult:
     """
     _require_extras()
     check_output(config.out, config.overwrite)
+    check_inputs(config.out, [config.base, config.data])
     folder = resolve_folder(config.base, config.revision)
     base_config = read_json(folder / "config.json", "a model folder has a config.json")
     kind = _training_kind(config, base_config, folder)

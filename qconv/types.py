@@ -119,8 +119,7 @@ class QuantizedLinear:
         codes_NK: ``[N, K]``; uint8 in ``0 .. 2**bits - 1`` for integer schemes (always unsigned,
             also when symmetric), float8_e4m3fn for float schemes.
         scales_NG: ``[N, G]`` float32, holding values that are exact in both float16 and bfloat16
-            for integer schemes (see `quantize/grid.py`), so that no reader's cast changes them;
-            bfloat16-exact for float schemes.
+            (see `quantize/grid.py`), so that no reader's cast changes them.
         zeros_NG: ``[N, G]`` uint8 zero points, or None when the scheme is symmetric.
         group_index_K: ``[K]`` int32, the group of each input feature, or None for ``k // group_size``.
         scheme: what the codes mean.

@@ -2,17 +2,15 @@
 
 All names, shapes and dtypes are known before the first tensor is computed, so shard files are
 laid out up front and every tensor is written straight to its place. Nothing is buffered: host
-memory is the tensor in hand. The folder is built as ``OUT.partial``, synced, and renamed.
+memory is the tensor in hand.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor
 from qconv.checkpoint import DTYPES, INDEX_NAME
 from qconv.errors import CheckpointError
 from qconv.types import TensorSpec
+from qconv.work_folder import WorkFolder, disk_error
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SIDE_BYTES = 64 << 20  # room left on the disk for tokenizer, reports and file system overhead
@@ -45,19 +44,18 @@ class CheckpointWriter:
 
     def __init__(self, out: Path, specs: Iterable[TensorSpec], max_shard_bytes: int, overwrite: bool = False):
         self.out = out
-        self.partial = out.with_name(out.name + ".partial")
-        self._overwrite = overwrite
+        self._folder = WorkFolder(out, overwrite)
+        self.partial = self._folder.path
         self._specs = {spec.name: spec for spec in specs}
         self._shards = _plan_shards(list(self._specs.values()), max_shard_bytes)
         self._places: dict[str, tuple[int, int]] = {}
         self._pending = set(self._specs)
         self._handles: list[int] = []
         self._file_names = _shard_names(len(self._shards))
-        check_output(out, overwrite)
 
     def __enter__(self) -> CheckpointWriter:
         need = sum(spec.num_bytes for spec in self._specs.values()) + SIDE_BYTES
-        parent = self.out.absolute().parent
+        parent = self.partial.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(parent).free
@@ -66,19 +64,21 @@ class CheckpointWriter:
                     f"{parent}: the output needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
                     "make room or choose another -o"
                 )
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir()
+            self._folder.begin()
             for file_name, shard in zip(self._file_names, self._shards, strict=True):
                 self._start_shard(file_name, shard)
         except OSError as error:
-            self.discard()
-            raise _disk_error(self.partial, error) from error
+            self._discard()
+            raise disk_error(self.partial, error) from error
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.discard()
+        self._discard()
 
     def _start_shard(self, file_name: str, shard: list[TensorSpec]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -117,14 +117,14 @@ class CheckpointWriter:
             while done < len(data):
                 done += os.pwrite(handle, data[done : done + (1 << 30)], offset + done)
         except OSError as error:
-            raise _disk_error(self.partial, error) from error
+            raise disk_error(self.partial, error) from error
         self._pending.discard(name)
 
     def write_text(self, file_name: str, text: str) -> None:
         try:
             (self.partial / file_name).write_text(text, encoding="utf-8")
         except OSError as error:
-            raise _disk_error(self.partial, error) from error
+            raise disk_error(self.partial, error) from error
 
     def write_json(self, file_name: str, value: Mapping[str, Any]) -> None:
         self.write_text(file_name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -135,7 +135,7 @@ class CheckpointWriter:
             for file in files:
                 shutil.copyfile(file, self.partial / file.name)
         except OSError as error:
-            raise _disk_error(self.partial, error) from error
+            raise disk_error(self.partial, error) from error
 
     def finish_tensors(self) -> None:
         """Closes the shards and writes the index; the folder can then be read at `partial`.
@@ -154,7 +154,7 @@ class CheckpointWriter:
                 os.fsync(handle)
                 os.close(handle)
         except OSError as error:
-            raise _disk_error(self.partial, error) from error
+            raise disk_error(self.partial, error) from error
         if len(self._shards) > 1:
             weight_map = {
                 spec.name: file for file, shard in zip(self._file_names, self._shards, strict=True) for spec in shard
@@ -167,67 +167,16 @@ class CheckpointWriter:
         """Makes the folder visible under its final name, replacing an old one only now."""
         if self._handles:
             self.finish_tensors()
-        publish(self.partial, self.out, self._overwrite)
+        self._folder.publish()
 
     def reject(self) -> Path:
-        """Keeps a complete folder that missed a gate, for inspection, as ``OUT.rejected``; ``out`` stays as it was."""
-        rejected = self.out.with_name(self.out.name + ".rejected")
-        try:
-            shutil.rmtree(rejected, ignore_errors=True)
-            self.partial.rename(rejected)
-        except OSError as error:
-            raise _disk_error(rejected, error) from error
-        return rejected
+        """Keeps a complete folder that missed a gate aside; see `WorkFolder.reject`."""
+        return self._folder.reject()
 
-    def discard(self) -> None:
+    def _discard(self) -> None:
         while self._handles:
             os.close(self._handles.pop())
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def publish(partial: Path, out: Path, overwrite: bool) -> None:
-    """Syncs a complete folder and renames it to ``out``, replacing an old one only now."""
-    old = out.with_name(out.name + ".old")
-    try:
-        for file in partial.iterdir():
-            _fsync(file)
-        _fsync(partial)
-        check_output(out, overwrite)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-        _fsync(out.absolute().parent)
-    except OSError as error:
-        raise _disk_error(out, error) from error
-
-
-@contextmanager
-def publishing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """``OUT.partial`` to fill, published when the block ends well and removed when it does not."""
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        publish(partial, out, overwrite)
-    except OSError as error:
-        raise _disk_error(out, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_output(out: Path, overwrite: bool) -> None:
-    """Refuses an output that exists, unless it may be replaced and is a model folder or empty."""
-    if not out.exists():
-        return
-    if not overwrite:
-        raise CheckpointError(f"{out}: exists already; choose another -o, or pass --overwrite to replace it")
-    if not out.is_dir():
-        raise CheckpointError(f"{out}: expected a folder to overwrite, found a file")
-    if any(out.iterdir()) and not ((out / "config.json").exists() or (out / "adapter_config.json").exists()):
-        raise CheckpointError(f"{out}: has files but no config.json; --overwrite replaces model folders only")
+        self._folder.discard()
 
 
 def _plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
@@ -247,19 +196,3 @@ def _shard_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _disk_error(path: Path, error: OSError) -> CheckpointError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"{path}: the disk is full ({error.strerror}); nothing was left behind, make room and run again"
-        )
-    return CheckpointError(f"{path}: cannot be written ({error})")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconv.quantize.awq import apply_scale, scaled_loss, search_scale
+from qconv.quantize.awq import apply_scale, sample_rows, scaled_loss, search_scale
 from qconv.quantize.folds import (
     Fold,
     Heads,
@@ -38,7 +38,6 @@ class FoldContext:
     heads: Heads
     scheme: Scheme
     storage: torch.dtype
-    prefix: str
     counts: Counter[str]
 
 
@@ -61,7 +60,8 @@ def fold_scales(
     scale_K = found.s_K
     if fold.kind == "rows" and fold.targets[0].endswith("o_proj"):
         scale_K = share_across_heads(scale_K, context.heads)
-        if scaled_loss(torch.cat(w_list), scale_K, stats.gram_KK, context.scheme) >= found.loss_before:
+        # The same sample of rows as in the search, whose losses can then be compared.
+        if scaled_loss(sample_rows(w_list), scale_K, stats.gram_KK, context.scheme) >= found.loss_before:
             context.counts["awq folds skipped: no gain with scales shared between heads"] += 1
             return set()
     changed = {source}
@@ -81,5 +81,5 @@ def fold_scales(
     for name, w_NK in zip(weights, w_list, strict=True):
         tensors[name] = w_NK * scale_K
         statistics[name] = Statistics(gram_KK, mean_abs_K)
-    context.counts["awq folds applied"] += 1
+    context.counts["awq folds applied" if found.ratio or found.duo else "awq folds without effect"] += 1
     return changed

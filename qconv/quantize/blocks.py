@@ -82,7 +82,7 @@ def quantize_blocks(
             changed = _fold(model, tensors, statistics, prefix, request)
         weights = {name: tensors[name].float() for name in names}
         where = f"{model.view.location}: {prefix}"
-        linears = solve(weights, statistics, where, request.config, request.scheme, request.counts)
+        linears = solve(weights, statistics, where, request.config, request.scheme, request.counts, progress)
         if batches is not None and index + 1 < model.num_blocks:
             stored = {name: tensor.to(request.storage) for name, tensor in tensors.items()}
             stored |= {name: linear.dequantize() for name, linear in linears.items()}
@@ -147,7 +147,6 @@ def _fold(
         heads=Heads.of(model.view.config),
         scheme=request.scheme,
         storage=request.storage,
-        prefix=prefix,
         counts=request.counts,
     )
     changed: set[str] = set()

@@ -5,8 +5,9 @@ activations (FP8 Formats for Deep Learning, Micikevicius et al. 2022, section 3;
 compressed-tensors, per-token dynamic quantization of vLLM). Optionally the weight scale is searched: a power of two
 changes nothing but the reach of the subnormals, the mantissa of the scale decides where the weights fall.
 
-Rounding points: the weight scale is rounded once, to bfloat16, and codes are chosen after that. The cast to
-float8_e4m3fn rounds to nearest even; it turns overflow into NaN, so values are clamped to 448 first.
+Rounding points: the weight scale is rounded once, to a number that bfloat16 and float16 both hold, and codes are
+chosen after that. The cast to float8_e4m3fn rounds to nearest even; it turns overflow into
+NaN, so values are clamped to 448 first.
 
 Left out: block scales, e5m2, static activation scales.
 
@@ -18,11 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconv.quantize.grid import check_finite, row_chunks
+from qconv.quantize.grid import MIN_SCALE, check_finite, round_scale, row_chunks
 from qconv.types import QuantizedLinear, Scheme
 
 FP8_MAX = 448.0
-MIN_WEIGHT_SCALE = torch.finfo(torch.bfloat16).tiny  # smallest normal number: no reader flushes it
 MIN_TOKEN_SCALE = 1.0 / (FP8_MAX * 512.0)  # vLLM's floor for dynamic scales
 
 
@@ -34,7 +34,7 @@ def quantize_per_channel(
     column_importance_K: Tensor | None = None,
     num_candidates: int = 1,
 ) -> QuantizedLinear:
-    """float8_e4m3fn codes and one bfloat16-exact scale per output channel.
+    """float8_e4m3fn codes and one scale per output channel, exact in bfloat16 and float16.
 
     Args:
         w_NK: ``[N, K]`` float32.
@@ -94,6 +94,11 @@ def fake_quantize_per_token(x: Tensor, name: str = "activation") -> Tensor:
 
 
 def _round_weight_scale(scale: Tensor) -> Tensor:
-    """Nearest bfloat16 (as float32); zero channels get 1, tiny ones the smallest normal number."""
-    rounded = scale.bfloat16().float().clamp_min(MIN_WEIGHT_SCALE)
+    """Nearest number that bfloat16 and float16 both hold (as float32); zero channels get 1.
+
+    Among float16's subnormals a scale that would be cut by more than bfloat16 cuts goes up instead: too small a
+    scale would clip the largest weights, too large a one only moves them along float8's exponents.
+    """
+    rounded = round_scale(scale)
+    rounded = torch.where(rounded < scale * (1 - 2.0**-8), round_scale(scale + MIN_SCALE), rounded)
     return torch.where(scale == 0, 1.0, rounded)

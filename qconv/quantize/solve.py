@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qconv.config import QuantizationConfig
+from qconv.progress import QUIET, Progress
 from qconv.quantize.awq import search_block_grid
 from qconv.quantize.awq_block import Statistics
 from qconv.quantize.fp8 import quantize_per_channel
@@ -32,6 +33,7 @@ def solve(
     config: QuantizationConfig,
     scheme: Scheme,
     counts: Counter[str],
+    progress: Progress = QUIET,
 ) -> dict[str, QuantizedLinear]:
     """Quantizes the float32 weights ``[N, K]`` of one block; names are local, ``where`` completes them in messages.
 
@@ -49,7 +51,7 @@ def solve(
         case "awq":
             return {name: _clipped(name, w, statistics, where, scheme) for name, w in weights.items()}
         case "gptq":
-            return _gptq(weights, statistics, where, config, scheme, counts)
+            return _gptq(weights, statistics, where, config, scheme, counts, progress)
 
 
 def _clipped(
@@ -66,6 +68,7 @@ def _gptq(
     config: QuantizationConfig,
     scheme: Scheme,
     counts: Counter[str],
+    progress: Progress,
 ) -> dict[str, QuantizedLinear]:
     shared: dict[int, list[str]] = {}
     for name in weights:
@@ -80,6 +83,9 @@ def _gptq(
             stacked_NK, gram_KK = stacked_NK[:, order_K], gram_KK[order_K][:, order_K]
         solved = gptq(stacked_NK, gram_KK, scheme, label, damping=config.damping)
         linear = solved.linear if order_K is None else regrouped(solved.linear, order_K)
+        progress.detail(
+            f"{label}: relative output error {solved.stats.relative_error:.2e}, damping {solved.stats.damping:g}"
+        )
         counts["gptq solves with damping raised"] += solved.stats.attempts > 1
         counts["dead input channels"] += solved.stats.dead_columns
         result |= dict(zip(names, split_rows(linear, [len(weights[name]) for name in names]), strict=True))

@@ -1,0 +1,185 @@
+"""An output folder that appears complete or not at all, and never at the cost of somebody else's files.
+
+``OUT.partial`` is filled and renamed to ``OUT`` in the end. It carries a marker file, locked while its run lives
+(`flock`), so that a second run with the same output is refused instead of sharing the folder, the leftovers of a run
+that was killed are recognised and removed, and a folder that only happens to have this name is left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qconv.errors import CheckpointError, UsageError
+
+MARKER = ".qconv-partial"
+REPORT_SIGN = "qconv-report.json"  # a rejected folder of ours has one
+
+
+class WorkFolder:
+    """``OUT.partial``; `begin`, fill `path`, then `publish` or `reject`; `discard` is always safe.
+
+    Args:
+        out: the final folder.
+        overwrite: an existing model folder at ``out`` is replaced when the new one is published.
+
+    Raises:
+        CheckpointError: ``out`` cannot be written or replaced, or another run is writing it.
+    """
+
+    def __init__(self, out: Path, overwrite: bool):
+        self.out = Path(os.path.abspath(out))
+        self.path = self.out.with_name(self.out.name + ".partial")
+        self._overwrite = overwrite
+        self._lock: int | None = None
+        check_output(self.out, overwrite)
+
+    def begin(self) -> None:
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() or self.path.is_symlink():
+                self._remove_leftover()
+            self.path.mkdir()
+            self._lock = os.open(self.path / MARKER, os.O_CREAT | os.O_RDWR, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+
+    def _remove_leftover(self) -> None:
+        if not (self.path / MARKER).is_file():
+            raise CheckpointError(f"{self.path}: exists and was not made by qconv; move it away or choose another -o")
+        handle = os.open(self.path / MARKER, os.O_RDWR)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{self.out}: another run is writing it; wait for it or choose another -o") from None
+        finally:
+            os.close(handle)
+        shutil.rmtree(self.path)
+
+    def publish(self) -> None:
+        """Syncs the folder and makes it visible as ``out``; an old one is removed last, and put back on failure."""
+        try:
+            self._seal()
+            check_output(self.out, self._overwrite)
+            old = _free_name(self.out, ".old") if self.out.exists() else None
+            if old is not None:
+                self.out.rename(old)
+            try:
+                self.path.rename(self.out)
+            except OSError:
+                if old is not None:
+                    old.rename(self.out)
+                raise
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
+            _fsync(self.out.parent)
+        except OSError as error:
+            raise disk_error(self.out, error) from error
+
+    def reject(self) -> Path:
+        """Keeps a complete folder that missed a gate, for inspection; ``out`` stays as it was.
+
+        It is called ``OUT.rejected``; an earlier rejected output is replaced, anything else of that name is not.
+        """
+        rejected = self.out.with_name(self.out.name + ".rejected")
+        try:
+            self._seal()
+            if (rejected / REPORT_SIGN).is_file():
+                shutil.rmtree(rejected)
+            elif rejected.exists():
+                rejected = _free_name(self.out, ".rejected")
+            self.path.rename(rejected)
+        except OSError as error:
+            raise disk_error(rejected, error) from error
+        return rejected
+
+    def discard(self) -> None:
+        """Removes what was begun, if it was neither published nor rejected."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._release()
+
+    def _seal(self) -> None:
+        for file in self.path.iterdir():
+            _fsync(file)
+        (self.path / MARKER).unlink()
+        _fsync(self.path)
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+@contextmanager
+def publishing(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, published as ``out`` when the block ends well and removed when it does not."""
+    folder = WorkFolder(out, overwrite)
+    folder.begin()
+    try:
+        yield folder.path
+        folder.publish()
+    except OSError as error:
+        raise disk_error(out, error) from error
+    finally:
+        folder.discard()
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Refuses an output that exists, unless it may be replaced and is a model folder or empty."""
+    if out.is_symlink() and not out.exists():
+        raise CheckpointError(f"{out}: is a link to something that does not exist; remove it or choose another -o")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{out}: exists already; choose another -o, or pass --overwrite to replace it")
+    if not out.is_dir():
+        raise CheckpointError(f"{out}: expected a folder to overwrite, found a file")
+    if any(out.iterdir()) and not ((out / "config.json").exists() or (out / "adapter_config.json").exists()):
+        raise CheckpointError(f"{out}: has files but no config.json; --overwrite replaces model folders only")
+
+
+def check_inputs(out: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuses an output whose making would remove an input of the same run.
+
+    Raises:
+        UsageError: an input is, or lies in, ``OUT``, ``OUT.partial`` or ``OUT.rejected``.
+    """
+    out = Path(os.path.abspath(out))
+    taken = [out, *(out.with_name(out.name + ending) for ending in (".partial", ".rejected"))]
+    for source in inputs:
+        if source is None or not Path(source).exists():
+            continue
+        real = Path(source).resolve()
+        for folder in taken:
+            if real == folder.resolve() or folder.resolve() in real.parents:
+                raise UsageError(f"-o {out}: would replace {source}, an input of this run; choose another output")
+
+
+def disk_error(path: Path, error: OSError) -> CheckpointError:
+    """The message for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CheckpointError(
+            f"{path}: the disk is full ({error.strerror}); nothing was left behind, make room and run again"
+        )
+    return CheckpointError(f"{path}: cannot be written ({error})")
+
+
+def _free_name(out: Path, ending: str) -> Path:
+    names = (out.with_name(f"{out.name}{ending}{number or ''}") for number in range(1_000_000))
+    return next(name for name in names if not name.exists() and not name.is_symlink())
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
