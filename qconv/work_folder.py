@@ -37,6 +37,7 @@ class WorkFolder:
         self.path = self.out.with_name(self.out.name + ".partial")
         self._overwrite = overwrite
         self._lock: int | None = None
+        self._is_mine = False
         check_output(self.out, overwrite)
 
     def begin(self) -> None:
@@ -45,6 +46,7 @@ class WorkFolder:
             if self.path.exists() or self.path.is_symlink():
                 self._remove_leftover()
             self.path.mkdir()
+            self._is_mine = True
             self._lock = os.open(self.path / MARKER, os.O_CREAT | os.O_RDWR, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -79,6 +81,7 @@ class WorkFolder:
             if old is not None:
                 shutil.rmtree(old, ignore_errors=True)
             _fsync(self.out.parent)
+            self._release()
         except OSError as error:
             raise disk_error(self.out, error) from error
 
@@ -95,13 +98,14 @@ class WorkFolder:
             elif rejected.exists():
                 rejected = _free_name(self.out, ".rejected")
             self.path.rename(rejected)
+            self._release()
         except OSError as error:
             raise disk_error(rejected, error) from error
         return rejected
 
     def discard(self) -> None:
         """Removes what was begun, if it was neither published nor rejected."""
-        if self._lock is not None:
+        if self._is_mine:
             shutil.rmtree(self.path, ignore_errors=True)
             self._release()
 
@@ -110,9 +114,9 @@ class WorkFolder:
             _fsync(file)
         (self.path / MARKER).unlink()
         _fsync(self.path)
-        self._release()
 
     def _release(self) -> None:
+        self._is_mine = False
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -205,14 +205,19 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
         "group_size": -1 if is_float else 128,
         "symmetric": True if is_float else default if variant.symmetric is None else variant.symmetric,
         "linears quantized": NUM_LINEARS,
+        "read by": TARGETS[variant.target].readers,
+        "notes on readers": stages["quantization"]["notes on readers"],
     }
     assert stages["quantization"].items() >= facts.items()
+    asymmetric_gptq = variant.target == "gptq" and not facts["symmetric"]
+    assert any("vLLM releases refuse" in note for note in facts["notes on readers"]) == asymmetric_gptq
     counts = {key: value for key, value in stages["quantization"].items() if key not in facts}
     if variant.algorithm == "gptq":
         assert counts == {"dead input channels": 0, "gptq solves with damping raised": 0}
     elif variant.algorithm == "awq":
         skipped = "awq folds skipped: no gain with scales shared between heads"
-        assert counts["awq folds applied"] + counts.get(skipped, 0) == 4 * 4  # folds x blocks
+        idle = "awq folds without effect"
+        assert counts["awq folds applied"] + counts.get(skipped, 0) + counts.get(idle, 0) == 4 * 4  # folds x blocks
         assert counts["awq folds applied"] >= 3 * 4
         assert counts.keys() <= {"awq folds applied", skipped}
     else:
