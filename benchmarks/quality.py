@@ -138,6 +138,7 @@ def rows(bench: Bench) -> dict[str, tuple[str, Callable[[], dict[str, Any]]]]:
         "gptq": ("`--requant gptq` (4-bit sym)", lambda: merge("gptq")),
         "w4a16": ("`--requant w4a16` (4-bit sym, gptq)", lambda: merge("w4a16")),
         "awq": ("`--requant awq` (4-bit asym)", lambda: merge("awq")),
+        "awq-gptq": ("`--requant awq --algorithm gptq` (asym)", lambda: merge("awq", algorithm="gptq")),
         "rtn-sym": ("round-to-nearest, 4-bit sym", lambda: merge("w4a16", algorithm="rtn")),
         "rtn-asym": ("round-to-nearest, 4-bit asym", lambda: merge("awq", algorithm="rtn")),
         "gptq-asym": ("`--requant gptq --asym`", lambda: merge("gptq", symmetric=False)),

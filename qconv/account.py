@@ -12,8 +12,9 @@ import torch
 
 from qconv import __version__, corpus
 from qconv.assemble import Layout
-from qconv.config import TARGETS, CalibrationConfig, MergeJob, QuantizationConfig
+from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig
 from qconv.fidelity import Reference
+from qconv.targets import TARGETS
 from qconv.types import Checkpoint, Scheme
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qconv.config import TARGETS, QuantizationConfig
+from qconv.config import QuantizationConfig
 from qconv.convert import FORMATS
 from qconv.errors import CheckpointError, NumericsError, SchemeError
 from qconv.progress import Progress
 from qconv.quantize.blocks import QuantizedBlock
 from qconv.streaming import build_skeleton
+from qconv.targets import TARGETS
 from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
 from qconv.writer import CheckpointWriter
 

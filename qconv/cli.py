@@ -8,17 +8,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qconv import __version__, errors
+from qconv.cli_options import output_options, quantize_options, run_options, trained_on_option, validate_options
 from qconv.config import (
     BNB_KINDS,
     PLAIN_DTYPES,
-    TARGETS,
     CalibrationConfig,
     MergeJob,
     QuantizationConfig,
@@ -27,72 +26,13 @@ from qconv.config import (
     parse_size,
 )
 from qconv.progress import Progress
+from qconv.targets import TARGETS
 
 # OpenMP threads that spin while they wait ruin every run on a busy machine; must be set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from qconv.validate.report import Report
-
-Command = Callable[..., Any]
-
-
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def apply(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return apply
-
-
-run_options = _options(
-    click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr."),
-    click.option("-v", "--verbose", is_flag=True, help="Say every decision on stderr."),
-    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one."),
-)
-output_options = _options(
-    click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist."),
-    click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete."),
-    click.option(
-        "--dtype", type=click.Choice(PLAIN_DTYPES), help="Dtype of what is not quantized [default: the base's]."
-    ),
-    click.option("--max-shard-size", default="5GB", show_default=True, help="Largest shard file."),
-    click.option("--revision", help="Branch, tag or commit, when the base is a hub id."),
-)
-quantize_options = _options(
-    click.option("--algorithm", type=click.Choice(["gptq", "awq", "rtn", "fp8"]), help="[default: the target's own]"),
-    click.option("--bits", type=int, help="4 or 8 [default: 4; fp8 is 8]"),
-    click.option(
-        "--group-size", type=int, help="Inputs per scale, -1 = row [default: largest of 128, 64, 32 that divides]"
-    ),
-    click.option("--sym/--asym", "symmetric", default=None, help="[default: sym; awq: asym]"),
-    click.option("--desc-act", is_flag=True, help="gptq: groups in activation order, with a stored group index."),
-    click.option(
-        "--damping", default=0.03, show_default=True, help="gptq: damping, fraction of the mean Gram diagonal."
-    ),
-    click.option(
-        "--calibration", default="default", show_default=True, help=".txt or .jsonl file, or the embedded default."
-    ),
-    click.option("--samples", default=128, show_default=True, help="Calibration rows."),
-    click.option("--seq-len", default=512, show_default=True, help="Tokens per calibration row."),
-    click.option("--seed", default=0, show_default=True, help="Seed of calibration and evaluation sampling."),
-)
-validate_options = _options(
-    click.option(
-        "--eval-data", default="default-eval", show_default=True, help="Held-out .txt or .jsonl, or the default."
-    ),
-    click.option("--eval-tokens", default=16384, show_default=True, help="Tokens to evaluate."),
-    click.option("--eval-seq-len", default=512, show_default=True, help="Tokens per evaluated row."),
-    click.option("--max-kl", type=float, help="Gate: mean KL(reference || candidate) in nats, 95% interval."),
-    click.option("--min-effect", type=float, help="Gate: adapter effect retained, 0..1, 95% interval."),
-)
-trained_on_option = click.option(
-    "--trained-on",
-    type=click.Choice(BNB_KINDS),
-    help="How training saw a 16-bit base; needed unless the adapter carries qconv's record.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qconv import corpus, pipeline
-from qconv.config import TARGETS, CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.targets import TARGETS
 from qconv.validate.report import JSON_NAME
 from tests.conftest import TINY_LLAMA
 

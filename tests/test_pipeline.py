@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import TARGETS, CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
 from qconv.convert import dequantize
 from qconv.errors import CalibrationError, CheckpointError, SchemeError, UsageError
 from qconv.progress import Progress
@@ -29,6 +29,7 @@ from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
 from qconv.quantize.folds import FOLDS
 from qconv.records import write_train_record
 from qconv.streaming import StreamedModel, linear_weights
+from qconv.targets import TARGETS
 from qconv.types import Scheme
 from tests.cli_cases import (
     EVAL_TOKENS,
