@@ -8,7 +8,6 @@ installed and a 4-bit base, it runs their own kernels; otherwise the base is dec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from qconv.errors import CheckpointError, UsageError
 from qconv.merge import merge
 from qconv.progress import Progress
 from qconv.quantize.fp8 import fake_quantize_per_token
-from qconv.streaming import BlockModel, Decorate, StreamedModel, block_linears
+from qconv.streaming import BlockModel, Decorate, StreamedModel, block_linears, text_config
 from qconv.types import Adapter, BnbKind, Checkpoint
 from qconv.validate.compare import compare
 from qconv.validate.reference import unmerged
@@ -106,9 +105,11 @@ def evaluation_tokens(folder: Path, config: ValidationConfig) -> tuple[Tensor, d
 def reference_model(reference: Reference, device: str) -> tuple[BlockModel, str]:
     """The reference and which implementation runs it, for the report."""
     adapter = reference.adapter
-    is_quantized = reference.base is not reference.source and dequantize(reference.source).kind != "plain"
+    is_quantized = dequantize(reference.source).kind.startswith("bnb-")  # else 16-bit, quantized as it is loaded
     num_bytes = sum(spec.num_bytes for spec in reference.source.specs().values()) // (1 if is_quantized else 3)
     reason = why_not_resident(device, reference.kind, num_bytes)
+    if reason is None and _resizes_vocabulary(reference):
+        reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
     if reason is None:
         folder = None if adapter is None else Path(adapter.location)
         model = load_resident(reference.source.folder, folder, reference.kind, is_quantized, device)
@@ -146,19 +147,23 @@ def _quantize_inputs(modules: frozenset[str]) -> Decorate:
     return decorate
 
 
-def _merged_config(reference: Reference) -> Mapping[str, Any]:
-    return merge(reference.base, [reference.adapter]).config if reference.adapter else reference.base.config
+def _merged(reference: Reference) -> Checkpoint:
+    return merge(reference.base, [reference.adapter]) if reference.adapter else reference.base
 
 
 def _resizes_vocabulary(reference: Reference) -> bool:
-    return _merged_config(reference).get("vocab_size") != reference.base.config.get("vocab_size")
+    """Whether the adapter brings tensors of other shapes; only embedding and head may have them."""
+    merged = _merged(reference).specs()
+    return any(merged[name].shape != spec.shape for name, spec in reference.base.specs().items())
 
 
 def _check_alike(reference: Reference, candidate: Checkpoint) -> None:
-    expected = _merged_config(reference)
+    # As transformers reads them: families have names of their own for these, composite models a part for text.
+    expected, found = text_config(_merged(reference)), text_config(candidate)
     for key in ("num_hidden_layers", "vocab_size", "hidden_size"):
-        if expected.get(key) != candidate.config.get(key):
+        wanted, has = getattr(expected, key, None), getattr(found, key, None)
+        if wanted != has:
             raise CheckpointError(
-                f"{candidate.location}: config.json has {key} {candidate.config.get(key)}, the reference "
-                f"({reference.source.location}, with its adapter) has {expected.get(key)}; they are different models"
+                f"{candidate.location}: config.json has {key} {has}, the reference "
+                f"({reference.source.location}, with its adapter) has {wanted}; they are different models"
             )

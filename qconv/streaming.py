@@ -12,17 +12,22 @@ Dimension legend: B = rows in a batch, S = tokens per row, H = hidden size, V = 
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qconv.errors import CheckpointError
 from qconv.types import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Decorate = Callable[[str, nn.Module], None]
 """Called with a module's name prefix (``"model.layers.3."``, or ``""`` for the parts outside the
@@ -38,6 +43,7 @@ class BlockModel(ABC):
 
     def __init__(self) -> None:
         self._calls: dict[tuple[int, int], list[_Call]] = {}
+        self._in_tuples: bool | None = None  # unknown until the first block was asked
 
     @abstractmethod
     def load_block(self, index: int) -> nn.Module:
@@ -62,10 +68,11 @@ class BlockModel(ABC):
         Also records what each block is called with, once per batch shape.
         """
         outer = self._load_outer(with_head=False)
+        in_tuples = self._layers_return_tuples(outer)
         hidden: list[Tensor] = []
         for ids_BS in batches:
             calls: list[_Call] = []
-            with _replaced_layers(outer, self.layers_name, calls, None):
+            with _replaced_layers(outer, self.layers_name, _Recorder(calls, in_tuples)):
                 outer.base_model(input_ids=ids_BS.to(self.device), use_cache=False)  # type: ignore[operator]
             first = calls[0].hidden_BSH
             assert first is not None
@@ -76,15 +83,32 @@ class BlockModel(ABC):
     def head(self) -> Callable[[Tensor], Tensor]:
         """A function from the last block's output ``[B, S, H]`` to logits ``[B, S, V]``; drop it to free the head."""
         outer = self._load_outer(with_head=True)
+        in_tuples = self._layers_return_tuples(outer)
 
         @torch.no_grad()
         def logits(hidden_BSH: Tensor) -> Tensor:
             ids_BS = torch.zeros(hidden_BSH.shape[:2], dtype=torch.long, device=self.device)
-            with _replaced_layers(outer, self.layers_name, [], hidden_BSH):
+            with _replaced_layers(outer, self.layers_name, _Recorder([], in_tuples, hidden_BSH)):
                 result: Tensor = outer(input_ids=ids_BS, use_cache=False).logits
             return result
 
         return logits
+
+    @torch.no_grad()
+    def _layers_return_tuples(self, outer: nn.Module) -> bool:
+        """Whether decoder layers return ``(hidden, ...)``, of which the model takes ``[0]``, or hidden states alone.
+
+        What stands in for them must return the same. No annotation or config tells, so the first
+        block is run once, on two tokens.
+        """
+        if self._in_tuples is None:
+            calls: list[_Call] = []
+            ids_BS = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+            with suppress(_StoppedError), _replaced_layers(outer, self.layers_name, partial(_record_and_stop, calls)):
+                outer.base_model(input_ids=ids_BS, use_cache=False)  # type: ignore[operator]
+            block = self.load_block(0)
+            self._in_tuples = isinstance(block(calls[0].hidden_BSH, *calls[0].args, **calls[0].kwargs), tuple)
+        return self._in_tuples
 
 
 class StreamedModel(BlockModel):
@@ -96,9 +120,11 @@ class StreamedModel(BlockModel):
         compute_dtype: dtype of weights and activations while a block runs.
         decorate: see `Decorate`; how adapters and activation quantization join the forward pass.
 
+    Construction reads headers alone: it tells before any work whether a view can be run.
+
     Raises:
-        CheckpointError: transformers does not know the architecture, or a parameter is missing
-            from the view or has another shape.
+        CheckpointError: transformers cannot build the architecture, or a parameter is missing
+            from the view under its name in transformers or has another shape.
     """
 
     def __init__(self, view: Checkpoint, device: str, compute_dtype: torch.dtype, decorate: Decorate | None = None):
@@ -154,27 +180,51 @@ class StreamedModel(BlockModel):
         return outer
 
 
+def model_config(view: Checkpoint) -> PreTrainedConfig:
+    """A checkpoint's ``config.json`` as transformers understands it.
+
+    Raises:
+        CheckpointError: an unknown architecture, or values that it refuses.
+    """
+    from transformers import AutoConfig
+
+    fields = {key: value for key, value in view.config.items() if key != "quantization_config"}
+    with _blamed_on_config(view):
+        return AutoConfig.for_model(**fields)
+
+
+def text_config(view: Checkpoint) -> PreTrainedConfig:
+    """The part of `model_config` that describes the decoder: all of it, unless the model is composite."""
+    return model_config(view).get_text_config(decoder=True)
+
+
 def build_skeleton(view: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The transformers model of a checkpoint's config, its parameters on the meta device."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    fields = {key: value for key, value in view.config.items() if key != "quantization_config"}
+    config = model_config(view)
+    with _blamed_on_config(view), init_empty_weights(include_buffers=False):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
+@contextmanager
+def _blamed_on_config(view: Checkpoint) -> Iterator[None]:
+    """transformers builds from user input here; what it raises for a bad one has no common type."""
     try:
-        config = AutoConfig.for_model(**fields)
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (KeyError, ValueError, TypeError, ImportError) as error:
+        yield
+    except Exception as error:
         raise CheckpointError(
             f"{view.location}: transformers cannot build a causal language model from config.json "
-            f"(model_type {view.config.get('model_type')!r}): {error}"
+            f"(model_type {view.config.get('model_type')!r}): {type(error).__name__}: {error}"
         ) from error
-    return model
 
 
 def find_blocks(model: nn.Module, location: str) -> tuple[str, nn.ModuleList]:
     """The decoder layers and their name: the list of ``num_hidden_layers`` modules nearest the top."""
-    count = model.config.num_hidden_layers  # type: ignore[union-attr]
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    count = getattr(config, "num_hidden_layers", None)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not found:
         raise CheckpointError(f"{location}: found no list of {count} decoder layers in {type(model).__name__}")
@@ -186,22 +236,23 @@ def linear_weights(view: Checkpoint) -> list[str]:
 
     These are what bitsandbytes quantizes when a model is loaded in 4 bits (it leaves the output
     embedding and ``llm_int8_skip_modules`` alone), and what qconv quantizes.
+
+    Raises:
+        CheckpointError: transformers cannot build the architecture, or the view has not all of them.
     """
     model = build_skeleton(view, torch.bfloat16)
     layers_name, _ = find_blocks(model, view.location)
-    return [
+    names = [
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(layers_name + ".")
     ]
+    _check_names(names, model, view)
+    return names
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-
-
-def batches_of(ids_TS: Tensor, rows: int) -> Sequence[Tensor]:
-    return torch.split(ids_TS, rows)
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -218,19 +269,38 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 def _check_parameters(model: nn.Module, view: Checkpoint, tied: Mapping[str, str]) -> None:
     specs = view.specs()
-    for name, parameter in model.state_dict().items():
-        if name in tied:
-            continue
-        if name not in specs:
-            raise CheckpointError(
-                f"{view.location}: the model needs tensor {name!r}, which is not in the checkpoint; "
-                "the checkpoint is incomplete, or stores this architecture under other names"
-            )
+    parameters = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    _check_names(parameters, model, view)
+    for name, parameter in parameters.items():
         if specs[name].shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"{view.location}: tensor {name!r} has shape {list(specs[name].shape)}, "
                 f"config.json makes it {list(parameter.shape)}"
             )
+
+
+def _check_names(names: Collection[str], model: nn.Module, view: Checkpoint) -> None:
+    specs = view.specs()
+    missing = next((name for name in names if name not in specs), None)
+    if missing is None:
+        return
+    config = model.config
+    per_expert = next((name for name in specs if re.search(r"\.experts\.\d+\.", name)), None)
+    if per_expert is not None and not any(re.search(r"\.experts\.\d+\.", name) for name in model.state_dict()):
+        cause = f"the checkpoint stores every expert by itself ({per_expert!r}), and transformers fuses them"
+    elif config.get_text_config(decoder=True) is not config:  # type: ignore[union-attr, operator]
+        cause = (
+            f"model_type {view.config.get('model_type')!r} is a composite model (text and other parts), "
+            "stored under other names than transformers gives its modules"
+        )
+    else:
+        cause = "the checkpoint is incomplete, or stores this architecture under other names than transformers uses"
+    raise CheckpointError(
+        f"{view.location}: {type(model).__name__} needs tensor {missing!r}, which is not in the checkpoint: {cause}. "
+        "Models stored under other names than those of their transformers modules cannot be quantized or validated "
+        "yet. If the files are complete, a plain merge does without: no --requant, --no-validate, and a base that is "
+        "stored in 4 bits or --trained-on 16bit"
+    )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -256,22 +326,44 @@ class _Call:
     kwargs: dict[str, Any]
 
 
+class _StoppedError(Exception):
+    """Ends a forward pass whose first decoder layer was called."""
+
+
+def _record_and_stop(calls: list[_Call], is_last: bool, hidden_BSH: Tensor, *args: Any, **kwargs: Any) -> None:
+    calls.append(_Call(hidden_BSH, args, kwargs))
+    raise _StoppedError
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """Stands in for decoder layers: records the call and returns its input, or ``last`` at the end.
+
+    Attributes:
+        in_tuples: return as the layers do, see `BlockModel._layers_return_tuples`.
+    """
+
+    calls: list[_Call]
+    in_tuples: bool
+    last: Tensor | None = None
+
+    def __call__(self, is_last: bool, hidden_BSH: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        self.calls.append(_Call(hidden_BSH, args, kwargs))
+        out = self.last if is_last and self.last is not None else hidden_BSH
+        return (out,) if self.in_tuples else out
+
+
 class _replaced_layers:  # noqa: N801 - reads as a verb where it is used
-    """Within this context every decoder layer records its call and returns its input, or ``last`` at the end."""
+    """Within this context ``stand_in(is_last, *args, **kwargs)`` is called for every decoder layer."""
 
-    def __init__(self, model: nn.Module, layers_name: str, calls: list[_Call], last: Tensor | None):
+    def __init__(self, model: nn.Module, layers_name: str, stand_in: Callable[..., Any]):
         self._layers: nn.ModuleList = model.get_submodule(layers_name)  # type: ignore[assignment]
-        self._calls = calls
-        self._last = last
-
-    def _record(self, is_last: bool, hidden_BSH: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._calls.append(_Call(hidden_BSH, args, kwargs))
-        return self._last if is_last and self._last is not None else hidden_BSH
+        self._stand_in = stand_in
 
     def __enter__(self) -> None:
         self._own = [layer.__dict__.get("forward") for layer in self._layers]
         for index, layer in enumerate(self._layers):
-            layer.forward = partial(self._record, index == len(self._layers) - 1)
+            layer.forward = partial(self._stand_in, index == len(self._layers) - 1)
 
     def __exit__(self, *_: object) -> None:
         for layer, own in zip(self._layers, self._own, strict=True):

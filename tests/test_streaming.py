@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qconv.checkpoint import open_checkpoint
 from qconv.errors import CheckpointError
-from qconv.streaming import StreamedModel, linear_weights
+from qconv.streaming import BlockModel, StreamedModel, find_blocks, linear_weights
+from qconv.validate.resident import ResidentModel
 from tests.conftest import FAMILIES
 
 
-def run(model: StreamedModel, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+def run(model: BlockModel, batches: list[torch.Tensor]) -> list[torch.Tensor]:
     hidden = model.embed(batches)
     for index in range(model.num_blocks):
         block = model.load_block(index)
@@ -35,6 +38,44 @@ def test_logits_equal_those_of_transformers(random_model, family, dtype):
     with torch.no_grad():
         for ids, logits in zip(batches, streamed, strict=True):
             assert torch.equal(logits, whole(ids).logits)
+
+
+SMALL = {"vocab_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64}
+SMALL |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.1}
+TUPLE_FAMILIES: dict[str, dict[str, Any]] = {
+    "falcon": {},
+    "bloom": {},
+    "mpt": {"d_model": 64, "n_layers": 4, "n_heads": 4, "max_seq_len": 64},
+    "gptj": {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8},
+}
+
+
+def save_random(folder: Path, family: str, model_class: Any = AutoModelForCausalLM, **sizes: Any) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class.from_config(AutoConfig.for_model(family, **sizes), dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)  # biases and norms too
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", TUPLE_FAMILIES)
+def test_families_whose_layers_return_tuples(tmp_path, family):
+    folder = save_random(tmp_path / "m", family, **(SMALL | TUPLE_FAMILIES[family]))
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    batches = [torch.randint(512, (2, 48)), torch.randint(512, (1, 33))]
+    results = [
+        run(StreamedModel(open_checkpoint(folder), "cpu", torch.float32), batches),
+        run(ResidentModel(whole, "cpu"), batches),
+    ]
+    kinds: list[bool] = []
+    find_blocks(whole, family)[1][0].register_forward_hook(lambda *call: kinds.append(isinstance(call[2], tuple)))
+    with torch.no_grad():
+        for number, ids in enumerate(batches):
+            expected = whole(ids).logits
+            assert all(torch.equal(result[number], expected) for result in results)
+    assert kinds == [True, True]  # otherwise this family tests nothing
 
 
 def test_trained_tied_model(tiny_llama):
@@ -76,3 +117,42 @@ def test_a_checkpoint_that_is_not_the_model_is_refused(tiny_llama, tmp_path, fau
     }
     with pytest.raises(CheckpointError, match=message[fault]):
         StreamedModel(open_checkpoint(folder), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_size": "wide"},
+        {"num_hidden_layers": [4]},
+        {"rope_parameters": {"rope_type": "nonesuch", "rope_theta": 1e4}},
+    ],
+)
+def test_a_config_that_transformers_refuses_is_the_users(tiny_llama, tmp_path, values):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json.*'llama'") as raised:
+        linear_weights(open_checkpoint(folder))
+    assert raised.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("use", [linear_weights, lambda view: StreamedModel(view, "cpu", torch.float32)])
+def test_a_composite_checkpoint_is_refused(tmp_path, use):
+    text = SMALL | {"intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 2, "pad_token_id": 0}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"text_config": text, "vision_config": vision | {"image_size": 28, "patch_size": 14}}
+    folder = save_random(tmp_path / "m", "gemma3", AutoModelForImageTextToText, **sizes)
+    with pytest.raises(CheckpointError, match=r"'gemma3' is a composite model.*--no-validate"):
+        use(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_stored_one_by_one_are_refused_before_any_work(tmp_path, family):
+    sizes = SMALL | {"intermediate_size": 64, "moe_intermediate_size": 32, "num_key_value_heads": 2}
+    sizes |= {"num_experts": 4, "num_local_experts": 4, "shared_expert_intermediate_size": 32}
+    folder = save_random(tmp_path / "m", family, **sizes)
+    view = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"stores every expert by itself \('.*experts\.0\..*--no-validate"):
+        StreamedModel(view, "cpu", torch.float32)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qconv.checkpoint import open_checkpoint
+from qconv.config import ValidationConfig
 from qconv.convert import dequantize
-from qconv.errors import NumericsError
+from qconv.errors import CheckpointError, NumericsError
+from qconv.fidelity import Reference, measure_fidelity, reference_model
 from qconv.merge import load_adapter, merge
+from qconv.progress import QUIET
 from qconv.streaming import StreamedModel
 from qconv.validate.compare import compare
 from qconv.validate.gates import Gate, overall
@@ -138,7 +143,7 @@ def test_reference_equals_bitsandbytes_and_peft_in_4_bits(tiny_nf4, tiny_adapter
     """In train mode: bitsandbytes' eval forward on CPUs repacks weights in place, and computes differently."""
     base = dequantize(open_checkpoint(tiny_nf4))
     adapter = load_adapter(tiny_adapter, base)
-    ids = torch.randint(2048, (4, 64))
+    ids = torch.randint(2048, (4, 64), generator=torch.Generator().manual_seed(0))
     (logits,) = run(StreamedModel(base, "cpu", torch.bfloat16, unmerged(adapter)), [ids])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_nf4), tiny_adapter).train()
     with torch.no_grad():
@@ -176,7 +181,7 @@ def test_clean_merge_keeps_the_adapter(tiny_nf4, tiny_adapter):
     base = dequantize(open_checkpoint(tiny_nf4))
     adapter = load_adapter(tiny_adapter, base)
     merged = merge(base, [adapter])
-    ids = torch.randint(2048, (4, 64))
+    ids = torch.randint(2048, (4, 64), generator=torch.Generator().manual_seed(0))
 
     def model(view, decorate=None):
         return StreamedModel(view, "cpu", torch.float32, decorate)
@@ -187,13 +192,61 @@ def test_clean_merge_keeps_the_adapter(tiny_nf4, tiny_adapter):
     assert result.pairs["base"].kl_mean > 1e-2
 
 
+def test_perplexity_of_the_reference_is_that_of_transformers(tiny_llama):
+    view = dequantize(open_checkpoint(tiny_llama))
+    ids = torch.randint(2048, (3, 64))
+    models = [StreamedModel(view, "cpu", torch.float32) for _ in range(2)]
+    result = compare(models[0], {"candidate": models[1]}, ids, rows_per_batch=2)
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)(ids, labels=ids).loss
+    assert result.reference_perplexity == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert result.pairs["candidate"].perplexity == result.reference_perplexity
+    assert (result.num_positions, result.num_rows) == (3 * 63, 3)
+
+
+@pytest.mark.parametrize(("family", "key"), [("gpt2", "n_layer"), ("llama", "num_hidden_layers")])
+def test_another_depth_is_another_model(random_model, family, key):
+    """Whatever the family calls its number of layers in config.json."""
+    sources = [open_checkpoint(random_model(family)), open_checkpoint(random_model(family, **{key: 3}))]
+    reference = Reference(source=sources[0], base=dequantize(sources[0]), adapter=None, kind="16bit")
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers 3, the reference .* has 2"):
+        measure_fidelity(reference, sources[1], ValidationConfig(), "cpu", QUIET)
+
+
+@pytest.mark.parametrize(("added_rows", "how"), [(0, "bitsandbytes and peft"), (3, "resizes the vocabulary")])
+def test_peft_cannot_load_a_resized_vocabulary_on_the_base(tiny_nf4, tmp_path, monkeypatch, added_rows, how):
+    """The decision alone: what would be loaded on a GPU, and from whose memory."""
+    save_resized_adapter(tiny_nf4, tmp_path / "a", added_rows)
+    source = open_checkpoint(tiny_nf4)
+    base = dequantize(source)
+    reference = Reference(source=source, base=base, adapter=load_adapter(tmp_path / "a", base), kind="nf4-dq")
+    asked: list[str] = []
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: asked.append(device) or (2**40, 2**40))
+    monkeypatch.setattr("qconv.fidelity.load_resident", lambda *_: "resident")
+    monkeypatch.setattr("qconv.fidelity.streamed_reference", lambda *_: "streamed")
+    model, description = reference_model(reference, "cuda:1")
+    assert how in description
+    assert model == ("streamed" if added_rows else "resident")
+    assert asked == ["cuda:1"]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_nf4)
+    with pytest.raises(RuntimeError, match="size mismatch") if added_rows else nullcontext():
+        PeftModel.from_pretrained(plain, tmp_path / "a")
+
+
+def save_resized_adapter(base: Path, folder: Path, added_rows: int) -> None:
+    """A LoRA with the embedding saved along, after `resize_token_embeddings`."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if added_rows:
+        model.resize_token_embeddings(2048 + added_rows)
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder, save_embedding_layers=bool(added_rows))
+
+
 def test_report_is_json_without_nan(tiny_llama):
     view = dequantize(open_checkpoint(tiny_llama))
     models = [StreamedModel(view, "cpu", torch.float32) for _ in range(2)]
     result = compare(models[0], {"candidate": models[1]}, torch.randint(2048, (1, 64)), rows_per_batch=1)
     fidelity = measure(result, {"source": "x"})
-    from qconv.config import ValidationConfig
-
     gates = judge(fidelity, ValidationConfig(max_kl=0.1))
     report = Report(subject={"base": "b"}, fidelity=fidelity, gates=gates)
     document = json.loads(report.to_json(), parse_constant=lambda c: pytest.fail(f"{c} in JSON"))

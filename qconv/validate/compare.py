@@ -8,7 +8,7 @@ Dimension legend: B = rows in a batch, S = tokens per row, V = vocabulary, T = p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -91,8 +91,9 @@ def compare(
             block = runner.model.load_block(index)
             runner.hidden = [runner.model.run_block(index, block, h_BSH) for h_BSH in runner.hidden]
             del block
+        signal = _square_sum(runners[0].hidden)
         for runner in runners[1:]:
-            error = _relative_error(runners[0].hidden, runner.hidden)
+            error = _relative_error(runners[0].hidden, runner.hidden, signal)
             if not error < float("inf"):
                 raise NumericsError(
                     f"the hidden states after block {index} are not finite ({runner.name} or reference)"
@@ -101,35 +102,41 @@ def compare(
     return _compare_logits(runners, batches, blocks)
 
 
-def _relative_error(reference: list[Tensor], candidate: list[Tensor]) -> float:
-    noise = sum(
-        float((c.float() - r.float()).square().sum(dtype=torch.float64))
-        for r, c in zip(reference, candidate, strict=True)
-    )
-    signal = sum(float(r.float().square().sum(dtype=torch.float64)) for r in reference)
+def _square_sum(tensors: Iterable[Tensor]) -> float:
+    return sum(float(t.float().square().sum(dtype=torch.float64)) for t in tensors)
+
+
+def _relative_error(reference: list[Tensor], candidate: list[Tensor], signal: float) -> float:
+    """||candidate - reference|| / ||reference||; ``signal`` is the square sum of the reference."""
+    noise = _square_sum(c.float() - r.float() for r, c in zip(reference, candidate, strict=True))
     return float((noise / signal) ** 0.5) if signal > 0 else float("nan")
 
 
 def _compare_logits(
     runners: list[_Runner], batches: tuple[Tensor, ...], blocks: dict[str, list[BlockError]]
 ) -> Comparison:
-    pairs = {runner.name: PairStatistics(runner.name) for runner in runners}
-    heads = [runner.model.head() for runner in runners]
-    for number, ids_BS in enumerate(batches):
+    first, *others = runners
+    pairs = {runner.name: PairStatistics(runner.name) for runner in others}
+    heads = {runner.name: runner.model.head() for runner in runners}
+
+    def log_p(runner: _Runner, batch: int, row: int) -> Tensor:
+        logits_TV = heads[runner.name](runner.hidden[batch][row : row + 1])[0, :-1]
+        return log_probabilities(logits_TV, runner.name)
+
+    nll_sum = 0.0
+    for batch, ids_BS in enumerate(batches):
         for row in range(len(ids_BS)):
-            reference = None
-            for runner, head in zip(runners, heads, strict=True):
-                logits_TV = head(runner.hidden[number][row : row + 1])[0, :-1]
-                logp_TV = log_probabilities(logits_TV, runner.name)
-                if reference is None:
-                    reference = ReferenceRow(logp_TV)
-                logp_TV = logp_TV.to(reference.logp_TV.device)
-                pairs[runner.name].add(reference, logp_TV, ids_BS[row, 1:].to(logp_TV.device))
-    self_pair = pairs.pop("reference")
+            reference = ReferenceRow(log_p(first, batch, row))
+            targets_T = ids_BS[row, 1:].to(reference.logp_TV.device)
+            nll_sum -= float(reference.logp_TV.gather(1, targets_T[:, None]).sum(dtype=torch.float64))
+            for runner in others:
+                pairs[runner.name].add(reference, log_p(runner, batch, row).to(targets_T.device), targets_T)
+    num_rows = sum(len(ids_BS) for ids_BS in batches)
+    num_positions = num_rows * (batches[0].shape[1] - 1)
     return Comparison(
         pairs=pairs,
         blocks=blocks,
-        reference_perplexity=self_pair.perplexity,
-        num_positions=self_pair.num_positions,
-        num_rows=len(self_pair.kl_rows),
+        reference_perplexity=float(torch.tensor(nll_sum / num_positions, dtype=torch.float64).exp()),
+        num_positions=num_positions,
+        num_rows=num_rows,
     )

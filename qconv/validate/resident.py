@@ -47,7 +47,7 @@ def why_not_resident(device: str, kind: BnbKind, num_bytes: int) -> str | None:
     missing = [name for name in ("bitsandbytes", "peft") if find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info(device)
     if num_bytes > MEMORY_SHARE * free:
         return f"{num_bytes / 1e9:.1f} GB of 4-bit weights do not fit beside the candidate"
     return None
