@@ -18,7 +18,7 @@ from qconv.convert import FORMATS
 from qconv.errors import CheckpointError, NumericsError, SchemeError
 from qconv.progress import Progress
 from qconv.quantize.blocks import QuantizedBlock
-from qconv.streaming import build_skeleton
+from qconv.skeleton import build_skeleton
 from qconv.targets import TARGETS
 from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
 from qconv.writer import CheckpointWriter

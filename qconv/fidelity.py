@@ -22,7 +22,8 @@ from qconv.errors import CheckpointError, UsageError
 from qconv.merge import merge
 from qconv.progress import Progress
 from qconv.quantize.fp8 import fake_quantize_per_token
-from qconv.streaming import BlockModel, Decorate, StreamedModel, block_linears, text_config
+from qconv.skeleton import block_linears, text_config
+from qconv.streaming import BlockModel, Decorate, StreamedModel
 from qconv.types import Adapter, BnbKind, Checkpoint
 from qconv.validate.compare import compare
 from qconv.validate.reference import unmerged

@@ -25,7 +25,8 @@ from qconv.merge import load_adapter, merge
 from qconv.progress import QUIET, Progress
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
 from qconv.side_files import side_files, tokenizer_folder
-from qconv.streaming import StreamedModel, linear_weights
+from qconv.skeleton import linear_weights
+from qconv.streaming import StreamedModel
 from qconv.types import Adapter, BnbKind, Checkpoint
 from qconv.validate.report import JSON_NAME, MARKDOWN_NAME, Report, judge
 from qconv.work_folder import check_inputs, check_output

@@ -28,7 +28,8 @@ from qconv.progress import Progress
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
 from qconv.quantize.folds import FOLDS
 from qconv.records import write_train_record
-from qconv.streaming import StreamedModel, linear_weights
+from qconv.skeleton import linear_weights
+from qconv.streaming import StreamedModel
 from qconv.targets import TARGETS
 from qconv.types import Scheme
 from tests.cli_cases import (

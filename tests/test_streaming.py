@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from qconv.checkpoint import open_checkpoint
 from qconv.errors import CheckpointError
-from qconv.streaming import BlockModel, StreamedModel, find_blocks, linear_weights
+from qconv.skeleton import find_blocks, linear_weights
+from qconv.streaming import BlockModel, StreamedModel
 from qconv.validate.resident import ResidentModel
 from tests.conftest import FAMILIES
 

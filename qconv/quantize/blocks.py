@@ -21,7 +21,8 @@ from qconv.quantize.awq_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.folds import FOLDS, Heads
 from qconv.quantize.gram import GramAccumulator
 from qconv.quantize.solve import solve
-from qconv.streaming import StreamedModel, block_linears
+from qconv.skeleton import block_linears
+from qconv.streaming import StreamedModel
 from qconv.types import QuantizedLinear, Scheme
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from qconv.progress import quiet_libraries
-from qconv.streaming import BlockModel, find_blocks
+from qconv.skeleton import find_blocks
+from qconv.streaming import BlockModel
 from qconv.types import BnbKind
 
 MEMORY_SHARE = 0.6  # of the free device memory that the resident reference may take
