@@ -31,7 +31,11 @@ def quantized_folder(folder, name, scheme, scale_dtype=torch.bfloat16):
     for module, q in linears.items():
         tensors |= fmt.pack(q, module, scale_dtype)
     tensors["model.norm.weight"] = torch.full((4,), 2.0, dtype=torch.bfloat16)
-    config = {"model_type": "llama", "quantization_config": fmt.quantization_config(scheme, MODULES, ["lm_head"])}
+    config = {
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "quantization_config": fmt.quantization_config(scheme, MODULES, ["lm_head"]),
+    }
     return save_folder(folder, tensors, config), linears
 
 
@@ -41,7 +45,7 @@ def test_presents_logical_weights(tmp_path, name, scheme):
     view = dequantize(source)
     assert view.kind == name
     assert sorted(view.quantized_modules) == sorted(MODULES)
-    assert view.config == {"model_type": "llama"}
+    assert view.config == {"model_type": "llama", "dtype": "bfloat16"}
     assert view.location == str(tmp_path / "m")
     specs = {key: (spec.shape, spec.dtype) for key, spec in view.specs().items()}
     assert specs == {

@@ -30,16 +30,22 @@ def test_channel_scales_and_codes_agree_with_compressed_tensors() -> None:
 
 
 @pytest.mark.parametrize("num_candidates", [1, 8])
-@pytest.mark.parametrize("magnitude", [1e-37, 1e-7, 1.0, 1e4, 1e30])
-def test_codes_saturate_and_scales_are_bfloat16(num_candidates: int, magnitude: float) -> None:
+@pytest.mark.parametrize("magnitude", [1e-37, 1e-7, 1e-3, 1.0, 1e4])
+def test_codes_saturate_and_no_readers_cast_changes_a_scale(num_candidates: int, magnitude: float) -> None:
     w = weight() * magnitude
     q = quantize_per_channel(w, FP8, "w", num_candidates=num_candidates)
     assert bool(torch.isfinite(q.codes_NK.float()).all())
     assert torch.equal(q.scales_NG.bfloat16().float(), q.scales_NG)
+    assert torch.equal(q.scales_NG.half().float(), q.scales_NG)
     # A scale that was rounded down puts the largest weight above 448; half a step of e4m3 is 1/16 relative.
-    assert bool((q.scales_NG * 448 < w.abs().amax(1, keepdim=True)).any()) or num_candidates > 1 or magnitude < 1e-30
+    assert bool((q.scales_NG * 448 < w.abs().amax(1, keepdim=True)).any()) or num_candidates > 1 or magnitude < 1
     error = (q.dequantize() - w).abs()
     assert bool((error <= w.abs() / 16 + q.scales_NG * 2.0**-10 * 1.01).all())
+
+
+def test_weights_too_large_for_a_float16_scale_are_refused() -> None:
+    with pytest.raises(NumericsError, match=r"up_proj.*too large"):
+        quantize_per_channel(weight() * 1e30, FP8, "up_proj")
 
 
 def test_overflow_saturates_where_the_bare_cast_gives_nan() -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconv.quantize.grid import MIN_SCALE, check_finite, round_scale, row_chunks
+from qconv.quantize.grid import MIN_SCALE, check_finite, check_scale, round_scale, row_chunks
 from qconv.types import QuantizedLinear, Scheme
 
 FP8_MAX = 448.0
@@ -44,7 +44,7 @@ def quantize_per_channel(
         num_candidates: scales tried per channel, ``absmax / 448 * 2**(i / num_candidates)``; 1 = the plain scale.
 
     Raises:
-        NumericsError: NaN or infinity in the weights.
+        NumericsError: NaN or infinity in the weights, or weights too large for a float16 scale.
     """
     check_finite(w_NK, name)
     importance_K = torch.ones_like(w_NK[0]) if column_importance_K is None else column_importance_K
@@ -65,6 +65,7 @@ def quantize_per_channel(
                 best_loss_n1 = torch.where(better_n1, loss_n1, best_loss_n1)
         codes_NK[rows] = to_fp8(w_nK, best_n1)
         scales_N1[rows] = best_n1
+    check_scale(scales_N1, name)
     return QuantizedLinear(codes_NK=codes_NK, scales_NG=scales_N1, zeros_NG=None, group_index_K=None, scheme=scheme)
 
 
