@@ -368,7 +368,7 @@ def test_gptq_configuration_is_what_readers_require():
         "desc_act": False,
         "sym": True,
         "lm_head": False,
-        "true_sequential": True,
+        "true_sequential": False,
         "pack_dtype": "int32",
         "checkpoint_format": "gptq",
         "dynamic": {r"-:^model\.layers\.0\.mlp\.gate$": {}},

@@ -137,7 +137,7 @@ class Gptq:
             "desc_act": has_group_index,
             "sym": scheme.symmetric,
             "lm_head": "lm_head" in quantized_modules,
-            "true_sequential": True,
+            "true_sequential": False,
             "pack_dtype": "int32",
             "checkpoint_format": self.name,
         }
