@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 
-# Threads that wait for work sleep instead of spinning: ten times faster where the cores are shared, no slower where not.
+# Threads that wait for work sleep instead of spinning, which starves everything else where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test check format clean

@@ -24,7 +24,7 @@ def options(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
 
 run_options = options(
     click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr."),
-    click.option("-v", "--verbose", is_flag=True, help="Say every decision on stderr."),
+    click.option("-v", "--verbose", is_flag=True, help="More on stderr: each GPTQ solve, each training step."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one."),
 )

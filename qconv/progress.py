@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Progress:
-    """Attributes: verbosity: 0 = errors only, 1 = stages and bars, 2 = every decision."""
+    """Attributes: verbosity: 0 = errors only, 1 = stages and bars, 2 = each solve and training step."""
 
     verbosity: int = 0
 
