@@ -97,12 +97,12 @@ def main() -> None:
             with quiet_libraries():
                 fidelity = pipeline.run(job).fidelity
             assert fidelity is not None
-            pair = fidelity["candidate"]
+            pair = fidelity["total"]
             peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
             print(
-                f"| {target or 'bf16'} | {device} | {pair['kl_mean']:.5f} | {pair['top1_agreement']:.1%} "
-                f"| {pair['perplexity']:.2f} ({fidelity['reference_perplexity']:.2f}) "
-                f"| {time.monotonic() - start:.1f} | {peak:.2f} | {fidelity['evaluation']['reference']} |",
+                f"| {target or 'bf16'} | {device} | {pair['kl']['mean']:.5f} | {pair['top1_agreement']['value']:.1%} "
+                f"| {pair['perplexity']:.2f} ({pair['reference_perplexity']:.2f}) "
+                f"| {time.monotonic() - start:.1f} | {peak:.2f} | {fidelity['reference']['runs']} |",
                 flush=True,
             )
 

@@ -35,7 +35,9 @@ class Bench:
     def __init__(self, out: Path, tokens: int, device: str):
         self.out, self.device = out, device
         self.nf4, self.plain, self.adapter = out / "base-nf4", out / "base-bf16", out / "adapter"
-        self.validation = ValidationConfig(source="default-prose-eval", tokens=tokens)
+        self.validation = ValidationConfig(
+            source="default-prose-eval", tokens=tokens, control_tokens=tokens, attribution="never", defaults=False
+        )
 
     def prepare(self) -> None:
         from qconv.demo_model import build_smollm2
@@ -164,11 +166,11 @@ def main() -> None:
         label, measure = table[name]
         start = time.monotonic()
         fidelity = measure()
-        pair = fidelity["candidate"]
-        low, high = pair["kl_mean_interval_95"]
+        pair = fidelity["total"]
+        low, high = pair["kl"]["interval_95"]
         print(
-            f"| {label} | {pair['kl_mean']:.5f} | {low:.5f} to {high:.5f} | {pair['kl_p99']:.4f} "
-            f"| {pair['top1_agreement']:.1%} | {pair['perplexity']:.2f} ({fidelity['reference_perplexity']:.2f}) "
+            f"| {label} | {pair['kl']['mean']:.5f} | {low:.5f} to {high:.5f} | {pair['kl']['p99']:.4f} "
+            f"| {pair['top1_agreement']['value']:.1%} | {pair['perplexity']:.2f} ({pair['reference_perplexity']:.2f}) "
             f"| {fidelity['adapter_effect_retained']['value']:.1%} | {time.monotonic() - start:.0f} |",
             flush=True,
         )

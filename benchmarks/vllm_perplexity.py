@@ -15,20 +15,35 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def score_with_qconv(folder: Path, rows_file: Path) -> float:
     from qconv import corpus
     from qconv.checkpoint import open_checkpoint
-    from qconv.fidelity import candidate_model
-    from qconv.validate.compare import compare
+    from qconv.runners import Candidate, candidate_model
+    from qconv.validate.compare import Entrant, run_candidate
+    from qconv.validate.distribution import Distribution
 
     tokenizer = corpus.load_tokenizer(folder)
-    ids_TS = corpus.pack_tokens(corpus.load_documents("default-prose-eval"), tokenizer, 8, 512, seed=0)
+    rows = corpus.pack_rows(corpus.load_documents("default-prose-eval"), tokenizer, 8, 512, seed=0)
     rows_file.parent.mkdir(parents=True, exist_ok=True)
-    rows_file.write_text(json.dumps(ids_TS.tolist()))
-    model = candidate_model(open_checkpoint(folder), "cpu")
-    return compare(model, {}, ids_TS, rows_per_batch=8).reference_perplexity
+    rows_file.write_text(json.dumps(rows.ids_TS.tolist()))
+    candidate = Candidate.of(open_checkpoint(folder))
+    model, _ = candidate_model(candidate, candidate.view, "cpu", False, "qconv")
+    total, count = 0.0, 0
+
+    def visit(row: int, logits_TV: Tensor) -> None:
+        nonlocal total, count
+        targets_T = rows.ids_TS[row, 1:]
+        total -= float(Distribution.of(logits_TV, "candidate").logp(targets_T).double().sum())
+        count += len(targets_T)
+
+    run_candidate(Entrant(name="candidate", model=model, num_rows=8, rows_per_batch=8), rows, visit)
+    return math.exp(total / count)
 
 
 def score_with_vllm(folder: Path, rows_file: Path) -> float:

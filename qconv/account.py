@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ import torch
 from qconv import __version__, corpus
 from qconv.assemble import Layout
 from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig
-from qconv.fidelity import Reference
+from qconv.report.model_card import model_card as render_card
+from qconv.runners import Reference
 from qconv.targets import TARGETS
 from qconv.types import Checkpoint, Scheme
 
@@ -59,14 +62,38 @@ def describe_plan(job: MergeJob, reference: Reference, layout: Layout) -> Iterat
     yield f"writing {size / 1e6:.0f} MB to {job.out}"
 
 
-def subject(job: MergeJob, device: str) -> dict[str, Any]:
+def subject(job: MergeJob) -> dict[str, Any]:
     return {
-        "base": job.base,
+        "reference": job.base,
         "adapter": job.adapter,
+        "candidate": str(job.out),
+        "candidate_adapter": None,
         "target": job.quantization.target if job.quantization else "plain",
-        "out": str(job.out),
-        "environment": environment(device),
     }
+
+
+def model_card(document: Mapping[str, Any], job: MergeJob, reference: Reference) -> str:
+    """``README.md`` of the output: what it is, how to serve it, how close it is to what was trained."""
+    recorded = reference.adapter.tensors.config.get("base_model_name_or_path") if reference.adapter else None
+    local = Path(job.base).exists()
+    return render_card(
+        document,
+        base_model=str(recorded) if local and recorded else job.base,
+        adapter=job.adapter,
+        license=_license(reference.source.folder),
+        relation="quantized" if job.quantization else "merge",
+        tags=["qconv", *([job.quantization.target] if job.quantization else [])],
+    )
+
+
+def _license(base: Path) -> str | None:
+    """What the base's own model card says, where it has one."""
+    try:
+        text = (base / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.match(r"---\n.*?^license:[ \t]*([\w.+-]+)[ \t]*$.*?^---$", text, re.DOTALL | re.MULTILINE)
+    return found[1] if found else None
 
 
 def environment(device: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ from qconv.config import (
     ValidationConfig,
     parse_size,
 )
+from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
 from qconv.progress import Progress
 from qconv.targets import TARGETS
 
@@ -32,7 +33,7 @@ from qconv.targets import TARGETS
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from qconv.validate.report import Report
+    from qconv.outcome import Outcome
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -110,19 +111,33 @@ def convert(model: str, dtype: str, **options: Any) -> None:
 
 
 @cli.command()
-@click.option("--reference", required=True, help="The base that the adapter was trained on.")
+@click.option("--reference", help="The base that the adapter was trained on.")
 @click.option("--adapter", help="The adapter, left unmerged.")
-@click.option("--candidate", required=True, help="The folder to judge; any format that qconv reads.")
+@click.option("--candidate", help="The folder to judge; any format that qconv reads.")
+@click.option("--candidate-adapter", help="The candidate is served with this adapter, unmerged.")
+@click.option(
+    "--reference-cache",
+    type=click.Path(path_type=Path),
+    help="The reference's distributions: written when the file is missing, otherwise used instead of running it.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["qconv", "transformers"]),
+    default="qconv",
+    show_default=True,
+    help="What runs the candidate: weights decoded by qconv, or transformers with its own quantized kernels.",
+)
 @trained_on_option
-@click.option("--report", "report_dir", type=click.Path(path_type=Path), help="Folder for the report files.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the evaluation sampling.")
 @validate_options
 @run_options
-def validate(reference: str, adapter: str | None, candidate: str, **options: Any) -> None:
+def validate(reference: str | None, adapter: str | None, candidate: str | None, **options: Any) -> None:
     """Compare a CANDIDATE folder with base + unmerged adapter, and gate on it.
 
     \b
-    qconv validate --reference ./base-nf4 --adapter ./adapter --candidate ./out --max-kl 0.1
+    qconv validate --reference ./base-nf4 --adapter ./adapter --candidate ./out --report ./report
+    qconv validate --reference ./base-nf4 --adapter ./adapter --reference-cache ref.qcache   # once
+    qconv validate --reference-cache ref.qcache --candidate ./out --gate 'kl_mean<=0.1'      # then, without the base
     """
     from qconv import pipeline
 
@@ -130,12 +145,45 @@ def validate(reference: str, adapter: str | None, candidate: str, **options: Any
         reference=reference,
         candidate=candidate,
         adapter=adapter,
+        candidate_adapter=options["candidate_adapter"],
         trained_on=options["trained_on"],
+        reference_cache=options["reference_cache"],
         validation=_validation(options),
         device=options["device"],
         report_dir=options["report_dir"],
     )
-    _finish(pipeline.validate(job, _progress(options)), None)
+    _finish(pipeline.validate(job, _progress(options)))
+
+
+@cli.command()
+@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "html", "junit", "json"]),
+    default="text",
+    show_default=True,
+    help="Two reports are compared as text, markdown or json.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write there instead of to stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def report(reports: tuple[Path, ...], form: str, out: Path | None, debug: bool) -> None:
+    """Show one report (a qconv-report.json, or a folder with one) in another form, or compare two.
+
+    \b
+    qconv report ./out --format html -o report.html
+    qconv report ./release-1 ./release-2
+    """
+    from qconv.report.render import render
+
+    text = render(reports, form)
+    if out is None:
+        click.echo(text)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise errors.CheckpointError(f"{out}: cannot be written ({error})") from error
 
 
 @cli.command()
@@ -210,8 +258,12 @@ def _merge_job(
         quantization = QuantizationConfig(target=target, **{name: options[name] for name in names})
     elif options["desc_act"] or any(options[k] is not None for k in ("algorithm", "bits", "group_size", "symmetric")):
         raise errors.UsageError("--algorithm, --bits, --group-size, --sym/--asym and --desc-act belong to --requant")
-    if not validate_it and (options["max_kl"] is not None or options["min_effect"] is not None):
-        raise errors.UsageError("--no-validate leaves nothing to gate: drop it, or drop --max-kl and --min-effect")
+    asked = [name for name in ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks") if options[name]]
+    if not validate_it and asked:
+        raise errors.UsageError(
+            "--no-validate leaves nothing to gate: drop it, or drop "
+            + ", ".join("--gate" if name == "gates" else f"--{name.replace('_', '-')}" for name in asked)
+        )
     return MergeJob(
         base=base,
         adapter=adapter,
@@ -230,17 +282,32 @@ def _merge_job(
         device=options["device"],
         overwrite=options["overwrite"],
         revision=options["revision"],
+        report_dir=options["report_dir"],
     )
 
 
 def _validation(options: dict[str, Any]) -> ValidationConfig:
+    rules = [parse_rule(text) for text in options["gates"]]
+    if options["max_kl"] is not None:
+        rules.append(Rule(metric="kl_mean", upper=True, limit=options["max_kl"], origin="flag"))
+    if options["min_effect"] is not None:
+        rules.append(Rule(metric="adapter_effect_retained", upper=False, limit=options["min_effect"], origin="flag"))
     return ValidationConfig(
         source=options["eval_data"],
         tokens=options["eval_tokens"],
         seq_len=options["eval_seq_len"],
         seed=options["seed"],
-        max_kl=options["max_kl"],
-        min_effect=options["min_effect"],
+        rules=tuple(rules),
+        policy=Policy() if options["policy"] is None else load_policy(options["policy"]),
+        defaults=not options["no_default_gates"],
+        control_tokens=options["control_tokens"],
+        attribution=options["attribution"],
+        engine=options.get("engine", "qconv"),
+        prompts=options["prompts"],
+        new_tokens=options["new_tokens"],
+        tasks=options["tasks"],
+        task_folder=options["task_folder"],
+        task_limit=options["task_limit"],
     )
 
 
@@ -251,15 +318,21 @@ def _progress(options: dict[str, Any]) -> Progress:
 def _run_job(job: MergeJob, options: dict[str, Any]) -> None:
     from qconv import pipeline
 
-    _finish(pipeline.run(job, _progress(options)), job.out)
+    outcome = pipeline.run(job, _progress(options))
+    passed = outcome.verdict in ("pass", "not gated")
+    click.echo(
+        f"{'output':<11} {outcome.folder}" if passed else f"{'rejected':<11} {outcome.folder} (kept for inspection)"
+    )
+    if outcome.fidelity is not None:
+        _finish(outcome)
 
 
-def _finish(report: Report, out: Path | None) -> None:
-    click.echo(report.summary(out))
-    if report.verdict == "fail":
+def _finish(outcome: Outcome) -> None:
+    click.echo(outcome.summary())
+    if outcome.verdict == "fail":
         raise errors.GateError("a gate failed: see the report")
-    if report.verdict == "inconclusive":
-        raise errors.GateInconclusiveError("a gate is inconclusive: evaluate more tokens (--eval-tokens)")
+    if outcome.verdict == "inconclusive":
+        raise errors.GateInconclusiveError("a gate is inconclusive: see the report for how many tokens would settle it")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -61,8 +61,31 @@ validate_options = options(
     ),
     click.option("--eval-tokens", default=16384, show_default=True, help="Tokens to evaluate."),
     click.option("--eval-seq-len", default=512, show_default=True, help="Tokens per evaluated row."),
-    click.option("--max-kl", type=float, help="Gate: mean KL(reference || candidate) in nats, 95% interval."),
-    click.option("--min-effect", type=float, help="Gate: adapter effect retained, 0..1, 95% interval."),
+    click.option(
+        "--gate", "gates", multiple=True, metavar="RULE", help="e.g. kl_p99<=0.5, merge.kl_mean<=5x floor. Repeatable."
+    ),
+    click.option("--max-kl", type=float, help="Short for --gate kl_mean<=X (nats per token)."),
+    click.option("--min-effect", type=float, help="Short for --gate adapter_effect_retained>=X (0..1)."),
+    click.option("--policy", type=click.Path(path_type=Path), help="YAML or JSON file with gates and waivers."),
+    click.option("--no-default-gates", is_flag=True, help="Only the gates that are given."),
+    click.option(
+        "--control-tokens", type=int, help="Tokens for merge, base and noise floor on their own [default: 1 in 8]."
+    ),
+    click.option(
+        "--attribution",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        show_default=True,
+        help="Which block and linear costs how much; auto: when a gate does not pass.",
+    ),
+    click.option("--prompts", help="Compare greedy answers: default, a .txt (one a line) or a .jsonl with prompt."),
+    click.option("--new-tokens", default=64, show_default=True, help="Tokens of each answer."),
+    click.option("--tasks", multiple=True, help="lm-evaluation-harness task, or its YAML file. Repeatable."),
+    click.option("--task-folder", type=click.Path(path_type=Path), help="Folder with local task definitions."),
+    click.option("--task-limit", type=int, help="Samples per task [default: all]."),
+    click.option(
+        "--report", "report_dir", type=click.Path(path_type=Path), help="Folder for JSON, Markdown, JUnit and HTML."
+    ),
 )
 trained_on_option = click.option(
     "--trained-on",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from qconv.errors import SchemeError, UsageError
+from qconv.gate_rules import Policy, Rule
 from qconv.targets import TARGETS, Algorithm
 from qconv.types import BnbKind, Scheme
 
@@ -121,26 +122,47 @@ class ValidationConfig:
         source: held-out text, as `corpus.load_documents` reads it.
         tokens: evaluated tokens (rounded down to whole rows).
         seq_len: tokens per row.
-        max_kl: gate on the mean KL(reference || candidate), nats per token.
-        min_effect: gate on the adapter effect retained, 0..1.
+        rules: gates from the command line; replace those of the policy, which replace the defaults.
+        policy: gates and waivers from a file.
+        defaults: False = no default gates.
+        control_tokens: tokens for the controls (merge alone, base alone, noise floor); None = one in eight, or
+            all when a gate is about them.
+        attribution: measure which block and linear costs what: always, never, or when a gate does not pass.
+        engine: what runs the candidate: qconv's own decoding, or transformers with its quantized kernels.
+        prompts: compare greedy answers: ``"default"`` or a file, None = do not.
+        new_tokens: length of those answers.
+        tasks: of lm-evaluation-harness, names or YAML files.
+        task_folder: local task definitions.
+        task_limit: samples per task, None = all.
     """
 
     source: str = "default-eval"
     tokens: int = 16384
     seq_len: int = 512
     seed: int = 0
-    max_kl: float | None = None
-    min_effect: float | None = None
+    rules: tuple[Rule, ...] = ()
+    policy: Policy = field(default_factory=Policy)
+    defaults: bool = True
+    control_tokens: int | None = None
+    attribution: Literal["auto", "always", "never"] = "auto"
+    engine: Literal["qconv", "transformers"] = "qconv"
+    prompts: str | None = None
+    new_tokens: int = 64
+    tasks: tuple[str, ...] = ()
+    task_folder: Path | None = None
+    task_limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.seq_len < 8 or self.tokens < self.seq_len:
             raise UsageError(
                 f"validation needs --eval-tokens >= --eval-seq-len >= 8, got {self.tokens}, {self.seq_len}"
             )
-        if self.max_kl is not None and not self.max_kl > 0:
-            raise UsageError(f"--max-kl is a positive number of nats, got {self.max_kl}")
-        if self.min_effect is not None and not self.min_effect <= 1:
-            raise UsageError(f"--min-effect is at most 1, got {self.min_effect}")
+        if self.control_tokens is not None and self.control_tokens < self.seq_len:
+            raise UsageError(f"--control-tokens needs at least one row of {self.seq_len}, got {self.control_tokens}")
+        if self.new_tokens < 1 or (self.task_limit is not None and self.task_limit < 1):
+            raise UsageError(f"--new-tokens and --task-limit are at least 1, got {self.new_tokens}, {self.task_limit}")
+        if self.task_folder is not None and not self.tasks:
+            raise UsageError("--task-folder says where --tasks are defined, and no task is asked for")
 
     @property
     def rows(self) -> int:
@@ -159,6 +181,7 @@ class MergeJob:
         dtype: storage dtype of unquantized tensors; None = the base's.
         quantization: None = write a plain checkpoint.
         validation: None = do not validate.
+        report_dir: a second place for the reports; None = only the output folder.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
     """
 
@@ -174,6 +197,7 @@ class MergeJob:
     device: str = "auto"
     overwrite: bool = False
     revision: str | None = None
+    report_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.trained_on is not None and self.trained_on not in BNB_KINDS:
@@ -186,15 +210,36 @@ class MergeJob:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateJob:
-    """Compares a candidate folder with base + unmerged adapter."""
+    """Compares a candidate with base + unmerged adapter, or with what a cache holds of them.
 
-    reference: str
-    candidate: str
+    Attributes:
+        reference: the base, folder or hub id; None = only what the cache holds.
+        candidate: the folder to judge; None = only write the cache.
+        adapter: of the reference, unmerged.
+        candidate_adapter: the candidate is served with this one, unmerged.
+        reference_cache: read when it exists, written when it does not.
+        report_dir: where the reports go; None = the terminal alone.
+    """
+
+    reference: str | None
+    candidate: str | None
     adapter: str | None = None
+    candidate_adapter: str | None = None
     trained_on: BnbKind | None = None
+    reference_cache: Path | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     device: str = "auto"
     report_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.reference is None and self.reference_cache is None:
+            raise UsageError("--reference is missing: give the base that the adapter was trained on, or a cache of it")
+        if self.candidate is None and self.reference_cache is None:
+            raise UsageError("--candidate is missing: give the folder to judge")
+        if self.candidate is None and self.reference is None:
+            raise UsageError("--reference-cache alone: give --candidate to judge it, or --reference to write the cache")
+        if self.reference is None and self.adapter is not None:
+            raise UsageError("--adapter belongs to --reference; a cache has the adapter in it already")
 
 
 @dataclass(frozen=True, kw_only=True)

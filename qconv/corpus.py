@@ -18,6 +18,7 @@ import json
 import lzma
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,19 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
 }
 _GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples modulo 1 fill the interval most evenly
 _SOURCES = f"{', '.join(EMBEDDED)}, a .txt file, or a .jsonl file with a text field"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of tokens cut from documents.
+
+    Attributes:
+        ids_TS: token ids, int64 ``[rows, seq_len]``.
+        documents_TS: the document that each token is of, int32 ``[rows, seq_len]``, numbered as in the source.
+    """
+
+    ids_TS: Tensor
+    documents_TS: Tensor
 
 
 def load_documents(source: str) -> list[str]:
@@ -76,15 +90,15 @@ def load_documents(source: str) -> list[str]:
     return documents
 
 
-def pack_tokens(
+def pack_rows(
     documents: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
     seq_len: int,
     seed: int,
     allow_fewer: bool = False,
-) -> Tensor:
-    """Token rows ``[num_samples, seq_len]``, int64, cut from documents in a seeded systematic order.
+) -> TokenRows:
+    """``num_samples`` rows of ``seq_len`` tokens, cut from documents in a seeded systematic order.
 
     Each document is tokenized whole, with the special tokens that the tokenizer adds by itself (a
     BOS in front, for most Llamas), and closed with EOS where the tokenizer has one. The stream is cut
@@ -103,20 +117,38 @@ def pack_tokens(
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = int(1e30)  # rows are cut here; a warning about long documents would mislead
     stream: list[int] = []
+    origins: list[int] = []
     for index in _systematic_order(len(documents), seed):
-        ids = tokenizer(documents[index], truncation=False, padding=False)["input_ids"]
-        stream += ids
+        ids = list(tokenizer(documents[index], truncation=False, padding=False)["input_ids"])
         if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
-            stream.append(tokenizer.eos_token_id)
+            ids.append(tokenizer.eos_token_id)
+        stream += ids
+        origins += [index] * len(ids)
         if len(stream) >= need:
-            return torch.tensor(stream[:need], dtype=torch.int64).reshape(num_samples, seq_len)
-    num_rows = len(stream) // seq_len
-    if allow_fewer and num_rows:
-        return torch.tensor(stream[: num_rows * seq_len], dtype=torch.int64).reshape(num_rows, seq_len)
-    raise CalibrationError(
-        f"{num_samples} rows of {seq_len} tokens need {need} tokens, the text has {len(stream)}: "
-        f"ask for at most {num_rows} rows of this length, or give more text"
+            break
+    num_rows = min(num_samples, len(stream) // seq_len)
+    if num_rows < num_samples and not (allow_fewer and num_rows):
+        raise CalibrationError(
+            f"{num_samples} rows of {seq_len} tokens need {need} tokens, the text has {len(stream)}: "
+            f"ask for at most {num_rows} rows of this length, or give more text"
+        )
+    cut = num_rows * seq_len
+    return TokenRows(
+        torch.tensor(stream[:cut], dtype=torch.int64).reshape(num_rows, seq_len),
+        torch.tensor(origins[:cut], dtype=torch.int32).reshape(num_rows, seq_len),
     )
+
+
+def pack_tokens(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    allow_fewer: bool = False,
+) -> Tensor:
+    """The token ids of `pack_rows` alone, int64 ``[num_samples, seq_len]``."""
+    return pack_rows(documents, tokenizer, num_samples, seq_len, seed, allow_fewer).ids_TS
 
 
 def calibration_digest(content: Sequence[str] | Tensor) -> str:

@@ -8,13 +8,14 @@ from pathlib import Path
 from qconv import pipeline
 from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, TrainConfig, ValidationConfig
 from qconv.demo_model import build_smollm2
+from qconv.outcome import Outcome
 from qconv.progress import Progress, quiet_libraries
+from qconv.report.document import HTML_NAME, JSON_NAME
 from qconv.train import train
-from qconv.validate.report import JSON_NAME, MARKDOWN_NAME, Report
 from qconv.work_folder import check_output
 
 
-def run_demo(out: Path, target: str, steps: int, device: str, progress: Progress) -> Report:
+def run_demo(out: Path, target: str, steps: int, device: str, progress: Progress) -> Outcome:
     """SmolLM2-135M-Instruct in NF4, a short QLoRA training on prose, merge, re-quantize, validate.
 
     Args:
@@ -43,7 +44,7 @@ def run_demo(out: Path, target: str, steps: int, device: str, progress: Progress
         progress,
     )
     stage(f"merge, re-quantize to {target}, validate against the unmerged model")
-    report = pipeline.run(
+    outcome = pipeline.run(
         MergeJob(
             base=str(base),
             adapter=str(adapter),
@@ -56,9 +57,9 @@ def run_demo(out: Path, target: str, steps: int, device: str, progress: Progress
         progress,
     )
     stage("done")
-    print(report.summary(result))
+    print(outcome.summary())
     print(f"base       {base}\nadapter    {adapter}")
-    print(f"report     {result / JSON_NAME}\n           {result / MARKDOWN_NAME}")
+    print(f"report     {result / HTML_NAME}\n           {result / JSON_NAME}")
     print(f"again      qconv merge {base} {adapter} --requant {target} -o OUT")
     print(f"serve      vllm serve {result}")
-    return report
+    return outcome

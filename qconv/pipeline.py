@@ -2,49 +2,55 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qconv import corpus
-from qconv.account import describe_plan, environment, stages, subject
+from qconv.account import describe_plan, model_card, stages, subject
 from qconv.assemble import Layout, config_dtype, plan_layout, write_tensors
-from qconv.checkpoint import (
-    SafetensorsCheckpoint,
-    open_checkpoint,
-    resolve_folder,
+from qconv.cached_fidelity import measure_cached, write_cached
+from qconv.checkpoint import open_checkpoint, resolve_folder
+from qconv.config import MergeJob, ValidateJob, ValidationConfig
+from qconv.errors import UsageError
+from qconv.fidelity import (
+    Fidelity,
+    check_rules,
+    check_vocabulary,
+    evaluation_rows,
+    measure_fidelity,
+    reference_tokenizer,
+    rules_for,
 )
-from qconv.config import BNB_KINDS, MergeJob, ValidateJob
-from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
-from qconv.errors import AdapterError, CheckpointError, UsageError
-from qconv.fidelity import Reference, check_gates, evaluation_tokens, measure_fidelity
-from qconv.merge import load_adapter, merge
+from qconv.inputs import load_candidate, load_reference, resolve_device
+from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run_tasks
 from qconv.progress import QUIET, Progress
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
+from qconv.report.document import HTML_NAME, JSON_NAME, MARKDOWN_NAME, write_reports
+from qconv.runners import Candidate, Reference, candidate_model, reference_model
 from qconv.side_files import side_files, tokenizer_folder
 from qconv.skeleton import linear_weights
 from qconv.streaming import StreamedModel
-from qconv.types import Adapter, BnbKind, Checkpoint
-from qconv.validate.report import JSON_NAME, MARKDOWN_NAME, Report, judge
+from qconv.types import Checkpoint
 from qconv.work_folder import check_inputs, check_output
 from qconv.writer import CheckpointWriter
 
 
-def run(job: MergeJob, progress: Progress = QUIET) -> Report:
+def run(job: MergeJob, progress: Progress = QUIET) -> Outcome:
     """Makes ``job.out``, or leaves nothing: an error removes what was begun, a missed gate moves it aside.
 
     Raises:
         QconvError: any of its kinds; see `errors`.
     """
     check_output(job.out, job.overwrite)
-    check_inputs(job.out, [job.base, job.adapter])
+    check_inputs(job.out, [job.base, job.adapter, job.report_dir])
     device = resolve_device(job.device)
     source = open_checkpoint(job.base, job.revision)
     reference = load_reference(source, job.adapter, job.trained_on)
-    merged = merge(reference.base, [reference.adapter]) if reference.adapter else reference.base
+    merged = reference.merged
     linears = linear_weights(merged) if job.quantization else []
     layout = plan_layout(merged, job.dtype, job.quantization, linears)
     adapter_folder = resolve_folder(job.adapter) if job.adapter else None
@@ -62,131 +68,125 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Report:
         blocks = _quantized_blocks(job, merged, layout, calibration, device, counts, progress)
         write_tensors(writer, merged, layout, blocks, progress)
         writer.finish_tensors()
-        fidelity = None
-        if job.validation is not None:
-            progress.say(f"validating on {job.validation.tokens} tokens of {job.validation.source}")
-            stored = open_checkpoint(writer.partial)
-            fidelity = measure_fidelity(reference, stored, job.validation, device, progress)
-        report = Report(
-            subject=subject(job, device),
-            stages=stages(job, reference, merged, layout, calibration, counts),
-            fidelity=fidelity,
-            gates=judge(fidelity, job.validation) if fidelity and job.validation else [],
-        )
-        writer.write_text(JSON_NAME, report.to_json())
-        writer.write_text(MARKDOWN_NAME, report.to_markdown())
-        if report.verdict == "pass":
+        facts = stages(job, reference, merged, layout, calibration, counts)
+        document = _judge_output(job, reference, writer.partial, facts, device, progress)
+        write_reports(writer.partial, document, (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
+        writer.write_text("README.md", model_card(document, job, reference))
+        if job.report_dir is not None:
+            write_reports(job.report_dir, document)
+        if document["verdict"] in ("pass", "not gated"):
             writer.commit()
-        else:
-            writer.reject()
-    return report
+            return Outcome(document=document, folder=job.out)
+        return Outcome(document=document, folder=writer.reject())
 
 
-def validate(job: ValidateJob, progress: Progress = QUIET) -> Report:
-    """Compares an existing candidate folder with base + unmerged adapter.
+def _judge_output(
+    job: MergeJob, reference: Reference, stored: Path, facts: Mapping[str, Any], device: str, progress: Progress
+) -> dict[str, Any]:
+    """The report on what was just written, read back from its bytes."""
+    command = "merge" if job.adapter else "quantize" if job.quantization else "convert"
+    adapter = Path(reference.adapter.location) if reference.adapter else None
+    digests = Provenance({"reference": reference.source.folder, "adapter": adapter, "candidate": stored})
+    config = job.validation
+    if config is None:
+        return conclude(command, subject(job), device, stages=facts, provenance=digests.result(), progress=progress)
+    progress.say(f"validating on {config.tokens} tokens of {config.source}")
+    candidate = Candidate.of(open_checkpoint(stored))
+    fidelity = measure_fidelity(reference, candidate, config, device, progress)
+    return conclude(
+        command,
+        subject(job),
+        device,
+        config=config,
+        fidelity=fidelity,
+        rules=rules_for(candidate, reference.adapter is not None, config),
+        stages=facts,
+        provenance=digests.result(),
+        tasks=_tasks(reference, candidate, config, device, progress),
+        progress=progress,
+    )
+
+
+def validate(job: ValidateJob, progress: Progress = QUIET) -> Outcome:
+    """Compares an existing candidate folder with base + unmerged adapter, or with a cache of their outputs.
 
     Raises:
         QconvError: any of its kinds; see `errors`.
     """
     device = resolve_device(job.device)
-    reference = load_reference(open_checkpoint(job.reference), job.adapter, job.trained_on)
-    check_gates(reference, job.validation)
-    candidate = open_checkpoint(job.candidate)
+    config = job.validation
+    make_report_folder(job.report_dir)
+    reference = None
+    if job.reference is not None:
+        reference = load_reference(open_checkpoint(job.reference), job.adapter, job.trained_on)
+        check_rules(reference, config)
+    candidate = None if job.candidate is None else load_candidate(job.candidate, job.candidate_adapter)
+    digests = Provenance(
+        {
+            "reference": reference.source.folder if reference else None,
+            "adapter": Path(reference.adapter.location) if reference and reference.adapter else None,
+            "candidate": candidate.source.folder if candidate else None,
+        }
+    )
+    fidelity = _measure(job, reference, candidate, device, progress)
+    tasks = _tasks(reference, candidate, config, device, progress) if reference and candidate else []
+    document = conclude(
+        "validate",
+        {
+            "reference": job.reference or f"cached in {job.reference_cache}",
+            "adapter": job.adapter,
+            "candidate": job.candidate,
+            "candidate_adapter": job.candidate_adapter,
+            "target": candidate.view.kind if candidate else None,
+        },
+        device,
+        config=config,
+        fidelity=fidelity,
+        rules=rules_for(candidate, "merge" in fidelity.pairs, config, fidelity.is_audited) if candidate else (),
+        provenance=digests.result(),
+        tasks=tasks,
+        progress=progress,
+    )
     if job.report_dir is not None:
-        _make_folder(job.report_dir)
-    fidelity = measure_fidelity(reference, candidate, job.validation, device, progress)
-    compared = {
-        "reference": job.reference,
-        "adapter": job.adapter,
-        "candidate": job.candidate,
-        "environment": environment(device),
+        write_reports(job.report_dir, document)
+    return Outcome(document=document)
+
+
+def _measure(
+    job: ValidateJob, reference: Reference | None, candidate: Candidate | None, device: str, progress: Progress
+) -> Fidelity:
+    cache, config = job.reference_cache, job.validation
+    if cache is None:
+        assert reference is not None  # the job checked it
+        assert candidate is not None
+        return measure_fidelity(reference, candidate, config, device, progress)
+    if reference is not None and not cache.exists():
+        return write_cached(cache, reference, candidate, config, device, progress)
+    if candidate is None:
+        raise UsageError(f"{cache}: exists already; add --candidate to use it, or remove it to write it anew")
+    return measure_cached(cache, reference, candidate, config, device, progress)
+
+
+def _tasks(
+    reference: Reference, candidate: Candidate, config: ValidationConfig, device: str, progress: Progress
+) -> list[dict[str, Any]]:
+    models = {
+        "reference": lambda: reference_model(reference, reference.base, device, False)[0],
+        "candidate": lambda: candidate_model(candidate, candidate.view, device, False, config.engine)[0],
     }
-    report = Report(subject=compared, fidelity=fidelity, gates=judge(fidelity, job.validation))
-    if job.report_dir is not None:
-        (job.report_dir / JSON_NAME).write_text(report.to_json(), encoding="utf-8")
-        (job.report_dir / MARKDOWN_NAME).write_text(report.to_markdown(), encoding="utf-8")
-    return report
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: the report cannot be written there ({error}); choose a folder") from error
-
-
-def load_reference(source: SafetensorsCheckpoint, adapter_source: str | None, trained_on: BnbKind | None) -> Reference:
-    """The base as training saw it, and the checked adapter.
-
-    Raises:
-        UsageError: a 16-bit base whose training quantization nobody recorded, or options that disagree.
-        AdapterError: the adapter was trained on another kind of base than the one given.
-    """
-    base = dequantize(source)
-    if adapter_source is None:
-        if trained_on is not None:
-            raise UsageError("--trained-on says how an adapter saw its base, and there is no adapter")
-        return Reference(source=source, base=base, adapter=None, kind=_stored_kind(base))
-    adapter = load_adapter(adapter_source, base)
-    kind = _training_kind(base, adapter, trained_on)
-    seen: Checkpoint = base
-    if base.kind == "plain" and kind != "16bit":
-        seen = simulate_training_base(base, kind, linear_weights(base), adapter.backend)
-    return Reference(source=source, base=seen, adapter=adapter, kind=kind)
-
-
-def _stored_kind(base: DequantizedCheckpoint) -> BnbKind:
-    stored = base.kind.removeprefix("bnb-")
-    return next((kind for kind in BNB_KINDS if kind == stored), "16bit")
-
-
-def _training_kind(base: DequantizedCheckpoint, adapter: Adapter, trained_on: BnbKind | None) -> BnbKind:
-    recorded = adapter.trained_on
-    if trained_on and recorded and trained_on != recorded:
-        raise UsageError(f"{adapter.location}: --trained-on {trained_on}, but the adapter's own record says {recorded}")
-    kind = trained_on or recorded
-    if base.kind != "plain":
-        stored = _stored_kind(base)
-        if kind is not None and kind != stored:
-            raise AdapterError(
-                f"{adapter.location}: trained on a base quantized as {kind}, but {base.location} is "
-                f"stored as {stored}; "
-                "give the base that the adapter was trained on"
-            )
-        return stored
-    if kind is None:
-        raise UsageError(
-            f"{base.location} is a 16-bit base and {adapter.location} does not record how training saw it. "
-            "Say which:\n"
-            "  --trained-on nf4-dq  load_in_4bit with nf4 and double quantization (most QLoRA recipes)\n"
-            "  --trained-on nf4     load_in_4bit with nf4, bnb_4bit_use_double_quant=False\n"
-            "  --trained-on fp4-dq | fp4   the same with bnb_4bit_quant_type fp4 (the default of transformers is fp4)\n"
-            "  --trained-on 16bit   plain LoRA on the 16-bit weights, nothing was quantized\n"
-            "The adapter corrects the rounding that it was trained on. Merged into another rounding it drifts: "
-            "KL 0.164 instead of 0.0016 nats per token on SmolLM2-135M (docs/quality.md)"
-        )
-    return kind
+    tokenizer = reference_tokenizer(reference) or candidate.source.folder
+    return run_tasks(models, tokenizer, config, device, progress)
 
 
 def _check_before_work(job: MergeJob, reference: Reference, merged: Checkpoint, tokenizer: Path) -> None:
     """Raises now what the run would otherwise raise after hours."""
+    make_report_folder(job.report_dir)
     if job.validation is not None:
-        check_gates(reference, job.validation)
-        ids_TS, _ = evaluation_tokens(tokenizer, job.validation)
-        check_vocabulary(ids_TS, merged, tokenizer)
+        check_rules(reference, job.validation)
+        check_vocabulary(evaluation_rows(tokenizer, job.validation)[0].ids_TS, merged, tokenizer)
     if job.validation is not None or job.quantization is not None:
         # From headers alone: can this model be run block by block?
         StreamedModel(merged, "cpu", config_dtype(merged.config))
-
-
-def check_vocabulary(ids_TS: torch.Tensor, view: Checkpoint, tokenizer: Path) -> None:
-    """Refuses a tokenizer that makes tokens which the model's embedding does not have."""
-    size = view.config.get("vocab_size")
-    if isinstance(size, int) and int(ids_TS.max()) >= size:
-        raise CheckpointError(
-            f"{tokenizer}: its tokenizer gives token {int(ids_TS.max())}, {view.location} has {size}; "
-            "the tokenizer is from another model, or its new tokens were never trained"
-        )
 
 
 def _calibration_rows(job: MergeJob, view: Checkpoint, folder: Path) -> torch.Tensor | None:
@@ -224,18 +224,3 @@ def _quantized_blocks(
     rows = max(1, (4096 if device == "cpu" else 16384) // job.calibration.seq_len)
     batches = None if calibration is None else list(torch.split(calibration, rows))
     yield from quantize_blocks(StreamedModel(view, device, layout.storage), request, batches, progress)
-
-
-def resolve_device(device: str) -> str:
-    """``"auto"`` is CUDA where there is one.
-
-    Raises:
-        UsageError: CUDA was asked for and there is none, or the device is another one.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device takes cpu, cuda, cuda:N or auto, got {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device on this machine; use --device cpu or auto")
-    return device

@@ -17,16 +17,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qconv.skeleton import build_skeleton, check_parameters, find_blocks, tied_names
 from qconv.types import Checkpoint
-
-if TYPE_CHECKING:
-    pass
 
 Decorate = Callable[[str, nn.Module], None]
 """Called with a module's name prefix (``"model.layers.3."``, or ``""`` for the parts outside the
@@ -49,8 +47,17 @@ class BlockModel(ABC):
         """A runnable decoder layer; drop it to free its memory."""
 
     @abstractmethod
-    def _load_outer(self, with_head: bool) -> nn.Module:
-        """The whole model with everything outside the decoder layers in place."""
+    def _load_outer(self, with_embedding: bool, with_head: bool) -> nn.Module:
+        """The whole model with everything outside the decoder layers in place, but for what is not asked for."""
+
+    @property
+    @abstractmethod
+    def head_bytes(self) -> int:
+        """Memory that `head` takes beyond what is there already."""
+
+    @abstractmethod
+    def whole(self) -> nn.Module:
+        """The transformers model with all its blocks in memory, hooks and all; for ``generate`` and evaluation."""
 
     @torch.no_grad()
     def run_block(self, index: int, block: nn.Module, hidden_BSH: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ class BlockModel(ABC):
 
         Also records what each block is called with, once per batch shape.
         """
-        outer = self._load_outer(with_head=False)
+        outer = self._load_outer(with_embedding=True, with_head=False)
         in_tuples = self._layers_return_tuples(outer)
         hidden: list[Tensor] = []
         for ids_BS in batches:
@@ -81,14 +88,16 @@ class BlockModel(ABC):
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """A function from the last block's output ``[B, S, H]`` to logits ``[B, S, V]``; drop it to free the head."""
-        outer = self._load_outer(with_head=True)
-        in_tuples = self._layers_return_tuples(outer)
+        outer = self._load_outer(with_embedding=False, with_head=True)
+        in_tuples = bool(self._in_tuples)  # `embed` found out
+        width = outer.get_input_embeddings().weight.shape[-1]  # type: ignore[operator]
 
         @torch.no_grad()
         def logits(hidden_BSH: Tensor) -> Tensor:
-            ids_BS = torch.zeros(hidden_BSH.shape[:2], dtype=torch.long, device=self.device)
+            # What goes in is dropped at the first layer, so the input embedding need not be there.
+            unused = torch.zeros(*hidden_BSH.shape[:2], width, dtype=hidden_BSH.dtype, device=self.device)
             with _replaced_layers(outer, self.layers_name, _Recorder([], in_tuples, hidden_BSH)):
-                result: Tensor = outer(input_ids=ids_BS, use_cache=False).logits
+                result: Tensor = outer(inputs_embeds=unused, use_cache=False).logits
             return result
 
         return logits
@@ -118,6 +127,7 @@ class StreamedModel(BlockModel):
         device: where blocks run.
         compute_dtype: dtype of weights and activations while a block runs.
         decorate: see `Decorate`; how adapters and activation quantization join the forward pass.
+        keep_blocks: a block that was loaded once stays in memory, for models that fit and are run again.
 
     Construction reads headers alone: it tells before any work whether a view can be run.
 
@@ -126,9 +136,17 @@ class StreamedModel(BlockModel):
             from the view under its name in transformers or has another shape.
     """
 
-    def __init__(self, view: Checkpoint, device: str, compute_dtype: torch.dtype, decorate: Decorate | None = None):
+    def __init__(
+        self,
+        view: Checkpoint,
+        device: str,
+        compute_dtype: torch.dtype,
+        decorate: Decorate | None = None,
+        keep_blocks: bool = False,
+    ):
         super().__init__()
         self.view = view
+        self._kept: dict[int, nn.Module] | None = {} if keep_blocks else None
         self.device = device
         self.compute_dtype = compute_dtype
         self._decorate = decorate
@@ -161,14 +179,42 @@ class StreamedModel(BlockModel):
         return block
 
     def load_block(self, index: int) -> nn.Module:
-        return self.build_block(index, self.read_block(index))
+        if self._kept is None:
+            return self.build_block(index, self.read_block(index))
+        if index not in self._kept:
+            self._kept[index] = self.build_block(index, self.read_block(index))
+        return self._kept[index]
 
-    def _load_outer(self, with_head: bool) -> nn.Module:
+    @property
+    def head_bytes(self) -> int:
+        head = self._weight_of("get_output_embeddings")
+        if head is None:
+            return 0
+        return prod(self.view.specs()[self._tied.get(head, head)].shape) * self.compute_dtype.itemsize
+
+    def whole(self) -> nn.Module:
+        outer = self._load_outer(with_embedding=True, with_head=True)
+        layers: nn.ModuleList = outer.get_submodule(self.layers_name)  # type: ignore[assignment]
+        for index in range(self.num_blocks):
+            layers[index] = self.load_block(index)
+        return outer
+
+    def _weight_of(self, getter: str) -> str | None:
+        """Name of the weight of ``get_input_embeddings`` or ``get_output_embeddings``."""
+        module = getattr(self._skeleton, getter)()
+        found = (name for name, other in self._skeleton.named_modules() if other is module)
+        return None if module is None else f"{next(found)}.weight"
+
+    def _load_outer(self, with_embedding: bool, with_head: bool) -> nn.Module:
         outer: nn.Module = copy.deepcopy(self._skeleton)
         inside = self.layers_name + "."
-        head = "lm_head."
+        left_out = set()
+        if not with_head:
+            left_out.add(self._weight_of("get_output_embeddings"))
+        if not (with_embedding or self._tied):
+            left_out.add(self._weight_of("get_input_embeddings"))
         for name in self._skeleton.state_dict():
-            if name.startswith(inside) or name in self._tied or (name.startswith(head) and not with_head):
+            if name.startswith(inside) or name in self._tied or name in left_out:
                 continue
             _assign(outer, name, _cast(self.view.read(name, self.device), self.compute_dtype))
         for name, source in self._tied.items():

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from qconv import corpus, pipeline
 from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.report.document import JSON_NAME
 from qconv.targets import TARGETS
-from qconv.validate.report import JSON_NAME
 from tests.conftest import TINY_LLAMA
 
 NUM_LINEARS = 28  # seven in each of the four blocks of tiny-llama
@@ -90,7 +90,9 @@ def job(factory: pytest.TempPathFactory, out: Path, base: Path, adapter: Path | 
     calibration, evaluation = small_texts(factory)
     options: dict[str, Any] = {
         "calibration": CalibrationConfig(source=str(calibration), samples=8, seq_len=SEQ_LEN),
-        "validation": ValidationConfig(source=str(evaluation), tokens=EVAL_TOKENS, seq_len=SEQ_LEN),
+        "validation": ValidationConfig(
+            source=str(evaluation), tokens=EVAL_TOKENS, seq_len=SEQ_LEN, control_tokens=EVAL_TOKENS, defaults=False
+        ),
         "device": "cpu",
     }
     source = None if adapter is None else str(adapter)

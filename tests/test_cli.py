@@ -122,12 +122,12 @@ def test_done(run: Run, tiny_nf4: Path, tiny_adapter: Path) -> None:
     result = run("merge", tiny_nf4, tiny_adapter, "--max-kl", "0.01")
     assert result.code == 0
     assert stages_of(result.err) == ["merging", "writing", "validating"]
-    assert f"output     {run.out}\n" in result.out
-    assert "-> pass" in result.out
+    assert f"output      {run.out}\nverdict     PASS\n" in result.out
+    assert "pass: kl_mean <= 0.01" in result.out
     assert [path.name for path in run.out.parent.iterdir()] == ["out"]
     report = report_of(run.out)
     assert report["verdict"] == "pass"
-    assert f"{report['fidelity']['candidate']['kl_mean']:.5f} nats" in result.out
+    assert f"{report['fidelity']['total']['kl']['mean']:.3g} nats" in result.out
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,10 @@ def test_missed_gates(
     run: Run, output: Any, tiny_nf4: Path, tiny_adapter: Path, code: int, verdict: str, limit: str | None
 ) -> None:
     # A limit equal to the measured value lies inside its interval.
-    measured = report_of(output(Variant("w4a16", "rtn", 4)))["fidelity"]["candidate"]["kl_mean"]
+    measured = report_of(output(Variant("w4a16", "rtn", 4)))["fidelity"]["total"]["kl"]["mean"]
     result = run("merge", tiny_nf4, tiny_adapter, *RTN, "--max-kl", limit or repr(measured))
     assert result.code == code
-    assert f"rejected   {run.out}.rejected" in result.out
+    assert f"rejected    {run.out}.rejected" in result.out
     assert result.err.splitlines()[-1].startswith("error: a gate ")
     assert [path.name for path in run.out.parent.iterdir()] == ["out.rejected"]
     assert report_of(run.out.with_name("out.rejected"))["verdict"] == verdict
@@ -397,7 +397,7 @@ USAGE: dict[str, tuple[list[str], list[str]]] = {
     "shard size": (["--max-shard-size", "big"], ["a size such as 5GB", "big"]),
     "tiny shards": (["--max-shard-size", "10k"], ["at least 1MB"]),
     "tokens": (["--eval-tokens", "8"], ["--eval-tokens >= --eval-seq-len"]),
-    "limit": (["--max-kl", "-1"], ["positive number of nats"]),
+    "limit": (["--max-kl", "-1"], ["kl_mean is never below 0"]),
     "effect": (["--min-effect", "1.5"], ["at most 1"]),
     "gate without validation": (["--no-validate", "--max-kl", "0.1"], ["leaves nothing to gate"]),
     "damping": (["--requant", "gptq", "--damping", "2"], ["between 0 and 1"]),
@@ -424,7 +424,7 @@ def test_effect_gate_without_an_adapter_is_refused_before_work(
     run: Run, monkeypatch: pytest.MonkeyPatch, tiny_nf4: Path
 ) -> None:
     monkeypatch.setattr("qconv.pipeline.write_tensors", lambda *_: pytest.fail("work began"))
-    words = ["--min-effect needs an adapter"]
+    words = ["adapter_effect_retained needs an adapter"]
     run.refused(2, words, "quantize", tiny_nf4, "--to", "fp8", "--min-effect", "0.9")
 
 
@@ -502,7 +502,7 @@ def test_quiet_run_prints_its_summary_and_nothing_else(
     with started("merge", tiny_nf4, tiny_adapter, *options) as process:
         stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stderr) == (0, "")
-    assert stdout.startswith(f"output     {out}\nKL mean ")
+    assert stdout.startswith(f"output      {out}\nverdict     PASS")
     assert open_checkpoint(out).config["quantization_config"]["quant_method"] == "awq"
 
 
@@ -583,7 +583,7 @@ def test_inspect_of_inputs(run: Run, tmp_path: Path, tiny_nf4: Path, tiny_llama:
 
 def test_convert_of_a_4_bit_base_equals_bitsandbytes(run: Run, tiny_nf4: Path) -> None:
     result = run("convert", tiny_nf4, "--to", "bf16")
-    assert (result.code, result.out) == (0, f"output     {run.out}\n")
+    assert (result.code, result.out) == (0, f"output      {run.out}\n")
     assert stages_of(result.err) == ["writing"]
     expected = bitsandbytes_weights(tiny_nf4)
     found = stored_tensors(run.out)
@@ -615,20 +615,21 @@ def test_validate_repeats_what_the_merge_reported(
     folder = output(Variant("w4a16", "rtn", 4, True))
     merged = report_of(folder)
     models = ["--reference", tiny_nf4, "--adapter", tiny_adapter, "--candidate", folder]
+    models += ["--no-default-gates", "--control-tokens", str(EVAL_TOKENS)]
     result = run("validate", *models, "--report", tmp_path / "deep" / "report")
     assert (result.code, result.err) == (0, "")
     report = report_of(tmp_path / "deep" / "report")
     assert report["fidelity"] == merged["fidelity"]
-    assert (report["verdict"], report["candidate"]) == ("not gated", str(folder))
+    assert (report["verdict"], report["subject"]["candidate"]) == ("not gated", str(folder))
     markdown = (tmp_path / "deep" / "report" / "qconv-report.md").read_text()
-    assert f"{report['fidelity']['candidate']['kl_mean']:.5f}" in markdown
+    assert f"{report['fidelity']['total']['kl']['mean']:.3g}" in markdown
     result = run("validate", *models, "--max-kl", "1e-6")
     assert result.code == 4
     assert "kl_mean <= 1e-06" in result.out
     assert result.err == "error: a gate failed: see the report\n"
-    result = run("validate", *models, "--max-kl", repr(merged["fidelity"]["candidate"]["kl_mean"]))
+    result = run("validate", *models, "--max-kl", repr(merged["fidelity"]["total"]["kl"]["mean"]))
     assert result.code == 5
-    assert "--eval-tokens" in result.err
+    assert "how many tokens" in result.err
 
 
 def test_validate_refuses_another_model(run: Run, tiny_nf4: Path, random_model: Callable[..., Path]) -> None:
@@ -673,7 +674,9 @@ QUANTIZE = {
     "--seq-len",
     "--seed",
 }
-VALIDATE = {"--eval-data", "--eval-tokens", "--eval-seq-len", "--max-kl", "--min-effect"}
+VALIDATE = {"--eval-data", "--eval-tokens", "--eval-seq-len", "--max-kl", "--min-effect", "--gate", "--policy"}
+VALIDATE |= {"--no-default-gates", "--control-tokens", "--attribution", "--prompts", "--new-tokens", "--report"}
+VALIDATE |= {"--tasks", "--task-folder", "--task-limit"}
 TRAIN = {
     "--alpha",
     "--batch-size",
@@ -696,8 +699,12 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "convert": (["model"], {"--to"} | OUTPUT | RUN),
     "validate": (
         [],
-        {"--reference", "--adapter", "--candidate", "--trained-on", "--report", "--seed"} | VALIDATE | RUN,
+        {"--reference", "--adapter", "--candidate", "--candidate-adapter", "--reference-cache", "--engine"}
+        | {"--trained-on", "--seed"}
+        | VALIDATE
+        | RUN,
     ),
+    "report": (["reports"], {"--format", "-o", "--out", "--debug"}),
     "train": (["base", "data"], TRAIN | (OUTPUT - {"--max-shard-size"}) | RUN),
     "inspect": (["path"], {"--json", "--debug"}),
     "demo": ([], {"-o", "--out", "--requant", "--steps"} | RUN),

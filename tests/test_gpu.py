@@ -13,9 +13,11 @@ from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
 from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
 from qconv.convert import dequantize
-from qconv.fidelity import reference_model, streamed_reference
+from qconv.corpus import TokenRows
+from qconv.inputs import load_reference
 from qconv.records import write_train_record
-from qconv.validate.compare import compare
+from qconv.runners import reference_model, streamed
+from qconv.validate.compare import Entrant, Pair, compare
 
 pytestmark = pytest.mark.gpu
 
@@ -42,11 +44,11 @@ def test_the_gpu_gives_what_the_cpu_gives(
 ) -> None:
     cpu = run(tiny_nf4, tiny_adapter, tmp_path / "cpu", "cpu", target)
     cuda = run(tiny_nf4, tiny_adapter, tmp_path / "cuda", "cuda", target)
-    assert "bitsandbytes and peft kernels" in cuda["evaluation"]["reference"]
-    assert "decoded by qconv" in cpu["evaluation"]["reference"]
+    assert "bitsandbytes and peft kernels" in cuda["reference"]["runs"]
+    assert "decoded by qconv" in cpu["reference"]["runs"]
     # A plain merge has nothing but the noise of bfloat16 arithmetic to measure, about 2e-4 here.
-    assert cuda["candidate"]["kl_mean"] == pytest.approx(cpu["candidate"]["kl_mean"], rel=0.05, abs=2e-4)
-    assert cuda["reference_perplexity"] == pytest.approx(cpu["reference_perplexity"], rel=2e-3)
+    assert cuda["total"]["kl"]["mean"] == pytest.approx(cpu["total"]["kl"]["mean"], rel=0.05, abs=2e-4)
+    assert cuda["total"]["reference_perplexity"] == pytest.approx(cpu["total"]["reference_perplexity"], rel=2e-3)
     if target in ("awq", "gptq", "w4a16"):
         return  # calibrated codes follow the last bits of the activations; what must agree is the distance above
     stored = {device: dequantize(open_checkpoint(tmp_path / device)) for device in ("cpu", "cuda")}
@@ -56,12 +58,17 @@ def test_the_gpu_gives_what_the_cpu_gives(
 
 
 def test_streamed_reference_agrees_with_bitsandbytes_kernels(tiny_nf4: Path, tiny_adapter: Path) -> None:
-    reference = pipeline.load_reference(open_checkpoint(tiny_nf4), str(tiny_adapter), None)
-    resident, how = reference_model(reference, "cuda")
+    reference = load_reference(open_checkpoint(tiny_nf4), str(tiny_adapter), None)
+    resident, how = reference_model(reference, reference.base, "cuda", False)
     assert how.startswith("bitsandbytes and peft kernels")
-    ids_TS = torch.randint(2048, (8, 128))
-    result = compare(resident, {"candidate": streamed_reference(reference, "cuda")}, ids_TS, rows_per_batch=4)
-    assert result.pairs["candidate"].kl_mean < 2e-4
+    rows = TokenRows(torch.randint(2048, (8, 128)), torch.arange(8, dtype=torch.int32)[:, None].expand(8, 128))
+    ours = streamed(reference.base, reference.adapter, None, "cuda")
+    entrants = [
+        Entrant(name=name, model=model, num_rows=8, rows_per_batch=4)
+        for name, model in (("reference", resident), ("candidate", ours))
+    ]
+    result = compare(entrants, [Pair(name="total", reference="reference", other="candidate")], rows)
+    assert result.pairs["total"].kl_mean < 2e-4
 
 
 def test_a_16_bit_base_is_rounded_as_bitsandbytes_rounds_on_a_gpu(
@@ -72,6 +79,6 @@ def test_a_16_bit_base_is_rounded_as_bitsandbytes_rounds_on_a_gpu(
     shutil.copytree(tiny_adapter, adapter)
     write_train_record(adapter, "nf4-dq", str(tiny_llama), "cuda")
     fidelity = run(tiny_llama, adapter, tmp_path / "out", "cuda", None, dtype="fp32")
-    assert "bitsandbytes and peft kernels" in fidelity["evaluation"]["reference"]
-    assert fidelity["candidate"]["kl_mean"] < 2e-4
+    assert "bitsandbytes and peft kernels" in fidelity["reference"]["runs"]
+    assert fidelity["total"]["kl"]["mean"] < 2e-4
     assert fidelity["adapter_effect_retained"]["value"] > 0.98

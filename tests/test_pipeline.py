@@ -24,6 +24,7 @@ from qconv.checkpoint import open_checkpoint
 from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
 from qconv.convert import dequantize
 from qconv.errors import CalibrationError, CheckpointError, SchemeError, UsageError
+from qconv.gate_rules import parse_rule
 from qconv.progress import Progress
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
 from qconv.quantize.folds import FOLDS
@@ -157,6 +158,8 @@ def test_config_and_side_files(output: Callable[..., Path], tiny_nf4: Path, vari
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "README.md",
+        "qconv-report.html",
         "qconv-report.json",
         "qconv-report.md",
         "tokenizer.json",
@@ -191,7 +194,7 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
     """Bounds are about three times what was measured: KL 0.0033 (gptq), 0.0054 (awq), 0.0082 (rtn), 0.0002 (8 bits)."""
     out = output(variant)
     report = report_of(out)
-    assert (report["format"], report["verdict"], report["target"]) == (1, "not gated", variant.target)
+    assert (report["format"], report["verdict"], report["subject"]["target"]) == (2, "not gated", variant.target)
     stages = report["stages"]
     assert stages["merge"] == {
         "weights changed by a low-rank update": NUM_LINEARS,
@@ -230,22 +233,22 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
         assert (calibration["samples"], calibration["seq_len"], len(calibration["sha256"])) == (8, SEQ_LEN, 64)
     fidelity = report["fidelity"]
     assert fidelity["evaluation"]["positions"] == EVAL_TOKENS // SEQ_LEN * (SEQ_LEN - 1)
-    candidate = fidelity["candidate"]
-    low, high = candidate["kl_mean_interval_95"]
-    assert 0 < low < candidate["kl_mean"] < high
+    kl = fidelity["total"]["kl"]
+    low, high = kl["interval_95"]
+    assert 0 < low < kl["mean"] < high
     limit = 5e-4 if variant.bits == 8 and not is_float else 0.006 if is_float else 0.025
-    assert candidate["kl_mean"] < limit
+    assert kl["mean"] < limit
     assert [block["block"] for block in fidelity["blocks"]] == [0, 1, 2, 3]
     assert fidelity["adapter_effect_retained"]["value"] == pytest.approx(
-        1 - candidate["kl_mean"] / fidelity["base_without_adapter"]["kl_mean"]
+        1 - kl["mean"] / fidelity["base_without_adapter"]["kl"]["mean"]
     )
     markdown = (out / "qconv-report.md").read_text()
-    assert f"| candidate | {candidate['kl_mean']:.5f} |" in markdown
-    assert markdown.count("\n## ") == len(stages) + 1
+    assert f"{kl['mean']:.3g}"[:5] in markdown
+    assert [finding for finding in report["findings"] if finding["severity"] == "error"] == []
     if variant.bits == 4 and variant.algorithm in ("gptq", "awq"):
         plain = report_of(output(dataclasses.replace(variant, algorithm="rtn", desc_act=False)))
         gain = 0.6 if variant.algorithm == "gptq" else 0.9
-        assert candidate["kl_mean"] < gain * plain["fidelity"]["candidate"]["kl_mean"]
+        assert kl["mean"] < gain * plain["fidelity"]["total"]["kl"]["mean"]
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.target in ("gptq", "awq")], ids=str)
@@ -256,9 +259,9 @@ def test_reported_kl_is_that_of_the_stored_bytes(
     out = output(variant)
     candidate = logits_of(whole_model(decoded_weights(out), torch.bfloat16), ids)
     fidelity = report_of(out)["fidelity"]
-    assert fidelity["candidate"]["kl_mean"] == pytest.approx(mean_kl(reference_logits, candidate), rel=1e-3)
+    assert fidelity["total"]["kl"]["mean"] == pytest.approx(mean_kl(reference_logits, candidate), rel=1e-3)
     agreement = (reference_logits.argmax(-1) == candidate.argmax(-1))[:, :-1].float().mean()
-    assert fidelity["candidate"]["top1_agreement"] == pytest.approx(float(agreement), abs=0.002)
+    assert fidelity["total"]["top1_agreement"]["value"] == pytest.approx(float(agreement), abs=0.002)
 
 
 def test_reported_kl_of_the_base_without_adapter(
@@ -267,7 +270,7 @@ def test_reported_kl_of_the_base_without_adapter(
     base = logits_of(whole_model(bitsandbytes_weights(tiny_nf4), torch.bfloat16), ids)
     fidelity = report_of(output(None, "bf16"))["fidelity"]
     expected = mean_kl(reference_logits, base)
-    assert fidelity["base_without_adapter"]["kl_mean"] == pytest.approx(expected, rel=1e-3)
+    assert fidelity["base_without_adapter"]["kl"]["mean"] == pytest.approx(expected, rel=1e-3)
     assert fidelity["adapter_effect_retained"]["value"] > 0.95
 
 
@@ -297,7 +300,7 @@ def test_default_texts(tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path) -> No
     assert report.stages["calibration"]["source"] == "default"
     assert report.fidelity is not None
     assert report.fidelity["evaluation"]["source"] == "default-eval"
-    assert report.fidelity["candidate"]["kl_mean"] < 0.01
+    assert report.fidelity["total"]["kl"]["mean"] < 0.01
 
 
 def test_quantizing_without_an_adapter(new_job: Callable[..., MergeJob], tmp_path: Path, tiny_llama: Path) -> None:
@@ -305,9 +308,9 @@ def test_quantizing_without_an_adapter(new_job: Callable[..., MergeJob], tmp_pat
     quantization = QuantizationConfig(target="w4a16", bits=8, algorithm="rtn")
     report = pipeline.run(new_job(out, tiny_llama, quantization=quantization))
     assert report.fidelity is not None
-    assert "base_without_adapter" not in report.fidelity
+    assert report.fidelity["base_without_adapter"] is None
     assert "merge" not in report.stages
-    assert 0 < report.fidelity["candidate"]["kl_mean"] < 5e-4
+    assert 0 < report.fidelity["total"]["kl"]["mean"] < 5e-4
 
 
 def test_a_quantized_output_can_be_quantized_again(
@@ -318,7 +321,7 @@ def test_a_quantized_output_can_be_quantized_again(
     quantization = QuantizationConfig(target="gptq", bits=8, algorithm="rtn")
     report = pipeline.run(new_job(tmp_path / "out", source, quantization=quantization))
     assert report.fidelity is not None
-    assert report.fidelity["candidate"]["kl_mean"] < 5e-4
+    assert report.fidelity["total"]["kl"]["mean"] < 5e-4
 
 
 # The base as training saw it
@@ -336,7 +339,7 @@ def test_16_bit_base_is_rounded_as_training_rounded_it(
     found = stored_tensors(tmp_path / "out")
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    assert json.loads(report.to_json())["fidelity"] == report_of(output(None, "fp32"))["fidelity"]
+    assert report.fidelity == report_of(output(None, "fp32"))["fidelity"]
     # The record alone says the same, and without any rounding it is another model.
     pipeline.run(new_job(tmp_path / "recorded", tiny_llama, adapter, dtype="fp32", validation=None))
     recorded = stored_tensors(tmp_path / "recorded")
@@ -374,11 +377,11 @@ def test_resized_vocabulary(new_job: Callable[..., MergeJob], tmp_path: Path, ti
     some = torch.cat([ids, torch.full_like(ids[:1], 2055)])
     torch.testing.assert_close(logits_of(found, some), logits_of(adapted.eval(), some), rtol=1e-4, atol=1e-4)
     assert report.fidelity is not None
-    assert report.fidelity["candidate"]["kl_mean"] < 1e-4
-    assert "effect retained not measured" in report.fidelity["evaluation"]["note"]
+    assert report.fidelity["total"]["kl"]["mean"] < 1e-4
+    assert any("effect retained not measured" in note for note in report.fidelity["notes"])
     assert any("2056 rows" in note for note in report.stages["merge"]["notes"])
-    limits = ValidationConfig(tokens=1024, min_effect=0.5)
-    with pytest.raises(UsageError, match="resizes the vocabulary"):
+    limits = ValidationConfig(tokens=1024, rules=(parse_rule("adapter_effect_retained>=0.5"),))
+    with pytest.raises(UsageError, match="the adapter resizes its vocabulary"):
         pipeline.run(new_job(tmp_path / "gated", tiny_llama, adapter, trained_on="16bit", validation=limits))
     assert not list(tmp_path.glob("gated*"))
 
@@ -403,7 +406,7 @@ def test_untied_head(
     found = logits_of(AutoModelForCausalLM.from_pretrained(out).eval(), ids)
     assert mean_kl(expected, found) < (1e-3 if target else 1e-8)
     assert report.fidelity is not None
-    assert report.fidelity["candidate"]["kl_mean"] < 1e-3
+    assert report.fidelity["total"]["kl"]["mean"] < 1e-3
     assert any("untied" in note for note in report.stages["merge"]["notes"])
 
 
@@ -523,7 +526,7 @@ def test_every_family_goes_through(
     quantization = QuantizationConfig(target="gptq", bits=8, algorithm="awq")
     report = pipeline.run(new_job(tmp_path / "out", random_model(family), quantization=quantization))
     assert report.fidelity is not None
-    assert report.fidelity["candidate"]["kl_mean"] < 0.01
+    assert report.fidelity["total"]["kl"]["mean"] < 0.01
     view = dequantize(open_checkpoint(tmp_path / "out"))
     assert len(view.quantized_modules) == len(linear_weights(view))
 
@@ -531,7 +534,8 @@ def test_every_family_goes_through(
 # Gates and refusals
 
 
-def gated(new_job: Callable[..., MergeJob], out: Path, base: Path, adapter: Path, **limits: float) -> Any:
+def gated(new_job: Callable[..., MergeJob], out: Path, base: Path, adapter: Path, max_kl: float, effect: float) -> Any:
+    limits = {"rules": (parse_rule(f"kl_mean<={max_kl!r}"), parse_rule(f"adapter_effect_retained>={effect}"))}
     quantization = QuantizationConfig(target="w4a16", algorithm="rtn")
     small = new_job(out, base, adapter, quantization=quantization)
     assert small.validation is not None
@@ -542,11 +546,11 @@ def test_gates_decide_where_the_output_goes(
     new_job: Callable[..., MergeJob], tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path
 ) -> None:
     run = partial(gated, new_job, base=tiny_nf4, adapter=tiny_adapter)
-    passed = run(out=tmp_path / "pass", max_kl=0.5, min_effect=-5.0)
+    passed = run(out=tmp_path / "pass", max_kl=0.5, effect=-5.0)
     assert passed.verdict == "pass"
-    measured = passed.fidelity["candidate"]["kl_mean"]
-    assert run(out=tmp_path / "fail", max_kl=0.5, min_effect=0.99).verdict == "fail"
-    assert run(out=tmp_path / "unclear", max_kl=measured, min_effect=-5.0).verdict == "inconclusive"
+    measured = passed.fidelity["total"]["kl"]["mean"]
+    assert run(out=tmp_path / "fail", max_kl=0.5, effect=0.99).verdict == "fail"
+    assert run(out=tmp_path / "unclear", max_kl=measured, effect=-5.0).verdict == "inconclusive"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fail.rejected", "pass", "unclear.rejected"]
     gates = report_of(tmp_path / "fail.rejected")["gates"]
     assert [(gate["name"], gate["verdict"]) for gate in gates] == [
@@ -556,7 +560,12 @@ def test_gates_decide_where_the_output_goes(
     # A rejected folder is complete, and an output that was there stays.
     before = (tmp_path / "pass" / "qconv-report.json").read_bytes()
     small = new_job(tmp_path / "pass", tiny_nf4, tiny_adapter, overwrite=True)
-    limits = ValidationConfig(source=small.validation.source, tokens=EVAL_TOKENS, seq_len=SEQ_LEN, max_kl=1e-9)  # type: ignore[union-attr]
+    limits = ValidationConfig(
+        source=small.validation.source,  # type: ignore[union-attr]
+        tokens=EVAL_TOKENS,
+        seq_len=SEQ_LEN,
+        rules=(parse_rule("kl_mean<=1e-9"),),
+    )
     assert pipeline.run(dataclasses.replace(small, validation=limits)).verdict == "fail"
     assert (tmp_path / "pass" / "qconv-report.json").read_bytes() == before
     assert len(stored_tensors(tmp_path / "pass.rejected")) == 38

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qconv.checkpoint import open_checkpoint
 from qconv.convert import dequantize
-from qconv.fidelity import candidate_model
+from qconv.runners import Candidate, candidate_model
 from tests.cli_cases import (
     LAYOUTS,
     NUM_LINEARS,
@@ -49,7 +49,9 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
 
 def ours(folder: Path, ids: Tensor) -> Tensor:
     """Logits of the candidate that validation judges."""
-    (logits,) = run(candidate_model(open_checkpoint(folder), "cpu"), [ids])
+    candidate = Candidate.of(open_checkpoint(folder))
+    model, _ = candidate_model(candidate, candidate.view, "cpu", False, "qconv")
+    (logits,) = run(model, [ids])
     return logits
 
 

@@ -40,12 +40,12 @@ def measure(base: Path, adapter: Path, out: Path, target: str | None, **options:
 
 def test_a_plain_merge_is_the_model_that_was_trained(smollm2: Path, adapter: Path, tmp_path: Path) -> None:
     fidelity = measure(smollm2, adapter, tmp_path / "out", None)
-    assert fidelity["candidate"]["kl_mean"] < 0.003
-    assert fidelity["base_without_adapter"]["kl_mean"] > 0.1
+    assert fidelity["total"]["kl"]["mean"] < 0.003
+    assert fidelity["base_without_adapter"]["kl"]["mean"] > 0.1
     assert fidelity["adapter_effect_retained"]["value"] > 0.98
 
 
 def test_calibrated_4_bits_beat_round_to_nearest(smollm2: Path, adapter: Path, tmp_path: Path) -> None:
-    nearest = measure(smollm2, adapter, tmp_path / "rtn", "w4a16", algorithm="rtn")["candidate"]["kl_mean"]
-    calibrated = measure(smollm2, adapter, tmp_path / "gptq", "w4a16")["candidate"]["kl_mean"]
+    nearest = measure(smollm2, adapter, tmp_path / "rtn", "w4a16", algorithm="rtn")["total"]["kl"]["mean"]
+    calibrated = measure(smollm2, adapter, tmp_path / "gptq", "w4a16")["total"]["kl"]["mean"]
     assert calibrated < nearest / 3

@@ -4,6 +4,7 @@ This room never chooses a number. `dequantize` reads, `FORMATS` writes what algo
 """
 
 from qconv.convert.bnb import BnbState
+from qconv.convert.bnb_kernels import simulate as simulate_weight
 from qconv.convert.dequantize import FORMATS, DequantizedCheckpoint, dequantize
 from qconv.convert.format import Format
 from qconv.convert.simulate import simulate_training_base
@@ -15,4 +16,5 @@ __all__ = [
     "Format",
     "dequantize",
     "simulate_training_base",
+    "simulate_weight",
 ]

@@ -1,42 +1,90 @@
-"""Runs two or three models in lockstep, block by block, and measures how far apart they are.
+"""Runs models in lockstep, block by block, and compares their hidden states and their logits.
 
-All models see the same tokens. After each block their hidden states are compared; after the last
-one, their logits. Only one block per model is in memory at a time, so neither model has to fit.
+All models see the same tokens. After each block the candidate's hidden states are compared with the
+reference's; after the last one, the logits of every pair that was asked for. Only one block of each
+model is in memory at a time, so no model has to fit. Controls may run on the first rows only.
 
 Dimension legend: B = rows in a batch, S = tokens per row, V = vocabulary, T = positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from math import inf, log10
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qconv.corpus import TokenRows
 from qconv.errors import NumericsError
 from qconv.progress import QUIET, Progress
 from qconv.streaming import BlockModel
-from qconv.validate.statistics import PairStatistics, ReferenceRow, log_probabilities
+from qconv.validate.distribution import Distribution
+from qconv.validate.statistics import PairStatistics, compare_distributions
+
+_CHUNK_BYTES = {"cpu": 13_000_000, "cuda": 256_000_000}  # float32 logits that are worked on together
+_HEAD_BYTES = 1_000_000_000  # output embeddings that may be in memory together
+
+Observe = Callable[[Mapping[str, Distribution], Tensor], None]
+"""Called with all distributions of some positions by entrant, and the actual next tokens, in order."""
+AfterBlock = Callable[[int], None]
+REFERENCE, CANDIDATE = "reference", "candidate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """One model in the comparison.
+
+    Attributes:
+        num_rows: how many of the evaluated rows it sees, from the first.
+        rows_per_batch: rows that run together.
+    """
+
+    name: str
+    model: BlockModel
+    num_rows: int
+    rows_per_batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two entrants whose logits are compared, by name: KL(reference || other)."""
+
+    name: str
+    reference: str
+    other: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockError:
-    """Distance of the candidate's hidden states from the reference's after one block.
+    """Distance of the candidate's hidden states from the reference's after one block, all positions (Frobenius).
 
     Attributes:
-        relative_error: ||candidate - reference|| / ||reference|| over all positions (Frobenius).
-        sqnr_db: signal-to-quantization-noise ratio, -20 log10(relative_error), in dB.
+        relative_error: ||candidate - reference|| / ||reference||.
+        cosine: of the two, as vectors of all positions and features.
     """
 
     index: int
     relative_error: float
+    cosine: float
 
     @property
     def sqnr_db(self) -> float:
-        if self.relative_error == 0:
-            return float("inf")
-        return -20 * float(torch.tensor(self.relative_error, dtype=torch.float64).log10())
+        """Signal-to-quantization-noise ratio, -20 log10(relative error), in dB."""
+        return inf if self.relative_error == 0 else -20 * log10(self.relative_error)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "block": self.index,
+            "relative_error": self.relative_error,
+            "sqnr_db": self.sqnr_db,
+            "cosine": self.cosine,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,99 +92,171 @@ class Comparison:
     """What `compare` measured.
 
     Attributes:
-        pairs: statistics of the reference against each other model, by its name.
-        blocks: error per block, by model name.
-        reference_perplexity: of the reference on the evaluated tokens.
-        num_positions: next-token predictions that were compared.
-        num_rows: independent rows they come from.
+        pairs: statistics by the name of the pair.
+        blocks: error of the second entrant against the first, per block, when it is the candidate.
     """
 
     pairs: Mapping[str, PairStatistics]
-    blocks: Mapping[str, list[BlockError]]
-    reference_perplexity: float
-    num_positions: int
-    num_rows: int
+    blocks: Sequence[BlockError]
 
 
 @dataclass
 class _Runner:
-    name: str
-    model: BlockModel
+    entrant: Entrant
     hidden: list[Tensor] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.entrant.name
+
+    def begin(self, ids_TS: Tensor) -> None:
+        batches = torch.split(ids_TS[: self.entrant.num_rows], self.entrant.rows_per_batch)
+        self.hidden = self.entrant.model.embed(batches)
+
+    def step(self, index: int) -> None:
+        block = self.entrant.model.load_block(index)
+        self.hidden = [self.entrant.model.run_block(index, block, h_BSH) for h_BSH in self.hidden]
+
+    def row(self, row: int) -> Tensor:
+        batch, place = divmod(row, self.entrant.rows_per_batch)
+        return self.hidden[batch][place : place + 1]
 
 
 def compare(
-    reference: BlockModel,
-    others: Mapping[str, BlockModel],
-    ids_TS: Tensor,
+    entrants: Sequence[Entrant],
+    pairs: Sequence[Pair],
+    rows: TokenRows,
     *,
-    rows_per_batch: int,
+    observe: Observe | None = None,
+    after_block: AfterBlock | None = None,
     progress: Progress = QUIET,
 ) -> Comparison:
-    """Compares ``others`` with ``reference`` on the rows of ``ids_TS`` (int64 ``[rows, S]``).
+    """Runs ``entrants`` (the reference first, the candidate second) over ``rows`` and compares ``pairs`` of them.
 
     Every model must have the same number of blocks and vocabulary. Positions 0..S-2 of each row
     are evaluated (position S-1 has no next token).
 
+    Args:
+        observe: see `Observe`; sees the entrants of the first pair (and more where memory allows).
+        after_block: called after each block, while its weights may still be at hand.
+
     Raises:
         NumericsError: hidden states or logits of a model contain NaN or infinity; names the block.
     """
-    batches = torch.split(ids_TS, rows_per_batch)
-    runners = [_Runner("reference", reference), *(_Runner(name, model) for name, model in others.items())]
+    runners = [_Runner(entrant) for entrant in entrants]
     for runner in runners:
-        runner.hidden = runner.model.embed(batches)
-    blocks: dict[str, list[BlockError]] = {name: [] for name in others}
-    for index in progress.track(range(reference.num_blocks), "validate", reference.num_blocks):
+        runner.begin(rows.ids_TS)
+    num_blocks = entrants[0].model.num_blocks
+    blocks = []
+    for index in progress.track(range(num_blocks), "validate", num_blocks):
         for runner in runners:
-            block = runner.model.load_block(index)
-            runner.hidden = [runner.model.run_block(index, block, h_BSH) for h_BSH in runner.hidden]
-            del block
-        signal = _square_sum(runners[0].hidden)
-        for runner in runners[1:]:
-            error = _relative_error(runners[0].hidden, runner.hidden, signal)
-            if not error < float("inf"):
-                raise NumericsError(
-                    f"the hidden states after block {index} are not finite ({runner.name} or reference)"
-                )
-            blocks[runner.name].append(BlockError(index=index, relative_error=error))
-    return _compare_logits(runners, batches, blocks)
+            runner.step(index)
+        if len(runners) > 1 and runners[1].name == CANDIDATE:
+            blocks.append(_block_error(index, runners[0], runners[1]))
+        if after_block is not None:
+            after_block(index)
+    by_name = {runner.name: runner for runner in runners}
+    tables = {pair.name: PairStatistics(pair.name) for pair in pairs}
+    for group in _groups(pairs, by_name):
+        _compare_logits(group, by_name, rows, tables, observe if pairs[0] in group else None)
+    return Comparison(pairs=tables, blocks=blocks)
 
 
-def _square_sum(tensors: Iterable[Tensor]) -> float:
-    return sum(float(t.float().square().sum(dtype=torch.float64)) for t in tensors)
+def run_candidate(
+    entrant: Entrant, rows: TokenRows, visit: Callable[[int, Tensor], None], progress: Progress = QUIET
+) -> None:
+    """Runs one model alone; ``visit(row, logits_TV)`` sees each row's logits for positions 0..S-2."""
+    runner = _Runner(entrant)
+    runner.begin(rows.ids_TS)
+    num_blocks = entrant.model.num_blocks
+    for index in progress.track(range(num_blocks), "validate", num_blocks):
+        runner.step(index)
+    head = entrant.model.head()
+    for row in range(entrant.num_rows):
+        visit(row, head(runner.row(row))[0, :-1])
 
 
-def _relative_error(reference: list[Tensor], candidate: list[Tensor], signal: float) -> float:
-    """||candidate - reference|| / ||reference||; ``signal`` is the square sum of the reference."""
-    noise = _square_sum(c.float() - r.float() for r, c in zip(reference, candidate, strict=True))
-    return float((noise / signal) ** 0.5) if signal > 0 else float("nan")
+def position_chunks(logits_TV: Tensor) -> list[slice]:
+    """Slices of positions whose float32 logits stay small enough to be worked on quickly."""
+    num_positions, vocabulary = logits_TV.shape
+    size = max(1, _CHUNK_BYTES["cuda" if logits_TV.is_cuda else "cpu"] // (4 * vocabulary))
+    return [slice(start, min(start + size, num_positions)) for start in range(0, num_positions, size)]
+
+
+def _block_error(index: int, reference: _Runner, candidate: _Runner) -> BlockError:
+    sums = [0.0, 0.0, 0.0, 0.0]  # noise, signal, the candidate's own, inner product
+    for r_BSH, c_BSH in zip(reference.hidden, candidate.hidden, strict=True):
+        for r_SH, c_SH in zip(r_BSH, c_BSH, strict=True):
+            r, c = r_SH.float().flatten(), c_SH.to(r_SH.device).float().flatten()
+            parts = ((c - r).square(), r.square(), c.square(), c * r)
+            sums = [total + float(part.sum(dtype=torch.float64)) for total, part in zip(sums, parts, strict=True)]
+    noise, signal, own, product = sums
+    if not noise < inf or not signal < inf:
+        culprit = reference.name if not signal < inf else candidate.name
+        raise NumericsError(f"the hidden states of the {culprit} after block {index} are not finite")
+    # A model whose hidden states are all zero has no direction and no signal: anything else is infinitely far.
+    relative = (noise / signal) ** 0.5 if signal > 0 else (0.0 if noise == 0 else inf)
+    cosine = product / (signal * own) ** 0.5 if signal > 0 and own > 0 else 0.0
+    return BlockError(index=index, relative_error=relative, cosine=min(1.0, cosine))
+
+
+def _groups(pairs: Sequence[Pair], runners: Mapping[str, _Runner]) -> list[Sequence[Pair]]:
+    """All pairs at once, or one after the other where their output embeddings would fill the memory."""
+    models = {runners[name].entrant.model for pair in pairs for name in (pair.reference, pair.other)}
+    if sum(model.head_bytes for model in models) <= _HEAD_BYTES:
+        return [pairs] if pairs else []
+    return [[pair] for pair in pairs]
 
 
 def _compare_logits(
-    runners: list[_Runner], batches: tuple[Tensor, ...], blocks: dict[str, list[BlockError]]
-) -> Comparison:
-    first, *others = runners
-    pairs = {runner.name: PairStatistics(runner.name) for runner in others}
-    heads = {runner.name: runner.model.head() for runner in runners}
+    pairs: Sequence[Pair],
+    runners: Mapping[str, _Runner],
+    rows: TokenRows,
+    tables: Mapping[str, PairStatistics],
+    observe: Observe | None,
+) -> None:
+    names = list(dict.fromkeys(name for pair in pairs for name in (pair.reference, pair.other)))
+    models = {runners[name].entrant.model for name in names}
+    head_of = {model: model.head() for model in models}
+    heads = {name: head_of[runners[name].entrant.model] for name in names}
+    device = next(iter(models)).device
+    with _workers(device) as pool:
+        for row in range(max(runners[name].entrant.num_rows for name in names)):
+            present = [name for name in names if row < runners[name].entrant.num_rows]
+            logits = {name: heads[name](runners[name].row(row))[0, :-1].to(device) for name in present}
+            targets_T = rows.ids_TS[row, 1:].to(device)
+            chunks = position_chunks(logits[present[0]])
+            measure = partial(_measure_chunk, logits, targets_T, pairs)
+            for part, (distributions, columns) in zip(chunks, pool(measure, chunks), strict=True):
+                if observe is not None:
+                    observe(distributions, targets_T[part])
+                for name, values in columns.items():
+                    tables[name].add(values, rows.documents_TS[row, 1:][part], row)
 
-    def log_p(runner: _Runner, batch: int, row: int) -> Tensor:
-        logits_TV = heads[runner.name](runner.hidden[batch][row : row + 1])[0, :-1]
-        return log_probabilities(logits_TV, runner.name)
 
-    nll_sum = 0.0
-    for batch, ids_BS in enumerate(batches):
-        for row in range(len(ids_BS)):
-            reference = ReferenceRow(log_p(first, batch, row))
-            targets_T = ids_BS[row, 1:].to(reference.logp_TV.device)
-            nll_sum -= float(reference.logp_TV.gather(1, targets_T[:, None]).sum(dtype=torch.float64))
-            for runner in others:
-                pairs[runner.name].add(reference, log_p(runner, batch, row).to(targets_T.device), targets_T)
-    num_rows = sum(len(ids_BS) for ids_BS in batches)
-    num_positions = num_rows * (batches[0].shape[1] - 1)
-    return Comparison(
-        pairs=pairs,
-        blocks=blocks,
-        reference_perplexity=float(torch.tensor(nll_sum / num_positions, dtype=torch.float64).exp()),
-        num_positions=num_positions,
-        num_rows=num_rows,
-    )
+def _measure_chunk(
+    logits: Mapping[str, Tensor], targets_T: Tensor, pairs: Sequence[Pair], part: slice
+) -> tuple[dict[str, Distribution], dict[str, dict[str, Tensor]]]:
+    """The distributions of some positions by entrant, and what every pair of those present has to say."""
+    distributions = {name: Distribution.of(logits_TV[part], name) for name, logits_TV in logits.items()}
+    columns = {
+        pair.name: compare_distributions(distributions[pair.reference], distributions[pair.other], targets_T[part])
+        for pair in pairs
+        if pair.reference in distributions and pair.other in distributions
+    }
+    return distributions, columns
+
+
+@contextmanager
+def _workers(device: str) -> Iterator[Callable[..., Iterator[Any]]]:
+    """``map``; on CPU one thread for each core, each with operations of one thread.
+
+    The operations are small: divided among threads one by one, they would wait for one another most of the time.
+    """
+    num = torch.get_num_threads()
+    if not device.startswith("cpu") or num == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(num, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool.map
+    torch.set_num_threads(num)

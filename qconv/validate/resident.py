@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qconv.errors import CheckpointError
 from qconv.progress import quiet_libraries
 from qconv.skeleton import find_blocks
 from qconv.streaming import BlockModel
@@ -35,7 +36,14 @@ class ResidentModel(BlockModel):
     def load_block(self, index: int) -> nn.Module:
         return self._layers[index]
 
-    def _load_outer(self, with_head: bool) -> nn.Module:
+    def _load_outer(self, with_embedding: bool, with_head: bool) -> nn.Module:
+        return self._model
+
+    @property
+    def head_bytes(self) -> int:
+        return 0
+
+    def whole(self) -> nn.Module:
         return self._model
 
 
@@ -70,6 +78,30 @@ def load_resident(base: Path, adapter: Path | None, kind: BnbKind, is_quantized:
         model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", device_map={"": device}, **options)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+    return ResidentModel(model.eval(), device)
+
+
+def load_whole(folder: Path, adapter: Path | None, device: str) -> ResidentModel:
+    """A checkpoint as transformers loads it, with whatever kernels its format needs.
+
+    Raises:
+        CheckpointError: transformers cannot load it here; quotes the reason.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_libraries():
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", device_map={"": device})
+            if adapter is not None:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+    except Exception as error:  # a missing kernel package, a format that this release does not know, ...
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it ({type(error).__name__}: {error}); compressed-tensors folders "
+            "need the package compressed-tensors, GPTQ and AWQ folders gptqmodel. Without --engine transformers "
+            "qconv decodes the weights itself"
+        ) from error
     return ResidentModel(model.eval(), device)
 
 

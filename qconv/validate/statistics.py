@@ -1,131 +1,253 @@
-"""Token-level statistics between two models' logits.
+"""Statistics of one pair of models, position by position and summarised.
 
-Definitions, per evaluated position with reference distribution p and candidate q:
-KL = sum_v p_v (log p_v - log q_v), in nats; top-1 agreement = argmax p equals argmax q;
-perplexity = exp(mean of -log probability of the actual next token).
-Logits are turned into log-probabilities in float32. A negative KL is rounding (about -1e-7) and
-counts as 0.
+Definitions, per evaluated position with reference distribution p, candidate q and actual next token t:
 
-Dimension legend: T = positions, V = vocabulary.
+- KL = sum_v p_v (log p_v - log q_v), reverse KL the same with p and q exchanged; nats.
+- top-1 agreement: argmax p equals argmax q; top-5 agreement: share of the five most probable tokens in common.
+- probability difference: q_t - p_t, its mean and root mean square.
+- perplexity = exp(mean of -log probability of t); log ratio = mean(log p_t - log q_t).
+- flip: t is the most probable token of one model and not of the other (Dutta et al. 2024, "Accuracy is Not
+  All You Need", section 3, on next tokens instead of answers).
+- confidence: the reference's largest probability.
+
+These are the definitions of llama.cpp's ``llama-perplexity --kl-divergence``, which differs in what it
+evaluates: only the second half of each window, and reference logits stored in 16 bits after a cut at 16 nats
+below the maximum. Here every position that has a next token counts, and logits are not rounded.
+
+Dimension legend: T = positions of one row, P = all positions, K = top tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qconv.errors import NumericsError
+from qconv.validate.bootstrap import Bootstrap, Interval, clusters, ratio_interval
+from qconv.validate.distribution import Distribution
+
+QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
+CONFIDENCE_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+HISTOGRAM_EDGES = tuple(-8 + 0.25 * step for step in range(41))  # of log10 KL: -8 to 2
+SHOWN = 3  # most probable tokens kept for each position, to show the worst ones
 
 
-class ReferenceRow:
-    """The reference's distribution over one row of positions, kept for every model that is compared with it."""
+def compare_distributions(reference: Distribution, other: Distribution, targets_T: Tensor) -> dict[str, Tensor]:
+    """The columns that `PairStatistics` collects, one value for each position.
 
-    def __init__(self, logp_TV: Tensor):
-        self.logp_TV = logp_TV
-        self.p_TV = logp_TV.exp()
-        self.top_T = logp_TV.argmax(-1)
+    Args:
+        targets_T: the actual next tokens, int64, on the device of the distributions.
+
+    Raises:
+        NumericsError: a divergence is not finite.
+    """
+    kl_T, reverse_kl_T = reference.divergences(other)
+    common_TKK = reference.top_ids_TK[:, :, None] == other.top_ids_TK[:, None, :]
+    return {
+        "kl": kl_T,
+        "reverse_kl": reverse_kl_T,
+        "top1": reference.top_ids_TK[:, 0] == other.top_ids_TK[:, 0],
+        "top5": common_TKK.any(-1).float().mean(-1),
+        "reference_logp": reference.logp(targets_T),
+        "candidate_logp": other.logp(targets_T),
+        "confidence": reference.top_logp_TK[:, 0].exp(),
+        "reference_correct": reference.top_ids_TK[:, 0] == targets_T,
+        "candidate_correct": other.top_ids_TK[:, 0] == targets_T,
+        "reference_top_ids": reference.top_ids_TK[:, :SHOWN],
+        "reference_top_logp": reference.top_logp_TK[:, :SHOWN],
+        "candidate_top_ids": other.top_ids_TK[:, :SHOWN],
+        "candidate_top_logp": other.top_logp_TK[:, :SHOWN],
+    }
 
 
-@dataclass
 class PairStatistics:
-    """Collects reference-against-candidate numbers position by position, by evaluated row."""
+    """Collects the columns of a pair and summarises them."""
 
-    name: str
-    kl_rows: list[Tensor] = field(default_factory=list)
-    num_agree: int = 0
-    num_positions: int = 0
-    nll_sum: float = 0.0
+    def __init__(self, name: str):
+        self.name = name
+        self._parts: list[tuple[Mapping[str, Tensor], Tensor, int]] = []
 
-    def add(self, reference: ReferenceRow, logp_TV: Tensor, targets_T: Tensor) -> None:
-        """Adds one row of positions.
+    def add(self, columns: Mapping[str, Tensor], documents_T: Tensor, row: int) -> None:
+        """Adds positions of one row.
 
         Args:
-            reference: the reference at the same positions.
-            logp_TV: this model's float32 log-probabilities.
-            targets_T: the actual next tokens, int64.
-
-        Raises:
-            NumericsError: a KL is not finite.
+            columns: as `compare_distributions` gives them.
+            documents_T: the document of each position's next token, int.
+            row: number of the evaluated row.
         """
-        # Subtract first: entropy minus cross-entropy would cancel, and small KLs are what is measured.
-        kl_T = (reference.logp_TV - logp_TV).mul_(reference.p_TV).sum(-1).clamp_min(0)
-        if not torch.isfinite(kl_T).all():
-            raise NumericsError(f"KL of {self.name!r} is not finite at {int((~kl_T.isfinite()).sum())} positions")
-        self.kl_rows.append(kl_T.cpu())
-        self.num_agree += int((reference.top_T == logp_TV.argmax(-1)).sum())
-        self.num_positions += len(targets_T)
-        self.nll_sum -= float(logp_TV.gather(1, targets_T[:, None]).sum(dtype=torch.float64))
+        self._parts.append((columns, documents_T, row))
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.documents)
+
+    @cached_property
+    def _columns(self) -> dict[str, Tensor]:
+        if not self._parts:
+            raise NumericsError(f"no position was evaluated for {self.name}")
+        names = self._parts[0][0]
+        return {name: torch.cat([columns[name] for columns, _, _ in self._parts]).cpu() for name in names}
+
+    def __getitem__(self, column: str) -> Tensor:
+        """One column ``[P]`` (or ``[P, 3]`` for the top tokens), on the CPU."""
+        return self._columns[column]
+
+    @cached_property
+    def documents(self) -> Tensor:
+        return torch.cat([documents.cpu() for _, documents, _ in self._parts])
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return torch.cat([torch.full((len(documents),), row) for _, documents, row in self._parts])
+
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        return Bootstrap(clusters(self.documents, self.rows))
 
     @property
     def kl_mean(self) -> float:
-        return float(torch.cat(self.kl_rows).double().mean())
+        return float(self["kl"].double().mean())
 
     @property
-    def kl_row_means(self) -> Tensor:
-        return torch.stack([row.double().mean() for row in self.kl_rows])
+    def log_ratios(self) -> Tensor:
+        return self["reference_logp"].double() - self["candidate_logp"].double()
 
     @property
-    def perplexity(self) -> float:
-        return float(torch.tensor(self.nll_sum / self.num_positions, dtype=torch.float64).exp())
+    def flips(self) -> Tensor:
+        return (self["reference_correct"] != self["candidate_correct"]).double()
+
+    @property
+    def differences(self) -> Tensor:
+        return self["candidate_logp"].double().exp() - self["reference_logp"].double().exp()
+
+    def measure(self, metric: str) -> tuple[float, Interval]:
+        """One statistic by its gate name (``"kl_p99"``, ``"top1_agreement"``, ...) and its 95% interval.
+
+        Raises:
+            KeyError: no such statistic.
+        """
+        for direction in ("kl", "reverse_kl"):
+            for name, q in QUANTILES.items():
+                if metric == f"{direction}_{name}":
+                    return self._quantile(direction, q), self.bootstrap.quantile(self[direction], q)
+            if metric == f"{direction}_max":
+                largest = float(self[direction].max())
+                return largest, (largest, largest)  # of the text that was evaluated; nothing to infer from it
+        return self._MEANS[metric](self)
+
+    def _mean(self, values_P: Tensor) -> tuple[float, Interval]:
+        return float(values_P.double().mean()), self.bootstrap.mean(values_P)
+
+    def _perplexity_ratio(self) -> tuple[float, Interval]:
+        value, interval = self._mean(self.log_ratios)
+        return ratio_interval((value, value))[0], ratio_interval(interval)
+
+    def _difference_rms(self) -> tuple[float, Interval]:
+        squares_P = self.differences.square()
+        return float(squares_P.mean().sqrt()), self.bootstrap.root_mean(squares_P)
+
+    def _quantile(self, column: str, q: float) -> float:
+        # numpy's and torch's own default: linear between the two nearest. torch.quantile refuses long inputs.
+        ordered_P = self[column].double().sort().values
+        place = q * (len(ordered_P) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered_P) - 1)
+        return float(ordered_P[low] + (place - low) * (ordered_P[high] - ordered_P[low]))
+
+    _MEANS: Mapping[str, Callable[[PairStatistics], tuple[float, Interval]]] = {
+        "kl_mean": lambda self: self._mean(self["kl"]),
+        "reverse_kl_mean": lambda self: self._mean(self["reverse_kl"]),
+        "top1_agreement": lambda self: self._mean(self["top1"]),
+        "top5_agreement": lambda self: self._mean(self["top5"]),
+        "flips": lambda self: self._mean(self.flips),
+        "log_perplexity_ratio": lambda self: self._mean(self.log_ratios),
+        "perplexity_ratio": lambda self: self._perplexity_ratio(),
+        "probability_difference_rms": lambda self: self._difference_rms(),
+    }
 
     def summary(self) -> dict[str, Any]:
-        kl_T = torch.cat(self.kl_rows).double()
-        low, high = mean_interval(self.kl_row_means)
+        """The PAIR of a report: see ``report.schema.json``."""
+        right, was_right = self["candidate_correct"], self["reference_correct"]
         return {
-            "kl_mean": self.kl_mean,
-            "kl_mean_interval_95": [low, high],
-            "kl_median": float(kl_T.median()),
-            "kl_p99": float(torch.quantile(kl_T, 0.99)),
-            "kl_max": float(kl_T.max()),
-            "top1_agreement": self.num_agree / self.num_positions,
-            "perplexity": self.perplexity,
+            "positions": self.num_positions,
+            "documents": len(torch.unique(self.documents)),
+            "kl": self._summarise("kl"),
+            "reverse_kl": self._summarise("reverse_kl"),
+            "top1_agreement": self._value("top1_agreement"),
+            "top5_agreement": self._value("top5_agreement"),
+            "probability_difference": {
+                "mean": float(self.differences.mean()),
+                "rms": self.measure("probability_difference_rms")[0],
+            },
+            "perplexity": _perplexity(self["candidate_logp"]),
+            "reference_perplexity": _perplexity(self["reference_logp"]),
+            "perplexity_ratio": self._value("perplexity_ratio"),
+            "log_perplexity_ratio": self._value("log_perplexity_ratio"),
+            "flips": {
+                **self._value("flips"),
+                "correct_to_wrong": int((was_right & ~right).sum()),
+                "wrong_to_correct": int((right & ~was_right).sum()),
+            },
+            "by_confidence": self._by_confidence(),
+            "histogram": self._histogram(),
+        }
+
+    def _value(self, metric: str) -> dict[str, Any]:
+        value, interval = self.measure(metric)
+        return {"value": value, "interval_95": list(interval)}
+
+    def _summarise(self, column: str) -> dict[str, Any]:
+        value, interval = self.measure(f"{column}_mean")
+        quantiles = {name: self._quantile(column, q) for name, q in QUANTILES.items()}
+        return {"mean": value, "interval_95": list(interval), **quantiles, "max": float(self[column].max())}
+
+    def _by_confidence(self) -> list[dict[str, Any]]:
+        rows = []
+        for low, high in pairwise(CONFIDENCE_EDGES):
+            inside = (self["confidence"] >= low) & (self["confidence"] < (high if high < 1 else 2))
+            count = int(inside.sum())
+            rows.append(
+                {
+                    "from": low,
+                    "to": high,
+                    "positions": count,
+                    "kl_mean": float(self["kl"][inside].double().mean()) if count else None,
+                    "top1_agreement": float(self["top1"][inside].double().mean()) if count else None,
+                }
+            )
+        return rows
+
+    def _histogram(self) -> dict[str, Any]:
+        edges = torch.tensor(HISTOGRAM_EDGES, dtype=torch.float64)
+        logs_P = self["kl"].double().clamp_min(1e-300).log10().clamp(edges[0], edges[-1])
+        bins_P = (torch.bucketize(logs_P, edges, right=True) - 1).clamp(0, len(edges) - 2)
+        return {
+            "log10_edges": list(HISTOGRAM_EDGES),
+            "counts": torch.bincount(bins_P, minlength=len(edges) - 1).tolist(),
         }
 
 
-def log_probabilities(logits_TV: Tensor, name: str) -> Tensor:
-    """Float32 log-softmax.
-
-    Raises:
-        NumericsError: a logit is NaN or infinite.
-    """
-    logp_TV = torch.log_softmax(logits_TV.float(), dim=-1)
-    # One NaN or +inf makes its whole position NaN; -inf stays where it is. The sum sees both.
-    if not torch.isfinite(logp_TV.sum(-1)).all():
-        raise NumericsError(f"the logits of {name} contain NaN or infinity")
-    return logp_TV
-
-
-def mean_interval(values: Tensor, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95% percentile-bootstrap interval of the mean of ``values`` ``[rows]`` (Efron 1979).
-
-    Rows, not tokens, are resampled: neighbouring tokens are not independent.
-    """
-    if len(values) < 2:
-        return float("-inf"), float("inf")
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    means = values.double().cpu()[picks].mean(dim=1)
-    return float(torch.quantile(means, 0.025)), float(torch.quantile(means, 0.975))
-
-
-def effect_retained(candidate_rows: Tensor, base_rows: Tensor, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def effect_retained(candidate: PairStatistics, base: PairStatistics) -> dict[str, Any]:
     """How much of what the adapter changed survives: 1 - KL(ref||candidate) / KL(ref||base without adapter).
 
     1 = the candidate behaves like base + adapter, 0 = like the base alone; negative = further away.
+    Measured on the positions that both have: the first ones of ``candidate``, all of ``base``.
 
-    Args:
-        candidate_rows, base_rows: mean KL per evaluated row, ``[rows]``, same rows.
+    Raises:
+        NumericsError: the base without the adapter gives the same outputs.
     """
-    candidate, base = candidate_rows.double().cpu(), base_rows.double().cpu()
-    if float(base.mean()) <= 0:
+    base_P = base["kl"].double()
+    candidate_P = candidate["kl"][: len(base_P)].double()
+    if float(base_P.mean()) <= 0:
         raise NumericsError("the adapter changes no output: base with and without it agree exactly (was it trained?)")
-    value = 1 - float(candidate.mean() / base.mean())
-    if len(base) < 2:
-        return {"value": value, "interval_95": [float("-inf"), float("inf")]}
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(base), (resamples, len(base)), generator=generator)
-    values = 1 - candidate[picks].mean(dim=1) / base[picks].mean(dim=1)
-    return {"value": value, "interval_95": [float(torch.quantile(values, q)) for q in (0.025, 0.975)]}
+    value = 1 - float(candidate_P.mean() / base_P.mean())
+    return {"value": value, "interval_95": list(base.bootstrap.effect(candidate_P, base_P))}
+
+
+def _perplexity(logp_P: Tensor) -> float:
+    return float((-logp_P.double().mean()).exp())

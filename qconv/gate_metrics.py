@@ -1,0 +1,232 @@
+"""The table of metrics that can be gated: name, direction, unit, range. Imports no torch.
+
+KL is KL(reference || candidate) in nats per token, ``reverse_kl`` the other way round. Bare names are about the
+reference against the stored candidate; ``merge.`` and ``requantization.`` are the two steps between them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qconv.errors import UsageError
+
+Unit = Literal["nats", "share", "ratio", "dB", "count"]
+
+TASK_PATTERN = "task.<name>.<metric>_drop"
+_TASK_NAME = re.compile(r"task\.(?P<task>[^\s<>=]+)\.(?P<metric>[\w,@+-]+)_drop")
+
+# The smallest floors that a relative limit counts with. A machine that computes the reference twice in the same
+# order measures 0, and nothing but a bitwise copy would stay within any multiple of 0.
+# KL: ten times what float32 log-probabilities round by (about 1e-7 per position).
+_LEAST_KL_FLOOR = 1e-6
+# Shares of positions: one position in 10,000, about the least that the default evaluation can see at all.
+_LEAST_SHARE_FLOOR = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One row of the table.
+
+    Attributes:
+        name: as it stands in rules and reports.
+        label: as it stands in sentences.
+        larger_is_better: a rule on it is ``>=``; otherwise ``<=``.
+        unit: ``"share"`` and ``"ratio"`` may be written as percentages.
+        description: one line.
+        lowest, highest: the values it can take; a limit lies between them.
+        least_floor: the smallest noise floor a relative limit counts with; None = a limit on it cannot be
+            relative: it has both signs (noise scatters around 0), or the floor does not measure it.
+        needs: what a run needs for it to be measured; ends a sentence.
+        more: what to measure more of where it is undecided and is not counted in tokens.
+    """
+
+    name: str
+    label: str
+    larger_is_better: bool
+    unit: Unit
+    description: str
+    lowest: float = 0.0
+    highest: float = float("inf")
+    least_floor: float | None = None
+    needs: str = "compare the candidate with the reference"
+    more: str = "evaluate more tokens (--eval-tokens)"
+
+    @property
+    def operator(self) -> str:
+        return ">=" if self.larger_is_better else "<="
+
+
+def _pair_metrics() -> Iterator[Metric]:
+    """What is measured on every pair of models."""
+    statistics = {
+        "mean": ("mean", "mean over positions"),
+        "median": ("median", "median over positions"),
+        "p90": ("p90", "90th percentile over positions"),
+        "p95": ("p95", "95th percentile over positions"),
+        "p99": ("p99", "99th percentile over positions: the rare tokens that change"),
+        "p99_9": ("p99.9", "99.9th percentile over positions"),
+        "max": ("maximum", "largest of all positions; grows with the number of evaluated tokens"),
+    }
+
+    def kl(name: str, label: str, what: str) -> Metric:
+        return Metric(
+            name=name, label=label, larger_is_better=False, unit="nats", description=what, least_floor=_LEAST_KL_FLOOR
+        )
+
+    for key, (short, what) in statistics.items():
+        yield kl(f"kl_{key}", f"KL {short}", f"KL(reference || candidate), {what}")
+    for key in ("mean", "p99"):
+        short, what = statistics[key]
+        yield kl(f"reverse_kl_{key}", f"reverse KL {short}", f"KL(candidate || reference), {what}")
+    for k in (1, 5):
+        what = (
+            "share of positions with the same most likely token"
+            if k == 1
+            else "mean share of the five most likely tokens in common"
+        )
+        yield Metric(
+            name=f"top{k}_agreement",
+            label=f"top-{k} agreement",
+            larger_is_better=True,
+            unit="share",
+            description=what,
+            highest=1,
+            least_floor=_LEAST_SHARE_FLOOR,
+        )
+    yield Metric(
+        name="perplexity_ratio",
+        label="perplexity ratio",
+        larger_is_better=False,
+        unit="ratio",
+        description="perplexity of the candidate / perplexity of the reference",
+    )
+    yield Metric(
+        name="log_perplexity_ratio",
+        label="log perplexity ratio",
+        larger_is_better=False,
+        unit="nats",
+        description="mean extra -log probability of the actual next token; negative = better than the reference",
+        lowest=float("-inf"),
+    )
+    yield Metric(
+        name="flips",
+        label="flips",
+        larger_is_better=False,
+        unit="share",
+        description="share of positions whose greedy token turns from right to wrong or from wrong to right",
+        highest=1,
+        least_floor=_LEAST_SHARE_FLOOR,
+    )
+    yield Metric(
+        name="probability_difference_rms",
+        label="RMS probability difference",
+        larger_is_better=False,
+        unit="share",
+        description="root mean square difference of the probabilities of the actual next token",
+        highest=1,
+        least_floor=_LEAST_SHARE_FLOOR,
+    )
+
+
+def _other_metrics() -> Iterator[Metric]:
+    yield Metric(
+        name="adapter_effect_retained",
+        label="adapter effect retained",
+        larger_is_better=True,
+        unit="share",
+        description="1 - KL(reference || candidate) / KL(reference || base without adapter); negative = further away",
+        lowest=float("-inf"),
+        highest=1,
+        needs="give the adapter; one that resizes the vocabulary cannot be compared with its base",
+    )
+    yield Metric(
+        name="block_sqnr_db_min",
+        label="lowest block SQNR",
+        larger_is_better=True,
+        unit="dB",
+        description="signal-to-quantization-noise ratio of the hidden states after the worst block, in dB",
+        lowest=float("-inf"),
+        needs="compare hidden states block by block",
+    )
+    yield Metric(
+        name="prompts_identical",
+        label="share of identical answers",
+        larger_is_better=True,
+        unit="share",
+        description="share of prompts whose greedy text is identical",
+        highest=1,
+        needs="have prompts answered",
+        more="compare more prompts",
+    )
+    yield Metric(
+        name="findings",
+        label="error findings",
+        larger_is_better=False,
+        unit="count",
+        description="number of findings of severity error in the audit of the files",
+        needs="let the files be audited",
+        more="let the files be audited",
+    )
+    yield Metric(
+        name=TASK_PATTERN,
+        label="drop on a task",
+        larger_is_better=False,
+        unit="share",
+        description="what the reference scores above the candidate on a task; negative = the candidate is better",
+        lowest=float("-inf"),
+        needs="run the task on both models",
+        more="run more samples of the task",
+    )
+
+
+_STEPS = {
+    "": ("", None),
+    "merge.": (" (merge alone)", "give an adapter and let the merge be measured on its own"),
+    "requantization.": (
+        " (requantization alone)",
+        "give an adapter and a quantized candidate, and let the merge be measured on its own",
+    ),
+}
+
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        *(
+            replace(
+                metric,
+                name=prefix + metric.name,
+                label=metric.label + suffix,
+                description=metric.description + suffix,
+                needs=needs or metric.needs,
+            )
+            for prefix, (suffix, needs) in _STEPS.items()
+            for metric in _pair_metrics()
+        ),
+        *_other_metrics(),
+    )
+}
+
+
+def find_metric(name: str) -> Metric:
+    """The metric of that name; any task's drop, e.g. ``task.arc_easy.acc_drop``, is one too.
+
+    Raises:
+        UsageError: there is none; names the nearest.
+    """
+    if name in METRICS and name != TASK_PATTERN:
+        return METRICS[name]
+    if match := _TASK_NAME.fullmatch(name):
+        label = f"{match['metric']} drop on {match['task']}"
+        return replace(METRICS[TASK_PATTERN], name=name, label=label)
+    asked = name[:60].lower()
+    begun = [known for known in METRICS if known.startswith(f"{asked.rstrip('_')}_")]
+    near = (begun or difflib.get_close_matches(asked, METRICS, n=4, cutoff=0.55))[:7]
+    bare = ", ".join(known for known in METRICS if not known.startswith(tuple(filter(None, _STEPS))))
+    hint = (
+        f"did you mean {', '.join(near)}?" if near else f"there are {bare}; most also as merge.* and requantization.*"
+    )
+    raise UsageError(f"unknown metric {name[:60]!r}; {hint}")

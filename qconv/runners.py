@@ -1,0 +1,174 @@
+"""Runnable models from what lies on disk: a checkpoint in any format that is read, with or without an unmerged adapter.
+
+Three ways to run one: transformers with bitsandbytes' kernels and peft's unmerged adapter, whole on a
+GPU (`validate/resident.py`); transformers with its own quantized kernels, whole (``--engine
+transformers``); or decoded by qconv and run block by block, which needs neither kernels nor memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qconv.assemble import config_dtype
+from qconv.checkpoint import SafetensorsCheckpoint
+from qconv.convert import DequantizedCheckpoint, dequantize
+from qconv.merge import merge
+from qconv.quantize.fp8 import fake_quantize_per_token
+from qconv.skeleton import block_linears
+from qconv.streaming import BlockModel, Decorate, StreamedModel
+from qconv.types import Adapter, BnbKind, Checkpoint, TensorSpec
+from qconv.validate.reference import unmerged
+from qconv.validate.resident import load_resident, load_whole, why_not_resident
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What training produced.
+
+    Attributes:
+        source: the base as it lies on disk.
+        base: the same as training saw it: decoded, or rounded to 4 bits and back.
+        adapter: left unmerged, or None.
+        kind: how training saw the base.
+    """
+
+    source: SafetensorsCheckpoint
+    base: Checkpoint
+    adapter: Adapter | None
+    kind: BnbKind
+
+    @property
+    def merged(self) -> Checkpoint:
+        return merge(self.base, [self.adapter]) if self.adapter else self.base
+
+    @property
+    def resizes_vocabulary(self) -> bool:
+        """Whether the adapter brings tensors of other shapes; only embedding and head may have them."""
+        merged = self.merged.specs()
+        return any(merged[name].shape != spec.shape for name, spec in self.base.specs().items())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What is about to be released.
+
+    Attributes:
+        source: the stored checkpoint.
+        view: the same, dequantized.
+        adapter: an adapter that it is served with, unmerged, or None.
+    """
+
+    source: SafetensorsCheckpoint
+    view: DequantizedCheckpoint
+    adapter: Adapter | None = None
+
+    @staticmethod
+    def of(source: SafetensorsCheckpoint) -> Candidate:
+        return Candidate(source=source, view=dequantize(source))
+
+
+class Remembered:
+    """A `Checkpoint` that keeps what was read until `forget`: several models of one comparison share its tensors."""
+
+    def __init__(self, view: Checkpoint):
+        self.view = view
+        self._tensors: dict[tuple[str, str], Tensor] = {}
+
+    @property
+    def location(self) -> str:
+        return self.view.location
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.view.config
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self.view.specs()
+
+    def read(self, name: str, device: str = "cpu") -> Tensor:
+        """The tensor; shared, not to be changed."""
+        key = (name, device)
+        if key not in self._tensors:
+            self._tensors[key] = self.view.read(name, device)
+        return self._tensors[key]
+
+    def forget(self) -> None:
+        self._tensors.clear()
+
+
+def reference_model(reference: Reference, base: Checkpoint, device: str, keep: bool) -> tuple[BlockModel, str]:
+    """The reference and which implementation runs it, for the report.
+
+    Args:
+        base: the view of ``reference.base`` to read through.
+        keep: see `StreamedModel`.
+    """
+    adapter = reference.adapter
+    stored = dequantize(reference.source)
+    is_quantized = stored.kind.startswith("bnb-")  # else 16-bit, quantized as it is loaded
+    num_bytes = sum(spec.num_bytes for spec in reference.source.specs().values()) // (1 if is_quantized else 3)
+    reason = why_not_resident(device, reference.kind, num_bytes)
+    if reason is None and reference.resizes_vocabulary:
+        reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
+    if reason is None:
+        folder = None if adapter is None else Path(adapter.location)
+        resident = load_resident(reference.source.folder, folder, reference.kind, is_quantized, device)
+        return resident, f"bitsandbytes {'and peft kernels, adapter unmerged' if adapter else 'kernels'}"
+    model = streamed(base, adapter, _input_quantization(stored), device, keep)
+    how = "decoded by qconv" + (", adapter unmerged" if adapter else "")
+    return model, f"{how} ({reason})" if reference.kind != "16bit" else how
+
+
+def candidate_model(
+    candidate: Candidate, view: Checkpoint, device: str, keep: bool, engine: str
+) -> tuple[BlockModel, str]:
+    """The candidate and which implementation runs it, for the report.
+
+    Raises:
+        CheckpointError: transformers cannot load it (``engine="transformers"``).
+    """
+    if engine == "transformers":
+        folder = None if candidate.adapter is None else Path(candidate.adapter.location)
+        return load_whole(candidate.source.folder, folder, device), "transformers, with its own kernels"
+    how = "decoded by qconv" + (", adapter unmerged" if candidate.adapter else "")
+    inputs = _input_quantization(candidate.view)
+    if inputs is not None:
+        how += ", inputs of quantized linears rounded to float8 as engines do"
+    return streamed(view, candidate.adapter, inputs, device, keep), how
+
+
+def streamed(
+    view: Checkpoint, adapter: Adapter | None, inputs: Decorate | None, device: str, keep: bool = False
+) -> StreamedModel:
+    """A view run by qconv: the decoded weights, the adapter's branches beside them."""
+    decorations = [] if inputs is None else [inputs]
+    dtype = config_dtype(view.config)
+    if adapter is not None:
+        # Whole replacements (biases, saved modules) join the view; low-rank updates stay beside it.
+        view = merge(view, [dataclasses.replace(adapter, deltas={})])
+        decorations.append(unmerged(adapter))
+
+    def decorate(prefix: str, module: nn.Module) -> None:
+        for decoration in decorations:
+            decoration(prefix, module)
+
+    return StreamedModel(view, device, dtype, decorate, keep)
+
+
+def _input_quantization(view: DequantizedCheckpoint) -> Decorate | None:
+    """Engines quantize the inputs of FP8 linears per token at run time; so does a model that is run here."""
+    if view.scheme is None or not view.scheme.dynamic_activations:
+        return None
+    modules = frozenset(view.quantized_modules)
+
+    def decorate(prefix: str, block: nn.Module) -> None:
+        for name, linear in block_linears(block).items():
+            if prefix + name in modules:
+                linear.register_forward_pre_hook(lambda _, args: (fake_quantize_per_token(args[0]), *args[1:]))
+
+    return decorate

@@ -1,0 +1,265 @@
+"""Compares a candidate's stored weights with what the merge should give, and names what is wrong.
+
+Token statistics say that a release is wrong; this says which tensors, and why. Every weight of the candidate is
+read once and fitted to the expected one (`audit_measure`); the rules in `audit_rules` turn the fits into
+findings, one for each cause. One weight at a time is in memory: the candidate's, the expected one, the base's.
+
+What cannot be seen, and is left to the comparison of logits:
+
+- Which base a 4-bit candidate was merged into. The difference between the original 16-bit weights and the
+  4-bit ones (9% of the norm) is no larger than the rounding of the candidate itself (9 to 15%), and like it.
+  In 8-bit, float8 and 16-bit candidates it is seen.
+- An adapter so weak that the rounding noise of all weights together hides it; a note says so.
+- Whether an update that is at half its size in a 4-bit candidate lost it to rounding or to a wrong alpha, when
+  rounding to nearest on that grid would leave as little. The finding gives both.
+- Scales moved between neighbouring layers (AWQ) are checked for balance only where a norm's weight, or the rows
+  of another linear of the block, take them back channel by channel. Equal scales of a whole pair (v_proj at
+  twice, o_proj at half) change nothing and raise nothing.
+- Errors within the storage rounding, by definition, and changes of single values that a norm over the whole
+  tensor does not show (in a 4-bit tensor: up to about the square of its rounding error, 1% of its energy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.progress import QUIET, Progress
+from qconv.types import Checkpoint
+from qconv.validate.audit_measure import Fit, measure
+from qconv.validate.audit_pairs import Candidate, files_of, is_buffer, is_head, is_tied, pairs_of
+from qconv.validate.audit_rules import findings_of
+from qconv.validate.audit_stored import Stored, lies_on_blocks, share_after_encoding
+from qconv.validate.audit_tensor import TensorAudit
+
+MAX_SEARCHES = 12  # outliers for which other tensors are tried: more than that have one common cause
+SWAP_COSINE, SWAP_GAIN = 0.6, 0.2  # unrelated weights have cosines of 1/sqrt(numel); 2-bit copies still 0.9
+OUTLIER_COSINE = 0.8
+PLUS_ONE_MODELS = ("gemma", "recurrent_gemma", "qwen3_next")
+
+
+class WeightAudit:
+    """Feed it tensor by tensor with `add`, in any order, then ask for `findings`.
+
+    Args:
+        expected: the merged view (the base's when there is no adapter).
+        base: the base as training saw it.
+        candidate: dequantized view of what is stored.
+        changed: names of the tensors that the adapter changes (`MergedCheckpoint.changed`).
+        files: tensor -> shard file, by stored or logical name; may be empty.
+        encode: rounds a weight to the grid that training saw the base on, and back (`simulate` of the base's
+            kind); tells a merge into the original 16-bit weights from one into another base. May be None.
+    """
+
+    def __init__(
+        self,
+        *,
+        expected: Checkpoint,
+        base: Checkpoint,
+        candidate: Candidate,
+        changed: Collection[str] = (),
+        files: Mapping[str, str] | None = None,
+        encode: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.expected = expected
+        self.base = base
+        self.candidate = candidate
+        self.changed = frozenset(changed)
+        self.tensors: dict[str, TensorAudit] = {}
+        self._files = files_of(files or {}, candidate)
+        self._encode = encode
+        self._quantized = frozenset(f"{module}.weight" for module in candidate.quantized_modules)
+        self._pairs = pairs_of(expected, candidate)
+        self._num_searches = 0
+        self._num_encodings = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors to add: those of the candidate that have a counterpart of the same shape."""
+        return tuple(self._pairs)
+
+    @property
+    def missing(self) -> list[str]:
+        """Expected tensors that the candidate does not have (a head that is tied may be absent)."""
+        found = set(self._pairs.values()) | set(self.reshaped)
+        tied = is_tied(self.candidate) and is_tied(self.expected)
+        names = [n for n in self.expected.specs() if n not in found and not is_buffer(n)]
+        return [n for n in names if not (tied and is_head(n))]
+
+    @property
+    def unexpected(self) -> list[str]:
+        """Tensors of the candidate that nothing is expected for."""
+        known = self._pairs.keys() | self.reshaped.keys()
+        return [n for n in self.candidate.specs() if n not in known and not is_buffer(n)]
+
+    @property
+    def reshaped(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Tensors of another shape than expected: name -> (expected, found)."""
+        expected, found = self.expected.specs(), self.candidate.specs()
+        return {n: (expected[n].shape, found[n].shape) for n in found if n in expected and n not in self._pairs}
+
+    def file_of(self, name: str) -> str:
+        """The shard that a tensor of the candidate lies in, or ""."""
+        return self._files.get(name, "")
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Logical tensor name -> shard."""
+        return self._files
+
+    @torch.no_grad()
+    def add(self, name: str, device: str = "cpu") -> TensorAudit:
+        """Measures one tensor of `names`.
+
+        Raises:
+            CheckpointError, NumericsError: a tensor cannot be read, or the merge itself is not finite.
+        """
+        own = self._pairs[name]
+        stored, dtype, bits = self._read(name, device)
+        spec = self.candidate.specs()[name]
+        facts: dict[str, Any] = {
+            "name": name,
+            "expected_name": own,
+            "shape": spec.shape,
+            "changed": own in self.changed,
+            "dtype": dtype,
+            "bits": bits,
+            "file": self.file_of(name),
+        }
+        if not _is_finite(stored):
+            result = TensorAudit(**facts, is_finite=False)
+        else:
+            expected = self.expected.read(own, device).float()
+            if len(spec.shape) < 2:
+                plus_one = "norm" in name and _has_plus_one(self.candidate.config)
+                result = TensorAudit(**facts, **_compare_vectors(stored, expected, plus_one))
+            else:
+                result = TensorAudit(**facts, **self._compare(name, own, stored, expected, device))
+        self.tensors[name] = result
+        return result
+
+    def findings(self) -> list[dict[str, Any]]:
+        """What is wrong, most severe first; empty when all that was added is as the merge gives it."""
+        return findings_of(
+            list(self.tensors.values()),
+            config=self.candidate.config,
+            missing=self.missing,
+            unexpected=self.unexpected,
+            reshaped=self.reshaped,
+            files=self._files,
+        )
+
+    def _read(self, name: str, device: str) -> tuple[Stored, torch.dtype | None, int | None]:
+        if name not in self._quantized:
+            values = self.candidate.read(name, device)
+            return Stored(plain=_matrix(values), quantized=None), values.dtype, None
+        if self.candidate.scheme is None:  # bitsandbytes 4-bit: its blocks have no grid but their own values
+            values = self.candidate.read(name, device)
+            return Stored(plain=_matrix(values), quantized=None, nearest_is_known=False), None, 4
+        quantized = self.candidate.read_quantized(name.removesuffix(".weight"), device)
+        bits = quantized.scheme.bits if quantized.scheme.kind == "int" else None
+        return Stored(plain=None, quantized=quantized), None, bits
+
+    def _compare(self, name: str, own: str, stored: Stored, expected: Tensor, device: str) -> dict[str, Any]:
+        expected = _matrix(expected)
+        base = None
+        if own in self.changed:
+            base_spec = self.base.specs().get(own)
+            if base_spec is not None and base_spec.shape == self.expected.specs()[own].shape:
+                base = _matrix(self.base.read(own, device))
+        fit = measure(stored, expected, base)
+        more: dict[str, Any] = {"fit": fit}
+        if stored.plain is not None:
+            more["on_blocks"] = not stored.nearest_is_known or lies_on_blocks(stored.plain)
+        if fit.cosine < OUTLIER_COSINE and self._num_searches < MAX_SEARCHES:
+            self._num_searches += 1
+            more["resembles"] = self._search(name, own, stored, fit.cosine, device)
+        elif self._encode is not None and self._num_encodings < 3 and _may_be_other_base(fit, stored):
+            seen = base if base is not None else expected
+            if own in self.base.specs() and name.endswith(".weight"):
+                self._num_encodings += 1
+                more["encoded_share"] = share_after_encoding(stored, expected, seen, self._encode)
+        return more
+
+    def _search(self, name: str, own: str, stored: Stored, own_cosine: float, device: str) -> str | None:
+        """The expected tensor of the same shape, in this block or of this role nearby, that fits much better."""
+        specs = self.expected.specs()
+        here = TensorAudit(name=own, expected_name=own, shape=specs[own].shape, changed=False)
+        best, best_cosine = None, max(SWAP_COSINE, own_cosine + SWAP_GAIN)
+        values = stored.values(slice(None))
+        for other in _neighbours(here, specs):
+            candidate = _matrix(self.expected.read(other, device)).float()
+            cosine = float(torch.nn.functional.cosine_similarity(values.flatten(), candidate.flatten(), dim=0))
+            if cosine > best_cosine:
+                best, best_cosine = other, cosine
+        return best
+
+
+def audit(
+    *,
+    expected: Checkpoint,
+    base: Checkpoint,
+    candidate: Candidate,
+    changed: Collection[str] = (),
+    files: Mapping[str, str] | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    device: str = "cpu",
+    progress: Progress = QUIET,
+) -> WeightAudit:
+    """Adds every tensor; see `WeightAudit` for the arguments."""
+    auditor = WeightAudit(
+        expected=expected, base=base, candidate=candidate, changed=changed, files=files, encode=encode
+    )
+    for name in progress.track(auditor.names, "audit", len(auditor.names)):
+        auditor.add(name, device)
+    return auditor
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _is_finite(stored: Stored) -> bool:
+    tensors = [stored.plain] if stored.quantized is None else [stored.quantized.codes_NK, stored.quantized.scales_NG]
+    return all(
+        bool(torch.isfinite(t.float() if t.dtype.itemsize == 1 else t).all())
+        for t in tensors
+        if t is not None and t.dtype.is_floating_point
+    )
+
+
+def _compare_vectors(stored: Stored, expected_K: Tensor, plus_one: bool) -> dict[str, Any]:
+    found_K = stored.values(slice(None)).reshape(-1)
+    expected_K = expected_K.reshape(-1)
+    # Zeros are compared with the size of the whole vector.
+    size_K = torch.maximum(expected_K.abs(), expected_K.abs().mean() * 1e-3).clamp_min(1e-12)
+    if plus_one:
+        size_K = (expected_K + 1).abs().clamp_min(1e-3)
+    return {
+        "deviation": float(((found_K - expected_K).abs() / size_K).max()) if found_K.numel() else 0.0,
+        "ratio_K": (expected_K / found_K).cpu(),
+        "ratio_plus_one_K": ((expected_K + 1) / (found_K + 1)).cpu(),
+    }
+
+
+def _has_plus_one(config: Mapping[str, Any]) -> bool:
+    """Norms that multiply by 1 + weight."""
+    return str(config.get("model_type")).startswith(PLUS_ONE_MODELS)
+
+
+def _may_be_other_base(fit: Fit, stored: Stored) -> bool:
+    """More is left over than 16-bit, float8 or 8-bit rounding leaves, and less than between unrelated weights."""
+    coarse = not stored.nearest_is_known or (stored.quantized is not None and stored.quantized.scheme.bits < 8)
+    return not coarse and max(0.01, 2 * (fit.rounding or 0.0)) < fit.residual < 0.4
+
+
+def _neighbours(here: TensorAudit, specs: Mapping[str, Any]) -> list[str]:
+    same = [n for n, s in specs.items() if n != here.name and s.shape == here.shape]
+    if not here.block:
+        return [n for n in same if "." not in n.removeprefix("model.").removesuffix(".weight")]
+    stem, _, index = here.block.rpartition(".")
+    near = {f"{stem}.{int(index) + step}.{here.role}" for step in (-2, -1, 1, 2)}
+    return [n for n in same if n.startswith(here.block + ".") or n in near]

@@ -1,0 +1,293 @@
+"""What the stored numbers of one weight say: how much of the adapter is in it, its scale, what is left over.
+
+Method: ordinary least squares of the candidate on what the merge should give and on the adapter's update,
+``Wc = scale * (Wb + coefficient * D) + rest`` with ``D = We - Wb``, where We is the merged weight and Wb the
+base as training saw it. Rounding noise is neither independent nor of equal size (GPTQ passes errors on within
+a row, and all rows share its Hessian), so standard errors are clustered by rows and by columns at once
+(Cameron, Gelbach and Miller 2011, "Robust Inference with Multiway Clustering", equation 2.4).
+
+The coefficient that rounding to nearest would leave is measured beside it, on the candidate's own grid: a base
+that lies on a 4-bit grid puts whole clusters of weights between the same two codes, and rounding them to
+nearest takes half of a small update away (bfloat16 takes a few percent).
+
+Scales that were moved between neighbours (AWQ, Lin et al. 2023, section 3.2) are fitted per input and output
+channel by alternating least squares and divided out; their balance is judged by `audit_folds`.
+
+Rounding points: stored values are exact in float32, products are float32, sums run in float32 along a row or a
+column of at most a few MiB and in float64 beyond.
+
+Dimension legend: N = rows, K = columns of the stored weight, n = rows worked on at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qconv.validate.audit_stored import Stored
+
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
+# Channel scales are divided out when they explain this share of the rest. Least squares on K free scales takes 1/N
+# of any noise (4e-3 at N = 256); the noise of GPTQ and of round to nearest was seen to give 0.09, which does no
+# harm: scales count as somebody's work only where they match a neighbour's, or explain much more.
+FOLD_GAIN = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Channels:
+    """Scales per input channel ``column_K`` and per output channel ``row_N``, float32."""
+
+    column_K: Tensor
+    row_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fit:
+    """What `measure` finds; ratios are Frobenius norms.
+
+    Attributes:
+        relative_error: ||Wc - We|| / ||We||, folded scales divided out.
+        residual: the same after scale and coefficient are fitted: what neither explains.
+        rounding: ||nearest(We) - We|| / ||We|| on the candidate's own grid, or None when it has none.
+        mismatch: ||Wc - nearest(We)|| / ||nearest(We) - We||; 0 = the merge rounded to nearest, bit for bit.
+        scale, scale_error: least-squares factor of the whole weight, and its standard error.
+        nearest_scale: the same of nearest(We): quantizers shrink weights by about ``rounding ** 2``.
+        cosine: of Wc and We.
+        update: ||D|| / ||We||, or None when the adapter does not change the weight.
+        base_distance: ||Wc - Wb|| / ||D||, or None; 0 = the base, bit for bit.
+        coefficient, coefficient_error: of D, relative to the scale, and its standard error.
+        nearest_coefficient: the same of nearest(We).
+        channels: least-squares scale per channel; both fitted when `is_folded`, else each alone.
+        is_folded: channel scales explain some of what the plain fit does not, and were divided out.
+        fold_gain: the share of it that they explain.
+    """
+
+    relative_error: float
+    residual: float
+    rounding: float | None
+    mismatch: float | None
+    scale: float
+    scale_error: float
+    nearest_scale: float | None
+    cosine: float
+    update: float | None
+    base_distance: float | None
+    coefficient: float | None
+    coefficient_error: float | None
+    nearest_coefficient: float | None
+    channels: Channels
+    is_folded: bool
+    fold_gain: float
+
+
+class _Sums:
+    """Inner products of a = We, d = D and y = Wc - We: per row and per column, float64."""
+
+    PAIRS = ("aa", "ya", "yy", "ad", "dd", "yd")
+
+    def __init__(self, num_rows: int, num_columns: int, has_update: bool, device: torch.device):
+        self.pairs = self.PAIRS if has_update else self.PAIRS[:3]
+        self.row = {pair: torch.zeros(num_rows, dtype=torch.float64, device=device) for pair in self.pairs}
+        self.column = {pair: torch.zeros(num_columns, dtype=torch.float64, device=device) for pair in self.pairs}
+
+    def add(self, rows: slice, **tensors: Tensor) -> None:
+        for pair in self.pairs:
+            product = tensors[pair[0]] * tensors[pair[1]]
+            self.row[pair][rows] = product.sum(1).double()
+            self.column[pair] += product.sum(0)
+
+    def total(self, pair: str) -> float:
+        return float(self.row[pair].sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Regression:
+    """``y = a * alpha + d * beta``: both coefficients, the covariance of their errors, and what is left of y."""
+
+    alpha: float
+    beta: float
+    alpha_error: float
+    beta_error: float
+    rest: float
+
+
+@torch.no_grad()
+def measure(stored: Stored, expected: Tensor, base: Tensor | None) -> Fit:
+    """Fits one weight of the candidate to what it should be.
+
+    Args:
+        stored: the candidate's weight ``[N, K]``, finite.
+        expected: merged weight ``[N, K]``, float32.
+        base: the same weight without the adapter ``[N, K]``, or None when the adapter does not change it.
+
+    Returns:
+        the fit; all its numbers are finite.
+    """
+    sums, nearest = _gather(stored, expected, base, None)
+    plain = _regress(sums)
+    channels = _separate_channels(sums)
+    if _gain_of_channels(sums, plain.rest) > FOLD_GAIN:
+        folded = _fit_channels(stored, expected)
+        folded_sums, folded_nearest = _gather(stored, expected, base, folded)
+        regression = _regress(folded_sums)
+        if regression.rest < (1 - FOLD_GAIN) * plain.rest:
+            return _fit(folded_sums, folded_nearest, regression, folded, 1 - regression.rest / plain.rest)
+    return _fit(sums, nearest, plain, channels, 0.0)
+
+
+def _chunks(tensor: Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK_ELEMENTS.get(tensor.device.type, 1 << 19) // max(1, tensor.shape[1]))
+    for start in range(0, tensor.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _gather(
+    stored: Stored, expected: Tensor, base: Tensor | None, channels: Channels | None
+) -> tuple[_Sums, dict[str, float] | None]:
+    """The sums for the candidate, and the totals for the expected weight rounded to the candidate's grid."""
+    num_rows, num_columns = expected.shape
+    sums = _Sums(num_rows, num_columns, base is not None, expected.device)
+    nearest = dict.fromkeys(("ya", "yy", "yd", "mismatch"), 0.0) if stored.nearest_is_known else None
+    for rows in _chunks(expected):
+        a = expected[rows]
+        d = None if base is None else a - base[rows].float()
+        if channels is not None:
+            factor = channels.row_N[rows, None] * channels.column_K
+            a = a * factor
+            d = None if d is None else d.mul_(factor)
+        y = stored.values(rows).sub_(a)
+        sums.add(rows, a=a, y=y, **({} if d is None else {"d": d}))
+        if nearest is None:
+            continue
+        z = stored.nearest(a, rows).sub_(a)
+        nearest["ya"] += float((z * a).sum(dtype=torch.float64))
+        nearest["yy"] += float((z * z).sum(dtype=torch.float64))
+        nearest["mismatch"] += float(y.sub_(z).square_().sum(dtype=torch.float64))
+        if d is not None:
+            nearest["yd"] += float(z.mul_(d).sum(dtype=torch.float64))
+    return sums, nearest
+
+
+def _solve(aa: float, ad: float, dd: float, ya: float, yd: float) -> tuple[float, float]:
+    """Least squares with one or (where D is not parallel to We) two regressors."""
+    determinant = aa * dd - ad * ad
+    if dd > 0 and determinant > 1e-9 * aa * dd:
+        return (ya * dd - yd * ad) / determinant, (yd * aa - ya * ad) / determinant
+    return (ya / aa if aa > 0 else 0.0), 0.0
+
+
+def _regress(sums: _Sums) -> _Regression:
+    aa, ya, yy = (sums.total(pair) for pair in ("aa", "ya", "yy"))
+    has_update = "dd" in sums.pairs
+    ad, dd, yd = (sums.total(pair) if has_update else 0.0 for pair in ("ad", "dd", "yd"))
+    alpha, beta = _solve(aa, ad, dd, ya, yd)
+    rest = max(0.0, yy - alpha * ya - beta * yd)
+    is_joint = has_update and dd > 0 and aa * dd - ad * ad > 1e-9 * aa * dd
+    if not is_joint:
+        errors = _clustered_errors(sums, alpha, 0.0, [[1 / aa if aa > 0 else 0.0]], rest)
+        return _Regression(alpha=alpha, beta=beta, alpha_error=errors[0], beta_error=float("inf"), rest=rest)
+    determinant = aa * dd - ad * ad
+    inverse = [[dd / determinant, -ad / determinant], [-ad / determinant, aa / determinant]]
+    errors = _clustered_errors(sums, alpha, beta, inverse, rest)
+    return _Regression(alpha=alpha, beta=beta, alpha_error=errors[0], beta_error=errors[1], rest=rest)
+
+
+def _clustered_errors(
+    sums: _Sums, alpha: float, beta: float, inverse: list[list[float]], rest: float
+) -> tuple[float, ...]:
+    """Standard errors clustered by rows and by columns: V(rows) + V(columns) - V(neither)."""
+    bread = torch.tensor(inverse, dtype=torch.float64)
+    size = len(inverse)
+    independent = bread * (rest / max(1, len(sums.row["aa"]) * len(sums.column["aa"])))
+    variance = -independent.diagonal()
+    for part in (sums.row, sums.column):
+        scores = [part["ya"] - alpha * part["aa"] - (beta * part["ad"] if size > 1 else 0.0)]
+        if size > 1:
+            scores.append(part["yd"] - alpha * part["ad"] - beta * part["dd"])
+        stacked = torch.stack(scores)
+        variance = variance + (bread @ (stacked @ stacked.T).cpu() @ bread).diagonal()
+    return tuple(float(v) ** 0.5 for v in torch.maximum(variance, independent.diagonal()))
+
+
+def _separate_channels(sums: _Sums) -> Channels:
+    def ratio(part: dict[str, Tensor]) -> Tensor:
+        return torch.where(part["aa"] > 0, 1 + part["ya"] / part["aa"].clamp_min(1e-300), 1.0).float()
+
+    return Channels(column_K=ratio(sums.column), row_N=ratio(sums.row))
+
+
+def _gain_of_channels(sums: _Sums, rest: float) -> float:
+    """The larger share of the rest that scales per column, or per row, would take away."""
+    if rest <= 0 or min(len(sums.row["aa"]), len(sums.column["aa"])) < 8:
+        return 0.0
+    yy = sums.total("yy")
+
+    def left(part: dict[str, Tensor]) -> float:
+        return yy - float((part["ya"].square() / part["aa"].clamp_min(1e-300)).sum())
+
+    return 1 - min(left(sums.row), left(sums.column)) / rest
+
+
+def _fit_channels(stored: Stored, expected: Tensor, num_rounds: int = 3) -> Channels:
+    """Alternating least squares for ``Wc = diag(row) We diag(column)``; the rows' median is 1."""
+    num_rows, num_columns = expected.shape
+    row_N = expected.new_ones(num_rows)
+    column_K = expected.new_ones(num_columns)
+    for _ in range(num_rounds):
+        top_K, bottom_K = (torch.zeros(num_columns, dtype=torch.float64, device=expected.device) for _ in "tb")
+        for rows in _chunks(expected):
+            a = expected[rows] * row_N[rows, None]
+            top_K += (stored.values(rows) * a).sum(0)
+            bottom_K += a.square_().sum(0)
+        column_K = torch.where(bottom_K > 0, top_K / bottom_K.clamp_min(1e-300), 1.0).float()
+        for rows in _chunks(expected):
+            a = expected[rows] * column_K
+            bottom_n = a.square().sum(1)
+            top_n = (stored.values(rows) * a).sum(1)
+            row_N[rows] = torch.where(bottom_n > 0, top_n / bottom_n.clamp_min(1e-30), 1.0)
+        middle = row_N.median()
+        if float(middle) != 0:
+            row_N /= middle
+            column_K = column_K * middle
+    return Channels(column_K=column_K, row_N=row_N)
+
+
+def _fit(
+    sums: _Sums, nearest: dict[str, float] | None, regression: _Regression, channels: Channels, fold_gain: float
+) -> Fit:
+    aa, ya, yy = (sums.total(pair) for pair in ("aa", "ya", "yy"))
+    has_update = "dd" in sums.pairs
+    ad, dd, yd = (sums.total(pair) if has_update else 0.0 for pair in ("ad", "dd", "yd"))
+    scale = 1 + regression.alpha
+    cc = aa + 2 * ya + yy
+    # A weight of zeros is met exactly or not at all.
+    norm = aa**0.5 if aa > 0 else (1.0 if yy == 0 else 1e-30)
+    nearest_scale = nearest_coefficient = rounding = mismatch = None
+    if nearest is not None:
+        alpha, beta = _solve(aa, ad, dd, nearest["ya"], nearest["yd"])
+        nearest_scale, nearest_coefficient = 1 + alpha, 1 + beta / (1 + alpha)
+        rounding = nearest["yy"] ** 0.5 / norm
+        # A grid that holds the expected weight exactly has nothing to compare with: float32 decides.
+        mismatch = nearest["mismatch"] ** 0.5 / max(nearest["yy"] ** 0.5, 1e-6 * norm)
+    is_seen = has_update and dd > 0 and regression.beta_error != float("inf") and abs(scale) > 1e-6
+    return Fit(
+        relative_error=yy**0.5 / norm,
+        residual=regression.rest**0.5 / norm,
+        rounding=rounding,
+        mismatch=mismatch,
+        scale=scale,
+        scale_error=regression.alpha_error,
+        nearest_scale=nearest_scale,
+        cosine=(aa + ya) / (norm * cc**0.5) if cc > 0 else float(yy == 0),
+        update=dd**0.5 / norm if has_update else None,
+        base_distance=(max(0.0, yy + 2 * yd + dd) / dd) ** 0.5 if dd > 0 else None,
+        coefficient=1 + regression.beta / scale if is_seen else None,
+        coefficient_error=regression.beta_error / abs(scale) if is_seen else None,
+        nearest_coefficient=nearest_coefficient if is_seen else None,
+        channels=Channels(column_K=channels.column_K.cpu(), row_N=channels.row_N.cpu()),
+        is_folded=fold_gain > 0,
+        fold_gain=fold_gain,
+    )

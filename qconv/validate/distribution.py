@@ -1,0 +1,130 @@
+"""One model's next-token distributions over some positions, and the divergences between two of them.
+
+Logits stay as the model gave them. Sums over the vocabulary run piece by piece, in float32 within a
+piece and float64 across pieces: the pieces fit in a core's cache, which makes this several times
+faster on CPU than whole rows.
+
+Dimension legend: T = positions, V = vocabulary, K = top tokens kept, P = vocabulary of one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from qconv.errors import NumericsError
+
+TOP = 5  # tokens whose overlap is the top-k agreement
+_BLOCK = 128
+_PIECE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 26}  # of one float32 temporary; five of them are in use
+
+
+@dataclass(frozen=True, eq=False)
+class Distribution:
+    """Softmax of ``logits_TV``.
+
+    Attributes:
+        name: of the model, for messages.
+        logits_TV: any float dtype.
+        max_T: largest logit, float32.
+        log_z_T: logarithm of the partition function, float64; ``logits - log_z`` are log-probabilities.
+        top_ids_TK, top_logp_TK: the most probable tokens, in order, and their log-probabilities.
+    """
+
+    name: str
+    logits_TV: Tensor
+    max_T: Tensor
+    log_z_T: Tensor
+    top_ids_TK: Tensor
+    top_logp_TK: Tensor
+
+    @staticmethod
+    def of(logits_TV: Tensor, name: str) -> Distribution:
+        """From logits of any float dtype.
+
+        Raises:
+            NumericsError: a logit is NaN or infinite.
+        """
+        top_TK, ids_TK = top_tokens(logits_TV, min(TOP, logits_TV.shape[1]))
+        max_T = top_TK[:, 0].float()
+        total_T = torch.zeros_like(max_T, dtype=torch.float64)
+        for part_TP in _pieces(logits_TV):
+            total_T += (part_TP - max_T[:, None]).exp_().sum(-1)
+        log_z_T = max_T.double() + total_T.log()
+        if not log_z_T.isfinite().all():
+            _refuse(name)
+        return Distribution(name, logits_TV, max_T, log_z_T, ids_TK, (top_TK.double() - log_z_T[:, None]).float())
+
+    def logp(self, ids_T: Tensor) -> Tensor:
+        """Log-probabilities of one token for each position, float32."""
+        return self.logits_TV.gather(1, ids_T[:, None]).squeeze(1).double().sub(self.log_z_T).float()
+
+    def log_probabilities(self) -> Tensor:
+        """All of them, float32 ``[T, V]``."""
+        return self.logits_TV.float() - self.log_z_T[:, None].float()
+
+    def divergences(self, other: Distribution) -> tuple[Tensor, Tensor]:
+        """KL(self || other) and KL(other || self) for each position, float32 nats; rounding below 0 counts as 0.
+
+        Raises:
+            NumericsError: a divergence is not finite (a logit of minus infinity).
+        """
+        forward_T = torch.zeros_like(self.log_z_T)
+        backward_T = forward_T.clone()
+        for p_TP, q_TP in zip(_pieces(self.logits_TV), _pieces(other.logits_TV), strict=True):
+            weights_p_TP, weights_q_TP = p_TP - self.max_T[:, None], q_TP - other.max_T[:, None]
+            # Subtract first: entropy minus cross-entropy would cancel, and small KLs are what is measured.
+            distance_TP = weights_p_TP - weights_q_TP
+            forward_T += weights_p_TP.exp_().mul_(distance_TP).sum(-1)
+            backward_T -= weights_q_TP.exp_().mul_(distance_TP).sum(-1)
+        # So far all is relative to the maxima, which float32 holds well; the partition functions are float64.
+        log_total_T, other_log_total_T = self.log_z_T - self.max_T.double(), other.log_z_T - other.max_T.double()
+        shift_T = log_total_T - other_log_total_T
+        forward_T = forward_T / log_total_T.exp() - shift_T
+        backward_T = backward_T / other_log_total_T.exp() + shift_T
+        if not (forward_T.isfinite() & backward_T.isfinite()).all():
+            _refuse(f"{self.name} or {other.name}")
+        return forward_T.clamp_min(0).float(), backward_T.clamp_min(0).float()
+
+
+def top_tokens(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest logits ``[T, k]`` in order, and their ids (int64); of equal ones the lowest id first.
+
+    Logits of 16-bit models are often equal, so an arbitrary order would be noise in every agreement. The
+    k largest lie in the k blocks with the largest maxima (the first ones, of equal blocks), so only those
+    are searched: several times faster on CPU than a search of the whole row.
+    """
+    num, size = logits_TV.shape
+    blocks = size // _BLOCK
+    everything_TV = torch.arange(size, device=logits_TV.device).expand(num, -1)
+    if blocks <= 2 * k:
+        return _first_largest(logits_TV, everything_TV, k)
+    maxima_TB = logits_TV[:, : blocks * _BLOCK].reshape(num, blocks, _BLOCK).amax(-1)
+    _, best_TK = _first_largest(maxima_TB, everything_TV[:, :blocks], k)
+    inside_W = torch.arange(_BLOCK, device=logits_TV.device)
+    ids_TC = torch.cat([(best_TK[:, :, None] * _BLOCK + inside_W).flatten(1), everything_TV[:, blocks * _BLOCK :]], 1)
+    return _first_largest(logits_TV.gather(1, ids_TC), ids_TC, k)
+
+
+def _first_largest(values_TC: Tensor, ids_TC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest values and their ids; of equal values the lowest id first."""
+    # The bits of a float, read as an integer, are in order once those of negative numbers are turned round;
+    # NaN comes out on top, and is found there. What is left of 64 bits takes the id, reversed.
+    bits_TC = values_TC.float().contiguous().view(torch.int32).long()
+    order_TC = torch.where(bits_TC < 0, bits_TC ^ 0x7FFFFFFF, bits_TC)
+    keys_TC = (order_TC << 32) | (0x7FFFFFFF - ids_TC)
+    places_TK = keys_TC.topk(k, dim=-1).indices
+    return values_TC.gather(1, places_TK), ids_TC.gather(1, places_TK)
+
+
+def _pieces(logits_TV: Tensor) -> Iterator[Tensor]:
+    limit = _PIECE_ELEMENTS["cuda" if logits_TV.is_cuda else "cpu"]
+    return iter(torch.split(logits_TV, max(1, limit // max(1, len(logits_TV))), dim=1))
+
+
+def _refuse(name: str) -> NoReturn:
+    raise NumericsError(f"the logits of {name} contain NaN or infinity")
