@@ -10,56 +10,17 @@ for quality. The GPU's reference runs bitsandbytes' kernels and peft's adapter, 
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 
 import torch
+from shapes import build
 
 from qconv import pipeline
 from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
 from qconv.progress import quiet_libraries
 
 TARGETS = (None, "fp8", "awq", "gptq", "w4a16")
-TOKENIZER = Path(__file__).parent.parent / "tests/data/tiny-llama"
-
-
-def build_random_1b(folder: Path) -> tuple[Path, Path]:
-    """NF4 + double quantization base and r=16 adapter in the shape of Llama-3.2-1B, random."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
-
-    plain, base, adapter = folder / "random-bf16", folder / "random-nf4", folder / "random-adapter"
-    if adapter.exists():
-        return base, adapter
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(plain)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization, dtype="auto")
-    model.save_pretrained(base)
-    for file in TOKENIZER.glob("tokenizer*"):
-        shutil.copy(file, base / file.name)
-    lora = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in lora.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.005)
-    lora.save_pretrained(adapter)
-    return base, adapter
 
 
 def main() -> None:
@@ -75,8 +36,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     base, adapter = arguments.base, arguments.adapter
     if arguments.random_1b:
-        with quiet_libraries():
-            base, adapter = build_random_1b(arguments.out)
+        base, adapter = build("1b", arguments.out, "cuda" if torch.cuda.is_available() else "cpu")
     print("| target | device | KL mean | top-1 | ppl (reference) | seconds | peak GPU GB | reference |", flush=True)
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for target in TARGETS:

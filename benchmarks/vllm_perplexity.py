@@ -39,7 +39,7 @@ def score_with_qconv(folder: Path, rows_file: Path) -> float:
     def visit(row: int, logits_TV: Tensor) -> None:
         nonlocal total, count
         targets_T = rows.ids_TS[row, 1:]
-        total -= float(Distribution.of(logits_TV, "candidate").logp(targets_T).double().sum())
+        total -= float(Distribution(logits_TV, "candidate").logp(targets_T).double().sum())
         count += len(targets_T)
 
     run_candidate(Entrant(name="candidate", model=model, num_rows=8, rows_per_batch=8), rows, visit)

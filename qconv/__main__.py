@@ -1,3 +1,14 @@
-from qconv.cli import main
+"""``qconv`` and ``python -m qconv``."""
 
-main()
+from qconv.cli import main
+from qconv.imports import leave_out_unused
+
+
+def run() -> None:
+    """Entry point of a process of its own."""
+    leave_out_unused()
+    main()
+
+
+if __name__ == "__main__":
+    run()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qconv.convert import simulate_weight
+from qconv.lineup import Views
 from qconv.runners import Candidate, Reference
-from qconv.types import Checkpoint
 from qconv.validate.audit import WeightAudit
 
 
@@ -17,47 +17,65 @@ class StreamedAudit:
     """`WeightAudit`, one block at a time.
 
     Args:
-        base, merged: views of the reference's base and of the merge, which may remember what they read.
+        views: of base, merge and candidate, which remember what they read; `rest` makes them forget.
     """
 
     def __init__(
         self,
         reference: Reference,
         candidate: Candidate,
-        base: Checkpoint,
-        merged: Checkpoint,
-        changed: Collection[str],
+        views: Views,
         device: str,
     ):
         source = candidate.source
+        assert views.stored is not None
 
         def encode(weight: Tensor) -> Tensor:
             return simulate_weight(weight, reference.kind)
 
         self._device = device
+        self._views, self._stored = views, views.stored
         self._audit = WeightAudit(
-            expected=merged,
-            base=base,
-            candidate=candidate.view,
-            changed=changed,
+            expected=views.merged,
+            base=views.base,
+            candidate=views.stored,
+            changed=views.changed,
             files={name: source.file_of(name).name for name in source.specs()},
             encode=None if reference.kind == "16bit" else encode,
         )
         self._left = dict.fromkeys(self._audit.names)
+
+    def compare_embedding(self) -> None:
+        """Passes over embeddings that are what they should be, while they are at hand: they are large."""
+        for name in list(self._left):
+            if "embed" in name and self._is_untouched(name):
+                del self._left[name]
 
     def block(self, prefix: str) -> None:
         """Measures the tensors whose names begin with ``prefix``."""
         for name in [name for name in self._left if name.startswith(prefix)]:
             self._add(name)
 
-    def rest(self, forget: Callable[[], None]) -> None:
-        """Measures what no block had; calls ``forget`` after each tensor."""
+    def rest(self) -> None:
+        """Measures what no block had."""
         for name in list(self._left):
-            self._add(name)
-            forget()
+            if self._is_untouched(name):
+                del self._left[name]
+            else:
+                self._add(name)
+            self._views.forget()
 
     def findings(self) -> list[dict[str, Any]]:
         return self._audit.findings()
+
+    def _is_untouched(self, name: str) -> bool:
+        """Whether a matrix that the adapter leaves alone is stored bit for bit as in the base."""
+        wanted, found = self._views.merged.specs().get(name), self._stored.specs()[name]
+        if name in self._views.changed or wanted is None or len(found.shape) != 2:
+            return False
+        if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):
+            return False
+        return torch.equal(self._views.merged.read(name, self._device), self._stored.read(name, self._device))
 
     def _add(self, name: str) -> None:
         del self._left[name]

@@ -20,15 +20,9 @@ from qconv.assemble import config_dtype
 from qconv.config import ValidationConfig
 from qconv.corpus import TokenRows
 from qconv.errors import CheckpointError, UsageError
-from qconv.fidelity import (
-    Fidelity,
-    add_effect,
-    audit_all,
-    empty_facts,
-    evaluation_rows,
-    measure_fidelity,
-    reference_tokenizer,
-)
+from qconv.evaluation import empty_facts, evaluation_rows, reference_tokenizer
+from qconv.fidelity import Fidelity, add_effect, audit_all, measure_fidelity
+from qconv.lineup import TOKENS_PER_BATCH
 from qconv.progress import Progress
 from qconv.report.document import finite
 from qconv.runners import Candidate, Reference, candidate_model
@@ -62,10 +56,12 @@ def write_cached(
     _check_place(path, reference)
     writer = CacheWriter()
     losses: list[tuple[Tensor, Tensor, Tensor]] = []
+    target_logps: list[Tensor] = []
 
     def observe(distributions: Mapping[str, Distribution], targets_T: Tensor) -> None:
         p = distributions["reference"]
         row = writer.add(p.log_probabilities(), targets_T)
+        target_logps.append(row.target_logp_T.cpu())
         q = distributions.get("candidate") or distributions.get("base")
         if q is not None:
             kept = row.statistics(q.log_probabilities())
@@ -73,6 +69,8 @@ def write_cached(
 
     fidelity = measure_fidelity(reference, candidate, config, device, progress, observe)
     rows = fidelity.rows
+    # Without a candidate the pairs have the first rows alone.
+    fidelity.facts["reference"]["perplexity"] = float((-torch.cat(target_logps).double().mean()).exp())
     base = fidelity.pairs.get("base_without_adapter")
     header = {
         "fingerprint": _fingerprint(reference, rows, config),
@@ -133,7 +131,9 @@ def measure_cached(
         UsageError: something was asked for that the cache cannot tell.
     """
     if config.prompts is not None or config.attribution == "always":
-        raise UsageError("--prompts and --attribution always need the reference itself, not a cache of it")
+        raise UsageError(
+            "--prompts and --attribution always need the reference itself: give --reference, without --reference-cache"
+        )
     cache = ReferenceCache.open(path)
     rows = TokenRows(cache.ids_TS, cache.documents_TS)
     vocab_size = getattr(text_config(candidate.view), "vocab_size", None)
@@ -144,14 +144,14 @@ def measure_cached(
         )
     _check_same(cache, reference, candidate, config)
     model, runs = candidate_model(candidate, candidate.view, device, False, config.engine)
-    entrant = Entrant(name="candidate", model=model, num_rows=len(rows.ids_TS), rows_per_batch=_batch(config, device))
+    entrant = Entrant(name="candidate", model=model, num_rows=len(rows.ids_TS), rows_per_batch=_batch(config))
     pair = PairStatistics("total")
     lower_bounds: list[Tensor] = []
 
     def visit(row: int, logits_TV: Tensor) -> None:
         stored = cache.row(row)
         for part in position_chunks(logits_TV):
-            q = Distribution.of(logits_TV[part], "candidate")
+            q = Distribution(logits_TV[part], "candidate")
             columns = stored[part].statistics(q.log_probabilities())
             lower_bounds.append(columns["kl_lower_bound"].cpu())
             pair.add(columns, rows.documents_TS[row, 1:][part], row)
@@ -274,5 +274,5 @@ def _evaluation(reference: Reference | None, config: ValidationConfig) -> dict[s
     return evaluation
 
 
-def _batch(config: ValidationConfig, device: str) -> int:
-    return max(1, (4096 if device == "cpu" else 16384) // config.seq_len)
+def _batch(config: ValidationConfig) -> int:
+    return max(1, TOKENS_PER_BATCH // config.seq_len)

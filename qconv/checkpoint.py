@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qconv.errors import CheckpointError
+from qconv.read_ahead import ReadAhead
 from qconv.types import TensorSpec
 
 DTYPES: dict[str, torch.dtype] = {
@@ -63,6 +64,7 @@ class SafetensorsCheckpoint:
         self._specs: dict[str, TensorSpec] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         self._handles: dict[Path, int] = {}
+        self._ahead = ReadAhead(self._read_host)
         for file in files:
             for spec, offset in _read_header(file):
                 if spec.name in self._specs:
@@ -102,11 +104,25 @@ class SafetensorsCheckpoint:
     def read(self, name: str, device: str = "cpu") -> Tensor:
         if name not in self._specs:
             raise CheckpointError(f"{self.folder}: no tensor {name!r}")
+        tensor = self._ahead.take(name)
+        if tensor is None:
+            tensor = self._read_host(name, False)
+        return tensor.to(device, non_blocking=True)
+
+    def read_ahead(self, names: Iterable[str], pin: bool = False) -> None:
+        """Begins to read ``names`` in the background, for `read` to find them there.
+
+        Args:
+            pin: into page-locked memory, from where they reach a GPU several times faster.
+        """
+        self._ahead.start(names, pin)
+
+    def _read_host(self, name: str, pin: bool) -> Tensor:
         spec = self._specs[name]
         file, offset = self._places[name]
-        buffer = torch.empty(spec.num_bytes, dtype=torch.uint8)
+        buffer = torch.empty(spec.num_bytes, dtype=torch.uint8, pin_memory=pin)
         _pread_into(self._handle(file), memoryview(buffer.numpy().data), offset, file)
-        return buffer.view(spec.dtype).reshape(spec.shape).to(device)
+        return buffer.view(spec.dtype).reshape(spec.shape)
 
     def _handle(self, file: Path) -> int:
         if file not in self._handles:

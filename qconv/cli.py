@@ -31,6 +31,8 @@ from qconv.targets import TARGETS
 
 # OpenMP threads that spin while they wait ruin every run on a busy machine; must be set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Without this the allocator of torch holds twice the GPU memory that blocks of changing sizes need.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 if TYPE_CHECKING:
     from qconv.outcome import Outcome

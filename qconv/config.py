@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from qconv.errors import SchemeError, UsageError
-from qconv.gate_rules import Policy, Rule
+from qconv.gate_rules import Policy, Rule, combine
 from qconv.targets import TARGETS, Algorithm
 from qconv.types import BnbKind, Scheme
 
@@ -163,6 +163,7 @@ class ValidationConfig:
             raise UsageError(f"--new-tokens and --task-limit are at least 1, got {self.new_tokens}, {self.task_limit}")
         if self.task_folder is not None and not self.tasks:
             raise UsageError("--task-folder says where --tasks are defined, and no task is asked for")
+        combine((), self.policy.rules, self.rules)  # refuses two gates on one metric
 
     @property
     def rows(self) -> int:
@@ -240,6 +241,22 @@ class ValidateJob:
             raise UsageError("--reference-cache alone: give --candidate to judge it, or --reference to write the cache")
         if self.reference is None and self.adapter is not None:
             raise UsageError("--adapter belongs to --reference; a cache has the adapter in it already")
+        if self.reference is None and self.trained_on is not None:
+            raise UsageError("--trained-on belongs to --reference; a cache has the adapter in it already")
+        asked = self.validation
+        if self.reference is None and asked.tasks:
+            raise UsageError("--tasks are answered by both models: give --reference too, a cache cannot answer")
+        needing = {
+            "--candidate-adapter": self.candidate_adapter,
+            "--engine transformers": asked.engine == "transformers",
+            "gates": (*asked.policy.rules, *asked.rules),
+            "--prompts": asked.prompts,
+            "--tasks": asked.tasks,
+            "--attribution always": asked.attribution == "always",
+        }
+        if self.candidate is None and any(needing.values()):
+            given = ", ".join(name for name, value in needing.items() if value)
+            raise UsageError(f"{given}: there is nothing to judge without --candidate; drop that, or add --candidate")
 
 
 @dataclass(frozen=True, kw_only=True)

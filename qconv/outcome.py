@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -164,10 +164,19 @@ class Provenance:
     """SHA-256 of what was read and made, computed beside the other work (hashing releases the interpreter lock)."""
 
     def __init__(self, folders: Mapping[str, Path | None]):
-        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
-        self._digests = {
-            name: self._pool.submit(file_digests, folder) for name, folder in folders.items() if folder is not None
-        }
+        self._folders = {name: folder for name, folder in folders.items() if folder is not None}
+        self._digests: dict[str, dict[str, str]] = {}
+        self._error: Exception | None = None
+        # A daemon: a run that ends with an error does not wait until everything is hashed.
+        self._thread = threading.Thread(target=self._hash, name="provenance", daemon=True)
+        self._thread.start()
+
+    def _hash(self) -> None:
+        try:
+            for name, folder in self._folders.items():
+                self._digests[name] = file_digests(folder)
+        except Exception as error:  # raised where the result is asked for
+            self._error = error
 
     def result(self) -> dict[str, dict[str, str]]:
         """The digests by file name.
@@ -175,7 +184,7 @@ class Provenance:
         Raises:
             CheckpointError: a folder cannot be read any more.
         """
-        try:
-            return {name: digests.result() for name, digests in self._digests.items()}
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._digests

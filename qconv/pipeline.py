@@ -16,15 +16,9 @@ from qconv.cached_fidelity import measure_cached, write_cached
 from qconv.checkpoint import open_checkpoint, resolve_folder
 from qconv.config import MergeJob, ValidateJob, ValidationConfig
 from qconv.errors import UsageError
-from qconv.fidelity import (
-    Fidelity,
-    check_rules,
-    check_vocabulary,
-    evaluation_rows,
-    measure_fidelity,
-    reference_tokenizer,
-    rules_for,
-)
+from qconv.evaluation import check_vocabulary, evaluation_rows, reference_tokenizer
+from qconv.fidelity import Fidelity, measure_fidelity
+from qconv.gating import check_rules, rules_for
 from qconv.inputs import load_candidate, load_reference, resolve_device
 from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run_tasks
 from qconv.progress import QUIET, Progress

@@ -8,11 +8,9 @@ transformers``); or decoded by qconv and run block by block, which needs neither
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from qconv.assemble import config_dtype
 from qconv.checkpoint import SafetensorsCheckpoint
@@ -21,7 +19,7 @@ from qconv.merge import merge
 from qconv.quantize.fp8 import fake_quantize_per_token
 from qconv.skeleton import block_linears
 from qconv.streaming import BlockModel, Decorate, StreamedModel
-from qconv.types import Adapter, BnbKind, Checkpoint, TensorSpec
+from qconv.types import Adapter, BnbKind, Checkpoint
 from qconv.validate.reference import unmerged
 from qconv.validate.resident import load_resident, load_whole, why_not_resident
 
@@ -70,35 +68,6 @@ class Candidate:
     @staticmethod
     def of(source: SafetensorsCheckpoint) -> Candidate:
         return Candidate(source=source, view=dequantize(source))
-
-
-class Remembered:
-    """A `Checkpoint` that keeps what was read until `forget`: several models of one comparison share its tensors."""
-
-    def __init__(self, view: Checkpoint):
-        self.view = view
-        self._tensors: dict[tuple[str, str], Tensor] = {}
-
-    @property
-    def location(self) -> str:
-        return self.view.location
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.view.config
-
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self.view.specs()
-
-    def read(self, name: str, device: str = "cpu") -> Tensor:
-        """The tensor; shared, not to be changed."""
-        key = (name, device)
-        if key not in self._tensors:
-            self._tensors[key] = self.view.read(name, device)
-        return self._tensors[key]
-
-    def forget(self) -> None:
-        self._tensors.clear()
 
 
 def reference_model(reference: Reference, base: Checkpoint, device: str, keep: bool) -> tuple[BlockModel, str]:

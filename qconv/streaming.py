@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from qconv.skeleton import build_skeleton, check_parameters, find_blocks, tied_names
 from qconv.types import Checkpoint
@@ -114,9 +115,12 @@ class BlockModel(ABC):
             ids_BS = torch.zeros(1, 2, dtype=torch.long, device=self.device)
             with suppress(_StoppedError), _replaced_layers(outer, self.layers_name, partial(_record_and_stop, calls)):
                 outer.base_model(input_ids=ids_BS, use_cache=False)  # type: ignore[operator]
-            block = self.load_block(0)
-            self._in_tuples = isinstance(block(calls[0].hidden_BSH, *calls[0].args, **calls[0].kwargs), tuple)
+            self._in_tuples = isinstance(self._try_block(calls[0]), tuple)
         return self._in_tuples
+
+    def _try_block(self, call: _Call) -> Any:
+        """What the first block returns for a call."""
+        return self.load_block(0)(call.hidden_BSH, *call.args, **call.kwargs)
 
 
 class StreamedModel(BlockModel):
@@ -185,6 +189,15 @@ class StreamedModel(BlockModel):
             self._kept[index] = self.build_block(index, self.read_block(index))
         return self._kept[index]
 
+    def _try_block(self, call: _Call) -> Any:
+        try:
+            # Types do not depend on values, so no weight has to be read.
+            meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+            hidden_BSH = None if call.hidden_BSH is None else call.hidden_BSH.to("meta")
+            return copy.deepcopy(self._layers[0]).to("meta")(hidden_BSH, *meta[0], **meta[1])
+        except Exception:  # a block whose steps depend on values
+            return super()._try_block(call)
+
     @property
     def head_bytes(self) -> int:
         head = self._weight_of("get_output_embeddings")
@@ -194,9 +207,7 @@ class StreamedModel(BlockModel):
 
     def whole(self) -> nn.Module:
         outer = self._load_outer(with_embedding=True, with_head=True)
-        layers: nn.ModuleList = outer.get_submodule(self.layers_name)  # type: ignore[assignment]
-        for index in range(self.num_blocks):
-            layers[index] = self.load_block(index)
+        outer.set_submodule(self.layers_name, nn.ModuleList(self.load_block(i) for i in range(self.num_blocks)))
         return outer
 
     def _weight_of(self, getter: str) -> str | None:
@@ -206,7 +217,9 @@ class StreamedModel(BlockModel):
         return None if module is None else f"{next(found)}.weight"
 
     def _load_outer(self, with_embedding: bool, with_head: bool) -> nn.Module:
-        outer: nn.Module = copy.deepcopy(self._skeleton)
+        # The decoder layers stay on the meta device and are only stood in for: all copies may share them.
+        layers = self._skeleton.get_submodule(self.layers_name)
+        outer: nn.Module = copy.deepcopy(self._skeleton, {id(layers): layers})
         inside = self.layers_name + "."
         left_out = set()
         if not with_head:

@@ -21,6 +21,14 @@ from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig
 from qconv.convert import dequantize
 from qconv.convert.bnb_kernels import simulate
 from qconv.merge import load_adapter, merge
+from qconv.quantize.folds import (
+    FOLDS,
+    Heads,
+    fold_into_norm,
+    fold_into_rows,
+    producer_scale,
+    share_across_heads,
+)
 from qconv.quantize.gptq import gptq
 from qconv.quantize.rtn import rtn
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
@@ -528,8 +536,9 @@ def test_damaged_rows(make: Make, tmp_path: Path, tiny_nf4: Path, tiny_adapter: 
         return t
 
     out = edited(make(tiny_nf4, tiny_adapter, "bf16"), tmp_path / "out", damage)
-    finding = next(f for f in findings(tiny_nf4, tiny_adapter, out) if f["severity"] == "error")
+    finding = the_error(findings(tiny_nf4, tiny_adapter, out), "weights-differ")
     assert finding["tensors"] == [name]
+    assert "32 rows or columns are zero" in finding["message"]
 
 
 def test_missing_unexpected_and_reshaped(make: Make, tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path) -> None:
@@ -618,6 +627,51 @@ def test_no_false_alarm_in_twenty_draws(algorithm: str, bits: int, symmetric: bo
             changed=merged,
         )
         alarms += [(seed, f["code"], f["message"]) for f in auditor.findings() if f["severity"] == "error"]
+    assert alarms == []
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.03, 0.1, 0.4])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_false_alarm_in_twenty_folds(bits: int, spread: float) -> None:
+    """Blocks with grouped queries whose scales were moved as AWQ moves them, one channel strongly, and rounded."""
+    num_heads, num_groups, width, inner = 4, 2, 32, 256
+    hidden = num_heads * width
+    config = {"num_attention_heads": num_heads, "num_key_value_heads": num_groups, "hidden_size": hidden}
+    rows_of = {
+        **{"self_attn.q_proj": hidden, "self_attn.k_proj": num_groups * width, "self_attn.v_proj": num_groups * width},
+        **{"self_attn.o_proj": hidden, "mlp.gate_proj": inner, "mlp.up_proj": inner, "mlp.down_proj": hidden},
+    }
+    alarms = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        expected: dict[str, Tensor] = {}
+        for module, rows in rows_of.items():
+            columns = inner if module == "mlp.down_proj" else hidden
+            expected[f"model.layers.0.{module}.weight"] = torch.randn(rows, columns, generator=generator) * 0.05
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            expected[f"model.layers.0.{norm}.weight"] = (torch.rand(hidden, generator=generator) + 0.3).bfloat16()
+        stored = {name.removeprefix("model.layers.0."): t.clone() for name, t in expected.items()}
+        for fold in FOLDS["llama"]:
+            heads = Heads.of(config)
+            targets = [f"{target}.weight" for target in fold.targets]
+            scale_K = (spread * torch.randn(stored[targets[0]].shape[1], generator=generator)).exp()
+            scale_K[3] *= 1 + 5 * spread
+            source = f"{fold.source}.weight"
+            if fold.kind == "norm":
+                stored[source], scale_K = fold_into_norm(stored[source], scale_K, torch.bfloat16, False)
+            else:
+                if fold.targets[0].endswith("o_proj"):
+                    scale_K = share_across_heads(scale_K, heads)
+                stored[source], _ = fold_into_rows(stored[source], None, producer_scale(scale_K, fold, heads))
+            for target in targets:
+                stored[target] = stored[target] * scale_K
+        scheme = Scheme(bits=bits, group_size=32, symmetric=False)
+        linears = {f"model.layers.0.{m}": rtn(stored[f"{m}.weight"], scheme, m) for m in rows_of}
+        candidate = QuantizedInMemory(linears, config)
+        candidate.tensors |= {f"model.layers.0.{n}": t.bfloat16() for n, t in stored.items() if "norm" in n}
+        base = TensorsInMemory(expected, config)
+        found = audit(expected=base, base=base, candidate=candidate).findings()
+        alarms += [(seed, f["code"], f["message"]) for f in found]
     assert alarms == []
 
 

@@ -69,7 +69,7 @@ def test_reference_equals_bitsandbytes_and_peft_in_4_bits(tiny_nf4, tiny_adapter
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_nf4), tiny_adapter).train()
     with torch.no_grad():
         expected = model(ids).logits
-    bnb, ours = (Distribution.of(x.reshape(-1, 2048), "x") for x in (expected, logits))
+    bnb, ours = (Distribution(x.reshape(-1, 2048), "x") for x in (expected, logits))
     kl_T, _ = bnb.divergences(ours)
     assert kl_T.mean() < 2e-4
     assert (bnb.top_ids_TK[:, 0] == ours.top_ids_TK[:, 0]).float().mean() > 0.97

@@ -33,7 +33,7 @@ def arrays() -> dict[str, np.ndarray[Any, Any]]:
 def pair(arrays: dict[str, np.ndarray[Any, Any]]) -> PairStatistics:
     pair = PairStatistics("total")
     for row in range(ROWS):
-        p, q = (Distribution.of(torch.from_numpy(arrays[name][row]), name) for name in ("reference", "candidate"))
+        p, q = (Distribution(torch.from_numpy(arrays[name][row]), name) for name in ("reference", "candidate"))
         columns = compare_distributions(p, q, torch.from_numpy(arrays["targets"][row]))
         pair.add(columns, torch.arange(POSITIONS) // 4 + 10 * row, row)
     return pair
@@ -128,7 +128,7 @@ def test_every_gateable_statistic_has_value_and_interval(pair: PairStatistics) -
 
 
 def test_identical_models_have_no_distance() -> None:
-    p = Distribution.of(torch.randn(7, 1000), "same")
+    p = Distribution(torch.randn(7, 1000), "same")
     columns = compare_distributions(p, p, torch.zeros(7, dtype=torch.long))
     assert columns["kl"].max() == columns["reverse_kl"].max() == 0
     assert columns["top1"].all()
@@ -141,14 +141,14 @@ def test_bad_logits_are_refused(bad: float, vocabulary: int) -> None:
     logits = torch.randn(3, vocabulary)
     logits[1, 4] = bad
     with pytest.raises(NumericsError, match="the candidate"):
-        Distribution.of(logits, "the candidate")
+        Distribution(logits, "the candidate")
 
 
 def test_a_logit_of_minus_infinity_has_no_divergence() -> None:
     p, q = torch.randn(3, 5000), torch.randn(3, 5000)
     q[1, 4] = float("-inf")
     with pytest.raises(NumericsError, match="candidate"):
-        Distribution.of(p, "reference").divergences(Distribution.of(q, "candidate"))
+        Distribution(p, "reference").divergences(Distribution(q, "candidate"))
 
 
 @pytest.mark.parametrize("size", [5, 100, 1281, 2048, 49152, 50257])

@@ -177,8 +177,8 @@ class _Swaps:
             p_TV = head(plain_BSH[row : row + 1])[0, :-1]
             q_TV = other_head(other_BSH[row : row + 1])[0, :-1]
             for part in position_chunks(p_TV):
-                kl_T, _ = Distribution.of(p_TV[part], "reference").divergences(
-                    Distribution.of(q_TV[part].to(p_TV.device), "candidate")
+                kl_T, _ = Distribution(p_TV[part], "reference").divergences(
+                    Distribution(q_TV[part].to(p_TV.device), "candidate")
                 )
                 total += float(kl_T.sum(dtype=torch.float64))
             count += len(p_TV)
@@ -217,7 +217,7 @@ def _is_folded(block: nn.Module, other: nn.Module) -> bool:
     for name, weight in other.named_parameters():
         if weight.ndim == 1 and not name.startswith(linears) and name in own:
             norm, expected = weight.float(), own[name].float().to(weight.device)
-            if float((norm - expected).abs().max()) > _FOLDED * float(expected.abs().max()):
+            if float((norm - expected).detach().abs().max()) > _FOLDED * float(expected.detach().abs().max()):
                 return True
     return False
 

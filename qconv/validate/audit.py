@@ -234,14 +234,13 @@ def _is_finite(stored: Stored) -> bool:
 def _compare_vectors(stored: Stored, expected_K: Tensor, plus_one: bool) -> dict[str, Any]:
     found_K = stored.values(slice(None)).reshape(-1)
     expected_K = expected_K.reshape(-1)
+    if plus_one:
+        found_K, expected_K = found_K + 1, expected_K + 1
     # Zeros are compared with the size of the whole vector.
     size_K = torch.maximum(expected_K.abs(), expected_K.abs().mean() * 1e-3).clamp_min(1e-12)
-    if plus_one:
-        size_K = (expected_K + 1).abs().clamp_min(1e-3)
     return {
         "deviation": float(((found_K - expected_K).abs() / size_K).max()) if found_K.numel() else 0.0,
         "ratio_K": (expected_K / found_K).cpu(),
-        "ratio_plus_one_K": ((expected_K + 1) / (found_K + 1)).cpu(),
     }
 
 

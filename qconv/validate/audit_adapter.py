@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qconv.validate.audit_measure import SAME_AS_NEAREST
 from qconv.validate.audit_tensor import TensorAudit
 from qconv.validate.audit_words import finding, where
 
@@ -32,7 +33,6 @@ SCALE_MARGIN = 1.1
 SCALE_MARGIN_COARSE, SCALE_MARGIN_ONE_COARSE = 1.3, 1.8
 LOSS = 0.75  # a smaller part of the update than this deserves a word even when rounding explains it
 SAME_AS_BASE = 0.02  # ||Wc - Wb|| / ||D||
-SAME_AS_NEAREST = 0.05  # one value in 5000 a step off: what another order of summation can move across a threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,8 @@ def adapter_findings(tensors: Sequence[TensorAudit], everything: Sequence[Tensor
     single = {t.name: _verdict([t]) for t in seen}
     absent = _absent(seen, single)
     applied = [t for t in seen if t.name not in absent]
+    if applied and absent and _are_weakened(applied, [t for t in seen if t.name in absent]):
+        absent, applied = set(), seen
     if not applied or ("applied" not in single.values() and _verdict(seen) == "absent"):
         return [_nothing_applied(seen)]
     found: list[Finding] = []
@@ -118,6 +120,12 @@ def _absent(tensors: Sequence[TensorAudit], single: Mapping[str, Verdict]) -> se
             if "unseen" in verdicts <= {"unseen", "absent"} and _verdict(members) == "absent":
                 absent |= {t.name for t in members}
     return absent
+
+
+def _are_weakened(applied: Sequence[TensorAudit], absent: Sequence[TensorAudit]) -> bool:
+    """Whether the absent have some of the update after all, and the others less than they should: one scaling."""
+    some, others = pool(absent), pool(applied)
+    return some.coefficient > ERRORS * some.error and others.coefficient < others.low and _verdict(applied) == "scaled"
 
 
 def _groups(tensors: Sequence[TensorAudit], key: str) -> Iterable[list[TensorAudit]]:

@@ -6,29 +6,26 @@ ones of a fused projection; one value head feeds several heads of ``o_proj``). B
 weights, so their product is checked channel by channel. Which linear follows which producer is found by matching
 the scales themselves within a block, not by name; names only say which linears share an input.
 
-Noise that the match must survive: a least-squares scale of a column of N weights that were rounded with relative
-error e has a standard error of about e / sqrt(N) (4-bit, N = 256: 1%).
-
-Dimension legend: K = input channels.
+Dimension legend: K = input channels, N = output channels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from qconv.validate.audit_scales import Scales, follows, is_hidden
 from qconv.validate.audit_tensor import TensorAudit
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-LEAST_SPREAD = 0.004  # of log scales: 16-bit storage of a norm alone makes 0.002
+OPEN_SPREAD = 0.02  # of log scales that nothing takes back: less is within what 4-bit rounding does to channels
+OPEN_ERRORS = 3.0
 # The share of the rest that fitted channel scales explain: 0.09 was the most in clean artifacts without any.
 CLEAR_GAIN = 0.25
-STRONG_ERRORS = 15.0  # of a single channel, to be judged by itself
-MIN_ERRORS = 5.0  # that scales must stand out of the noise by to be matched
 EVEN_FACTOR = 0.02  # of a whole weight; GPTQ moved scales by up to 0.8%
 
 
@@ -39,7 +36,7 @@ class FoldVerdict:
     Attributes:
         explained: vectors (norms, biases) whose difference a linear takes back.
         imbalance: folded linear -> how many times too large its product with its producer is.
-        unbalanced: linears or vectors with channel scales that nothing takes back.
+        unbalanced: linears with channel scales that nothing takes back.
     """
 
     explained: set[str] = field(default_factory=set)
@@ -47,73 +44,98 @@ class FoldVerdict:
     unbalanced: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Norm:
+    """The norm whose scales a linear has, and their common factor (a logarithm)."""
+
+    name: str
+    middle: float
+
+
 def judge_folds(block: Sequence[TensorAudit], config: Mapping[str, Any]) -> FoldVerdict:
     """Matches the scales of one decoder block; ``config`` gives the number of heads."""
     verdict = FoldVerdict()
     linears = [t for t in block if t.fit is not None]
-    columns = {t.name: _log(t.fit.channels.column_K) - _shrinkage(t) for t in linears if t.fit is not None}
-    norms: dict[str, tuple[str, float]] = {}  # linear -> the norm whose scale it has, and that scale's median
-    for vector in block:
-        for ratio_K in (vector.ratio_K, vector.ratio_plus_one_K):
-            if ratio_K is None or vector.name.endswith(".bias"):
-                continue
-            log_K = _log(ratio_K)
-            if _spread(log_K) < LEAST_SPREAD:
-                continue
-            for linear in linears:
-                if len(columns[linear.name]) == len(log_K) and _norm(log_K) < MIN_ERRORS * _noise(linear, 0):
-                    verdict.explained.add(vector.name)  # smaller than can be seen in the linear: cannot be refuted
-                elif _matches(columns[linear.name], log_K, _noise(linear, 0)):
-                    verdict.explained.add(vector.name)
-                    norms.setdefault(linear.name, (vector.name, float(log_K.median())))
-                    verdict.imbalance.setdefault(linear.name, _median_factor(columns[linear.name] - log_K))
+    columns = {t.name: _column_scales(t) for t in linears}
+    norms = _match_norms(block, columns, verdict)
     rows = {t.name: _row_scales(t, columns[t.name], norms) for t in linears}
     consumed = _judge_pairs(linears, columns, rows, norms, config, verdict)
     for linear in linears:
         if linear.name in consumed or not _is_folded(linear):
             continue
         if not _is_clear(linear):
-            verdict.imbalance.setdefault(linear.name, _median_factor(columns[linear.name]))
-        elif _is_open(linear, columns[linear.name], norms) or _spread(rows[linear.name]) > 4 * _noise(linear, 1) + 0.02:
+            verdict.imbalance.setdefault(linear.name, columns[linear.name].factor())
+        elif _is_open(linear, columns[linear.name], norms) or _stands_out(rows[linear.name]):
             verdict.unbalanced.append(linear.name)
-    _judge_siblings(linears, {name: norm for name, (norm, _) in norms.items()}, verdict)
-    _judge_biases(block, {t.name: t for t in linears}, rows, verdict)
+    _judge_siblings(linears, columns, norms, verdict)
+    for bias in block:
+        weight = bias.name.removesuffix("bias") + "weight"
+        if bias.ratio_K is None or not bias.name.endswith(".bias") or weight not in rows:
+            continue
+        wanted = -Scales.of(bias.ratio_K)  # a bias is divided as the rows of its own weight are
+        if is_hidden(wanted, rows[weight]) or follows(rows[weight], wanted):
+            verdict.explained.add(bias.name)
     return verdict
 
 
-def _row_scales(linear: TensorAudit, column_K: Tensor, norms: Mapping[str, tuple[str, float]]) -> Tensor:
-    """Log scale of each row, without what the norm before the linear explains.
+def _match_norms(block: Sequence[TensorAudit], columns: Mapping[str, Scales], verdict: FoldVerdict) -> dict[str, _Norm]:
+    """For each linear the norm whose scales it has, if there is one."""
+    vectors = {t.name: Scales.of(t.ratio_K) for t in block if t.ratio_K is not None and not t.name.endswith(".bias")}
+    moved = {name: scales for name, scales in vectors.items() if scales.log_K.abs().max() > 0}
+    norms: dict[str, _Norm] = {}
+    for linear, own in columns.items():
+        alike = {name: scales for name, scales in moved.items() if len(scales) == len(own)}
+        verdict.explained |= {name for name, scales in alike.items() if is_hidden(scales, own)}
+        matching = {name: (own - scales).spread() for name, scales in alike.items() if follows(own, scales)}
+        if matching:
+            best = min(matching, key=matching.__getitem__)
+            verdict.explained.add(best)
+            difference = own - alike[best]
+            norms[linear] = _Norm(name=best, middle=own.middle() - difference.middle())
+            verdict.imbalance[linear] = difference.factor()
+    return norms
+
+
+def _column_scales(linear: TensorAudit) -> Scales:
+    """Scale of each column, without what rounding alone does: grids of least error shrink weights."""
+    assert linear.fit is not None
+    channels = linear.fit.channels
+    return Scales.of(channels.column_K, channels.column_error_K).shifted(-_shrinkage(linear))
+
+
+def _row_scales(linear: TensorAudit, column: Scales, norms: Mapping[str, _Norm]) -> Scales:
+    """Scale of each row, without what the norm before the linear explains.
 
     Fitted together, rows have the median 1 and the common factor is in the columns; fitted alone, rows have it.
     """
     assert linear.fit is not None
-    of_norm = norms[linear.name][1] if linear.name in norms else 0.0
-    common = float(column_K.median()) if linear.fit.is_folded else -_shrinkage(linear)
-    return _log(linear.fit.channels.row_N) + (common - of_norm)
+    channels = linear.fit.channels
+    of_norm = norms[linear.name].middle if linear.name in norms else 0.0
+    common = column.middle() if linear.fit.is_folded else -_shrinkage(linear)
+    return Scales.of(channels.row_N, channels.row_error_N).shifted(common - of_norm)
 
 
 def _judge_pairs(
     linears: Sequence[TensorAudit],
-    columns: Mapping[str, Tensor],
-    rows: Mapping[str, Tensor],
-    norms: Mapping[str, tuple[str, float]],
+    columns: Mapping[str, Scales],
+    rows: Mapping[str, Scales],
+    norms: Mapping[str, _Norm],
     config: Mapping[str, Any],
     verdict: FoldVerdict,
 ) -> set[str]:
     """Linears whose input channels another one's rows take back; both members of every such pair."""
     consumed: set[str] = set()
     for linear in linears:
-        column_K = columns[linear.name]
+        column = columns[linear.name]
         if linear.name in norms:
             continue
         partners: list[tuple[float, TensorAudit, float]] = []
         for producer in linears:
             if producer is linear or producer.name in consumed:
                 continue
-            for row_K in _as_inputs(rows[producer.name], len(column_K), config):
-                if _is_pair(linear, producer, column_K, row_K):
-                    both_K = column_K + row_K
-                    partners.append((_spread(both_K), producer, _median_factor(both_K)))
+            for row in _as_inputs(rows[producer.name], len(column), config):
+                if _is_pair(linear, producer, column, row):
+                    partners.append(((column + row).spread(), producer, (column + row).factor()))
         if partners:
             _, producer, factor = min(partners, key=lambda partner: partner[0])
             # A producer whose own input channels nothing explains has no factor of its own to speak of.
@@ -124,23 +146,35 @@ def _judge_pairs(
     return consumed
 
 
-def _is_pair(linear: TensorAudit, producer: TensorAudit, column_K: Tensor, row_K: Tensor) -> bool:
-    """Whether a linear's input channels and its producer's rows cancel; the half that is fitted better leads."""
-    noises = _noise(linear, 0), _noise(producer, 1)
-    for leader, wanted_K, own_K, noise in (
-        (linear, column_K, -row_K, noises[0]),
-        (producer, -row_K, column_K, noises[1]),
-    ):
-        if _is_folded(leader) and _spread(wanted_K) > 3 * noise and _matches(own_K, wanted_K, sum(noises)):
-            return True
+def _is_pair(linear: TensorAudit, producer: TensorAudit, column: Scales, row: Scales) -> bool:
+    """Whether a linear's input channels and its producer's rows cancel; either may be the one that is followed."""
+    if (_is_folded(linear) and follows(-row, column)) or (_is_folded(producer) and follows(column, -row)):
+        return True
     # Scales of nearly all channels alike do not show as folded, but as two factors that cancel.
-    factor = _median_factor(column_K + row_K)
-    return abs(_median_factor(column_K) - 1) > EVEN_FACTOR and abs(factor - 1) < EVEN_FACTOR / 2
+    return abs(column.factor() - 1) > EVEN_FACTOR and abs((column + row).factor() - 1) < EVEN_FACTOR / 2
 
 
-def _is_open(linear: TensorAudit, column_K: Tensor, norms: Mapping[str, tuple[str, float]]) -> bool:
+def _judge_siblings(
+    linears: Sequence[TensorAudit], columns: Mapping[str, Scales], norms: Mapping[str, _Norm], verdict: FoldVerdict
+) -> None:
+    """Linears that share an input must all follow the scales that were moved into its norm."""
+    for group in SHARED_INPUTS:
+        members = [t.name for t in linears if t.name.split(".")[-2] in group]
+        followed = {norms[name].name: columns[name] for name in members if name in norms}
+        for name in members:
+            if name not in norms and name not in verdict.unbalanced:
+                gaps = [columns[name] - scales for scales in followed.values()]
+                if any(_stands_out(gap) for gap in gaps):
+                    verdict.unbalanced.append(name)
+
+
+def _is_open(linear: TensorAudit, column: Scales, norms: Mapping[str, _Norm]) -> bool:
     """Its input channels are clearly scaled, and by no norm."""
-    return _is_clear(linear) and linear.name not in norms and _spread(column_K) > 2 * _noise(linear, 0)
+    return _is_clear(linear) and linear.name not in norms and _stands_out(column)
+
+
+def _stands_out(scales: Scales) -> bool:
+    return scales.spread() > OPEN_SPREAD and scales.errors() > OPEN_ERRORS
 
 
 def _is_clear(tensor: TensorAudit) -> bool:
@@ -153,90 +187,23 @@ def _is_folded(tensor: TensorAudit) -> bool:
 
 
 def _shrinkage(tensor: TensorAudit) -> float:
-    """Log of what rounding alone makes of the scale: grids of least error shrink weights."""
+    """Logarithm of the scale that rounding to nearest alone leaves."""
     assert tensor.fit is not None
     shrunk = tensor.fit.nearest_scale
-    return float(torch.tensor(shrunk).log()) if shrunk is not None and shrunk > 0 else 0.0
+    return math.log(shrunk) if shrunk is not None and shrunk > 0 else 0.0
 
 
-def _median_factor(log_K: Tensor) -> float:
-    return float(log_K.median().exp())
-
-
-def _judge_siblings(linears: Sequence[TensorAudit], norm_of: Mapping[str, str], verdict: FoldVerdict) -> None:
-    """Linears that share an input must all follow the scales that were moved into its norm."""
-    for group in SHARED_INPUTS:
-        members = [t.name for t in linears if t.name.split(".")[-2] in group]
-        if any(name in norm_of for name in members):
-            verdict.unbalanced += [n for n in members if n not in norm_of and n not in verdict.unbalanced]
-
-
-def _judge_biases(
-    block: Sequence[TensorAudit], linears: Mapping[str, TensorAudit], rows: Mapping[str, Tensor], verdict: FoldVerdict
-) -> None:
-    """A bias is divided as the rows of its own weight are."""
-    for bias in block:
-        weight = linears.get(bias.name.removesuffix("bias") + "weight")
-        if bias.ratio_K is None or not bias.name.endswith(".bias") or weight is None:
-            continue
-        row_N, wanted_N = rows[weight.name], -_log(bias.ratio_K)
-        is_used_N = bias.ratio_K.isfinite() & (bias.ratio_K > 0)
-        noise = _noise(weight, 1)
-        is_unseen = _spread(wanted_N) >= LEAST_SPREAD and _norm(wanted_N) < MIN_ERRORS * noise
-        if is_unseen or _matches(row_N[is_used_N], wanted_N[is_used_N], noise):
-            verdict.explained.add(bias.name)
-
-
-def _as_inputs(row_N: Tensor, num_inputs: int, config: Mapping[str, Any]) -> list[Tensor]:
+def _as_inputs(row: Scales, num_inputs: int, config: Mapping[str, Any]) -> list[Scales]:
     """Scales per output of a producer as scales per input of what may follow it: the ways in which they can fit.
 
     All or the last rows (fused projections), and value heads that are each repeated for their query heads.
     """
-    ways = [row_N[len(row_N) - num_inputs :]] if len(row_N) >= num_inputs else []
+    ways = [row[slice(len(row) - num_inputs, None)]] if len(row) >= num_inputs else []
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if not isinstance(heads, int) or not isinstance(groups, int) or not 0 < groups < heads:
         return ways
     width = num_inputs // heads
-    if heads % groups == 0 and width * heads == num_inputs and len(row_N) >= groups * width:
-        ways.append(row_N[-groups * width :].view(groups, 1, width).expand(-1, heads // groups, -1).reshape(-1))
+    if heads % groups == 0 and width * heads == num_inputs and len(row) >= groups * width:
+        source_K = torch.arange(len(row))[-groups * width :].view(groups, 1, width)
+        ways.append(row[source_K.expand(-1, heads // groups, -1).reshape(-1)])
     return ways
-
-
-def _log(scale: Tensor) -> Tensor:
-    """Logarithm of channel scales; what is no positive number becomes far off and matches nothing."""
-    return torch.where(scale.isfinite() & (scale > 0), scale, 1e-9).double().log()
-
-
-def _norm(log_K: Tensor) -> float:
-    return float((log_K - log_K.median()).square().sum().sqrt())
-
-
-def _spread(log_K: Tensor) -> float:
-    return float((log_K - log_K.median()).square().mean().sqrt()) if log_K.numel() else 0.0
-
-
-def _noise(tensor: TensorAudit, axis: int) -> float:
-    """Standard error of the log scale of a column (axis 0) or row (axis 1)."""
-    assert tensor.fit is not None
-    channels = tensor.fit.channels
-    count = len(channels.row_N) if axis == 0 else len(channels.column_K)
-    return float(tensor.fit.residual / max(1, count) ** 0.5) + 0.001
-
-
-def _matches(log_K: Tensor, wanted_K: Tensor, noise: float) -> bool:
-    """Whether scales are the wanted ones up to a common factor: as a whole, and in nine of ten strong channels.
-
-    The wanted ones are those known better: least squares on noisy values would find too small a slope.
-    """
-    if len(log_K) != len(wanted_K) or len(log_K) < 8:
-        return False
-    x, y = wanted_K - wanted_K.median(), log_K - log_K.median()
-    power = float((x * x).sum())
-    # The slope's own error is noise / sqrt(power).
-    if power**0.5 < MIN_ERRORS * noise or not 0.7 < float((x * y).sum()) / power < 1.3:
-        return False
-    is_strong = x.abs() > STRONG_ERRORS * noise
-    if not bool(is_strong.any()):
-        return True
-    is_off = (y - x).abs() > 0.35 * x.abs()  # five errors of a channel that is just strong enough
-    return float(is_off[is_strong].double().mean()) < 0.1

@@ -21,12 +21,14 @@ Dimension legend: N = rows, K = columns of the stored weight, n = rows worked on
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qconv.validate.audit_regression import Regression, Sums, regress, solve
 from qconv.validate.audit_stored import Stored
 
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -34,14 +36,18 @@ CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 # of any noise (4e-3 at N = 256); the noise of GPTQ and of round to nearest was seen to give 0.09, which does no
 # harm: scales count as somebody's work only where they match a neighbour's, or explain much more.
 FOLD_GAIN = 0.05
+LOST_SCALE = 1e-3  # AWQ divides the rows before an outlier channel by 30 and more
+SAME_AS_NEAREST = 0.05  # one value in 5000 a step off: what another order of summation can move across a threshold
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Channels:
-    """Scales per input channel ``column_K`` and per output channel ``row_N``, float32."""
+    """Scales per input channel ``column_K`` and per output channel ``row_N``, and their standard errors; float32."""
 
     column_K: Tensor
     row_N: Tensor
+    column_error_K: Tensor
+    row_error_N: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,6 +69,7 @@ class Fit:
         channels: least-squares scale per channel; both fitted when `is_folded`, else each alone.
         is_folded: channel scales explain some of what the plain fit does not, and were divided out.
         fold_gain: the share of it that they explain.
+        lost_rows, lost_columns: how many are (nearly) zero and should not be.
     """
 
     relative_error: float
@@ -81,37 +88,8 @@ class Fit:
     channels: Channels
     is_folded: bool
     fold_gain: float
-
-
-class _Sums:
-    """Inner products of a = We, d = D and y = Wc - We: per row and per column, float64."""
-
-    PAIRS = ("aa", "ya", "yy", "ad", "dd", "yd")
-
-    def __init__(self, num_rows: int, num_columns: int, has_update: bool, device: torch.device):
-        self.pairs = self.PAIRS if has_update else self.PAIRS[:3]
-        self.row = {pair: torch.zeros(num_rows, dtype=torch.float64, device=device) for pair in self.pairs}
-        self.column = {pair: torch.zeros(num_columns, dtype=torch.float64, device=device) for pair in self.pairs}
-
-    def add(self, rows: slice, **tensors: Tensor) -> None:
-        for pair in self.pairs:
-            product = tensors[pair[0]] * tensors[pair[1]]
-            self.row[pair][rows] = product.sum(1).double()
-            self.column[pair] += product.sum(0)
-
-    def total(self, pair: str) -> float:
-        return float(self.row[pair].sum())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Regression:
-    """``y = a * alpha + d * beta``: both coefficients, the covariance of their errors, and what is left of y."""
-
-    alpha: float
-    beta: float
-    alpha_error: float
-    beta_error: float
-    rest: float
+    lost_rows: int
+    lost_columns: int
 
 
 @torch.no_grad()
@@ -127,14 +105,23 @@ def measure(stored: Stored, expected: Tensor, base: Tensor | None) -> Fit:
         the fit; all its numbers are finite.
     """
     sums, nearest = _gather(stored, expected, base, None)
-    plain = _regress(sums)
+    plain = regress(sums)
     channels = _separate_channels(sums)
-    if _gain_of_channels(sums, plain.rest) > FOLD_GAIN:
+    is_nearest = nearest is not None and nearest["mismatch"] <= (SAME_AS_NEAREST**2) * nearest["yy"]
+    if not is_nearest and _gain_of_channels(sums, plain.rest) > FOLD_GAIN:
         folded = _fit_channels(stored, expected)
         folded_sums, folded_nearest = _gather(stored, expected, base, folded)
-        regression = _regress(folded_sums)
+        regression = regress(folded_sums)
         if regression.rest < (1 - FOLD_GAIN) * plain.rest:
-            return _fit(folded_sums, folded_nearest, regression, folded, 1 - regression.rest / plain.rest)
+            left = _separate_channels(folded_sums)
+            folded = dataclasses.replace(
+                folded,
+                column_error_K=left.column_error_K * folded.column_K.abs(),
+                row_error_N=left.row_error_N * folded.row_N.abs(),
+            )
+            found = _fit(folded_sums, folded_nearest, regression, folded, 1 - regression.rest / plain.rest)
+            lost_rows, lost_columns = _lost(folded.row_N, sums.row["aa"]), _lost(folded.column_K, sums.column["aa"])
+            return dataclasses.replace(found, lost_rows=lost_rows, lost_columns=lost_columns)
     return _fit(sums, nearest, plain, channels, 0.0)
 
 
@@ -146,10 +133,10 @@ def _chunks(tensor: Tensor) -> Iterator[slice]:
 
 def _gather(
     stored: Stored, expected: Tensor, base: Tensor | None, channels: Channels | None
-) -> tuple[_Sums, dict[str, float] | None]:
+) -> tuple[Sums, dict[str, float] | None]:
     """The sums for the candidate, and the totals for the expected weight rounded to the candidate's grid."""
     num_rows, num_columns = expected.shape
-    sums = _Sums(num_rows, num_columns, base is not None, expected.device)
+    sums = Sums(num_rows, num_columns, base is not None, expected.device)
     nearest = dict.fromkeys(("ya", "yy", "yd", "mismatch"), 0.0) if stored.nearest_is_known else None
     for rows in _chunks(expected):
         a = expected[rows]
@@ -171,55 +158,29 @@ def _gather(
     return sums, nearest
 
 
-def _solve(aa: float, ad: float, dd: float, ya: float, yd: float) -> tuple[float, float]:
-    """Least squares with one or (where D is not parallel to We) two regressors."""
-    determinant = aa * dd - ad * ad
-    if dd > 0 and determinant > 1e-9 * aa * dd:
-        return (ya * dd - yd * ad) / determinant, (yd * aa - ya * ad) / determinant
-    return (ya / aa if aa > 0 else 0.0), 0.0
+def _separate_channels(sums: Sums) -> Channels:
+    """The scale of each column, and of each row, as if there were no other, around the present ones."""
 
-
-def _regress(sums: _Sums) -> _Regression:
-    aa, ya, yy = (sums.total(pair) for pair in ("aa", "ya", "yy"))
-    has_update = "dd" in sums.pairs
-    ad, dd, yd = (sums.total(pair) if has_update else 0.0 for pair in ("ad", "dd", "yd"))
-    alpha, beta = _solve(aa, ad, dd, ya, yd)
-    rest = max(0.0, yy - alpha * ya - beta * yd)
-    is_joint = has_update and dd > 0 and aa * dd - ad * ad > 1e-9 * aa * dd
-    if not is_joint:
-        errors = _clustered_errors(sums, alpha, 0.0, [[1 / aa if aa > 0 else 0.0]], rest)
-        return _Regression(alpha=alpha, beta=beta, alpha_error=errors[0], beta_error=float("inf"), rest=rest)
-    determinant = aa * dd - ad * ad
-    inverse = [[dd / determinant, -ad / determinant], [-ad / determinant, aa / determinant]]
-    errors = _clustered_errors(sums, alpha, beta, inverse, rest)
-    return _Regression(alpha=alpha, beta=beta, alpha_error=errors[0], beta_error=errors[1], rest=rest)
-
-
-def _clustered_errors(
-    sums: _Sums, alpha: float, beta: float, inverse: list[list[float]], rest: float
-) -> tuple[float, ...]:
-    """Standard errors clustered by rows and by columns: V(rows) + V(columns) - V(neither)."""
-    bread = torch.tensor(inverse, dtype=torch.float64)
-    size = len(inverse)
-    independent = bread * (rest / max(1, len(sums.row["aa"]) * len(sums.column["aa"])))
-    variance = -independent.diagonal()
-    for part in (sums.row, sums.column):
-        scores = [part["ya"] - alpha * part["aa"] - (beta * part["ad"] if size > 1 else 0.0)]
-        if size > 1:
-            scores.append(part["yd"] - alpha * part["ad"] - beta * part["dd"])
-        stacked = torch.stack(scores)
-        variance = variance + (bread @ (stacked @ stacked.T).cpu() @ bread).diagonal()
-    return tuple(float(v) ** 0.5 for v in torch.maximum(variance, independent.diagonal()))
-
-
-def _separate_channels(sums: _Sums) -> Channels:
     def ratio(part: dict[str, Tensor]) -> Tensor:
         return torch.where(part["aa"] > 0, 1 + part["ya"] / part["aa"].clamp_min(1e-300), 1.0).float()
 
-    return Channels(column_K=ratio(sums.column), row_N=ratio(sums.row))
+    def error(part: dict[str, Tensor], count: int) -> Tensor:
+        """Of a slope through the origin: sqrt(rest / (count - 1) / aa)."""
+        rest = (part["yy"] - part["ya"].square() / part["aa"].clamp_min(1e-300)).clamp_min(0)
+        return torch.where(
+            part["aa"] > 0, (rest / part["aa"].clamp_min(1e-300) / max(1, count - 1)).sqrt(), 1e3
+        ).float()
+
+    num_rows, num_columns = len(sums.row["aa"]), len(sums.column["aa"])
+    return Channels(
+        column_K=ratio(sums.column),
+        row_N=ratio(sums.row),
+        column_error_K=error(sums.column, num_rows),
+        row_error_N=error(sums.row, num_columns),
+    )
 
 
-def _gain_of_channels(sums: _Sums, rest: float) -> float:
+def _gain_of_channels(sums: Sums, rest: float) -> float:
     """The larger share of the rest that scales per column, or per row, would take away."""
     if rest <= 0 or min(len(sums.row["aa"]), len(sums.column["aa"])) < 8:
         return 0.0
@@ -252,11 +213,17 @@ def _fit_channels(stored: Stored, expected: Tensor, num_rounds: int = 3) -> Chan
         if float(middle) != 0:
             row_N /= middle
             column_K = column_K * middle
-    return Channels(column_K=column_K, row_N=row_N)
+    nothing = torch.zeros_like
+    return Channels(column_K=column_K, row_N=row_N, column_error_K=nothing(column_K), row_error_N=nothing(row_N))
+
+
+def _lost(scale: Tensor, energy: Tensor) -> int:
+    """How many channels have almost none of what they should have."""
+    return int(((scale.abs() < LOST_SCALE * scale.median().abs()) & (energy > 1e-6 * energy.mean())).sum())
 
 
 def _fit(
-    sums: _Sums, nearest: dict[str, float] | None, regression: _Regression, channels: Channels, fold_gain: float
+    sums: Sums, nearest: dict[str, float] | None, regression: Regression, channels: Channels, fold_gain: float
 ) -> Fit:
     aa, ya, yy = (sums.total(pair) for pair in ("aa", "ya", "yy"))
     has_update = "dd" in sums.pairs
@@ -267,7 +234,7 @@ def _fit(
     norm = aa**0.5 if aa > 0 else (1.0 if yy == 0 else 1e-30)
     nearest_scale = nearest_coefficient = rounding = mismatch = None
     if nearest is not None:
-        alpha, beta = _solve(aa, ad, dd, nearest["ya"], nearest["yd"])
+        alpha, beta = solve(aa, ad, dd, nearest["ya"], nearest["yd"])
         nearest_scale, nearest_coefficient = 1 + alpha, 1 + beta / (1 + alpha)
         rounding = nearest["yy"] ** 0.5 / norm
         # A grid that holds the expected weight exactly has nothing to compare with: float32 decides.
@@ -287,7 +254,9 @@ def _fit(
         coefficient=1 + regression.beta / scale if is_seen else None,
         coefficient_error=regression.beta_error / abs(scale) if is_seen else None,
         nearest_coefficient=nearest_coefficient if is_seen else None,
-        channels=Channels(column_K=channels.column_K.cpu(), row_N=channels.row_N.cpu()),
+        channels=Channels(**{name: tensor.cpu() for name, tensor in vars(channels).items()}),
         is_folded=fold_gain > 0,
         fold_gain=fold_gain,
+        lost_rows=_lost(channels.row_N, sums.row["aa"]),
+        lost_columns=_lost(channels.column_K, sums.column["aa"]),
     )

@@ -36,7 +36,7 @@ class TensorAudit:
         encoded_share: see `share_after_encoding`, or None.
         resembles: another tensor that it matches better than its own, or None.
         deviation: of a vector, largest |candidate - expected| relative to the expected value.
-        ratio_K: of a vector, expected / candidate; of a norm that multiplies by 1 + weight see ``ratio_plus_one_K``.
+        ratio_K: of a vector, expected / candidate, of what it multiplies by (1 + weight in Gemma's norms).
     """
 
     name: str
@@ -53,7 +53,6 @@ class TensorAudit:
     resembles: str | None = None
     deviation: float | None = None
     ratio_K: Tensor | None = None
-    ratio_plus_one_K: Tensor | None = None
 
     @property
     def block(self) -> str:

@@ -33,7 +33,9 @@ _HEAD_BYTES = 1_000_000_000  # output embeddings that may be in memory together
 Observe = Callable[[Mapping[str, Distribution], Tensor], None]
 """Called with all distributions of some positions by entrant, and the actual next tokens, in order."""
 AfterBlock = Callable[[int], None]
+Head = Callable[[Tensor], Tensor]
 REFERENCE, CANDIDATE = "reference", "candidate"
+WHOLE = {REFERENCE, CANDIDATE}  # see all rows; controls may see fewer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,10 @@ class _Runner:
         block = self.entrant.model.load_block(index)
         self.hidden = [self.entrant.model.run_block(index, block, h_BSH) for h_BSH in self.hidden]
 
+    def keep(self, num_rows: int) -> None:
+        """Frees the hidden states of later rows."""
+        self.hidden = self.hidden[: -(-num_rows // self.entrant.rows_per_batch)]
+
     def row(self, row: int) -> Tensor:
         batch, place = divmod(row, self.entrant.rows_per_batch)
         return self.hidden[batch][place : place + 1]
@@ -128,6 +134,7 @@ def compare(
     rows: TokenRows,
     *,
     observe: Observe | None = None,
+    after_embedding: Callable[[], None] | None = None,
     after_block: AfterBlock | None = None,
     progress: Progress = QUIET,
 ) -> Comparison:
@@ -138,7 +145,7 @@ def compare(
 
     Args:
         observe: see `Observe`; sees the entrants of the first pair (and more where memory allows).
-        after_block: called after each block, while its weights may still be at hand.
+        after_embedding, after_block: called while the weights that were read may still be at hand.
 
     Raises:
         NumericsError: hidden states or logits of a model contain NaN or infinity; names the block.
@@ -146,6 +153,8 @@ def compare(
     runners = [_Runner(entrant) for entrant in entrants]
     for runner in runners:
         runner.begin(rows.ids_TS)
+    if after_embedding is not None:
+        after_embedding()
     num_blocks = entrants[0].model.num_blocks
     blocks = []
     for index in progress.track(range(num_blocks), "validate", num_blocks):
@@ -159,6 +168,10 @@ def compare(
     tables = {pair.name: PairStatistics(pair.name) for pair in pairs}
     for group in _groups(pairs, by_name):
         _compare_logits(group, by_name, rows, tables, observe if pairs[0] in group else None)
+        later = {name for pair in pairs[len(group) :] for name in (pair.reference, pair.other)}
+        num_rows = max((by_name[name].entrant.num_rows for name in later if name not in WHOLE), default=0)
+        for name in WHOLE & by_name.keys():
+            by_name[name].keep(num_rows)
     return Comparison(pairs=tables, blocks=blocks)
 
 
@@ -178,34 +191,41 @@ def run_candidate(
 
 def position_chunks(logits_TV: Tensor) -> list[slice]:
     """Slices of positions whose float32 logits stay small enough to be worked on quickly."""
-    num_positions, vocabulary = logits_TV.shape
-    size = max(1, _CHUNK_BYTES["cuda" if logits_TV.is_cuda else "cpu"] // (4 * vocabulary))
-    return [slice(start, min(start + size, num_positions)) for start in range(0, num_positions, size)]
+    return slices(len(logits_TV), chunk_size(logits_TV))
+
+
+def chunk_size(logits_TV: Tensor) -> int:
+    """Positions to work on together, for a vocabulary and device like these."""
+    return max(1, _CHUNK_BYTES["cuda" if logits_TV.is_cuda else "cpu"] // (4 * logits_TV.shape[1]))
+
+
+def slices(num: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, num)) for start in range(0, num, size)]
 
 
 def _block_error(index: int, reference: _Runner, candidate: _Runner) -> BlockError:
-    sums = [0.0, 0.0, 0.0, 0.0]  # noise, signal, the candidate's own, inner product
+    parts = []  # squares of each row: noise, signal, the candidate's own; not read before all are queued
     for r_BSH, c_BSH in zip(reference.hidden, candidate.hidden, strict=True):
         for r_SH, c_SH in zip(r_BSH, c_BSH, strict=True):
-            r, c = r_SH.float().flatten(), c_SH.to(r_SH.device).float().flatten()
-            parts = ((c - r).square(), r.square(), c.square(), c * r)
-            sums = [total + float(part.sum(dtype=torch.float64)) for total, part in zip(sums, parts, strict=True)]
-    noise, signal, own, product = sums
+            r, c = r_SH.float(), c_SH.to(r_SH.device).float()
+            parts.append(torch.stack([torch.linalg.vector_norm(x) for x in (c - r, r, c)]))
+    noise, signal, own = torch.stack(parts).double().square().sum(0).tolist()
     if not noise < inf or not signal < inf:
         culprit = reference.name if not signal < inf else candidate.name
         raise NumericsError(f"the hidden states of the {culprit} after block {index} are not finite")
     # A model whose hidden states are all zero has no direction and no signal: anything else is infinitely far.
     relative = (noise / signal) ** 0.5 if signal > 0 else (0.0 if noise == 0 else inf)
+    product = (signal + own - noise) / 2
     cosine = product / (signal * own) ** 0.5 if signal > 0 and own > 0 else 0.0
     return BlockError(index=index, relative_error=relative, cosine=min(1.0, cosine))
 
 
 def _groups(pairs: Sequence[Pair], runners: Mapping[str, _Runner]) -> list[Sequence[Pair]]:
-    """All pairs at once, or one after the other where their output embeddings would fill the memory."""
+    """All pairs at once, or the first one apart where output embeddings would fill the memory."""
     models = {runners[name].entrant.model for pair in pairs for name in (pair.reference, pair.other)}
     if sum(model.head_bytes for model in models) <= _HEAD_BYTES:
-        return [pairs] if pairs else []
-    return [[pair] for pair in pairs]
+        return [pairs]
+    return [group for group in (pairs[:1], pairs[1:]) if group]
 
 
 def _compare_logits(
@@ -220,31 +240,46 @@ def _compare_logits(
     head_of = {model: model.head() for model in models}
     heads = {name: head_of[runners[name].entrant.model] for name in names}
     device = next(iter(models)).device
+    seen = {name: runners[name].entrant.num_rows for name in names}
+    num_rows = max(min(seen[pair.reference], seen[pair.other]) for pair in pairs)
     with _workers(device) as pool:
-        for row in range(max(runners[name].entrant.num_rows for name in names)):
-            present = [name for name in names if row < runners[name].entrant.num_rows]
-            logits = {name: heads[name](runners[name].row(row))[0, :-1].to(device) for name in present}
+        for row in range(max(seen.values()) if observe is not None else num_rows):
+            present = {name: (heads[name], runners[name].row(row)) for name in names if row < seen[name]}
             targets_T = rows.ids_TS[row, 1:].to(device)
-            chunks = position_chunks(logits[present[0]])
-            measure = partial(_measure_chunk, logits, targets_T, pairs)
-            for part, (distributions, columns) in zip(chunks, pool(measure, chunks), strict=True):
+            measured = pool(partial(_measure_chunk, targets_T, pairs), _logit_chunks(present, device))
+            for part, distributions, columns in measured:
                 if observe is not None:
                     observe(distributions, targets_T[part])
                 for name, values in columns.items():
                     tables[name].add(values, rows.documents_TS[row, 1:][part], row)
 
 
+def _logit_chunks(present: Mapping[str, tuple[Head, Tensor]], device: str) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """Logits of a few positions of one row at a time, by entrant; the last position has no next token."""
+    first_head, first_BSH = next(iter(present.values()))
+    num = first_BSH.shape[1] - 1
+    if device.startswith("cuda"):
+        for part in slices(num, chunk_size(first_head(first_BSH[:, :1])[0])):
+            yield part, {name: head(h_BSH[:, part])[0].to(device) for name, (head, h_BSH) in present.items()}
+        return
+    # On CPU a whole row at once is faster, and memory is not what is short.
+    logits = {name: head(h_BSH)[0, :-1].to(device) for name, (head, h_BSH) in present.items()}
+    for part in position_chunks(next(iter(logits.values()))):
+        yield part, {name: logits_TV[part] for name, logits_TV in logits.items()}
+
+
 def _measure_chunk(
-    logits: Mapping[str, Tensor], targets_T: Tensor, pairs: Sequence[Pair], part: slice
-) -> tuple[dict[str, Distribution], dict[str, dict[str, Tensor]]]:
+    targets_T: Tensor, pairs: Sequence[Pair], chunk: tuple[slice, Mapping[str, Tensor]]
+) -> tuple[slice, dict[str, Distribution], dict[str, dict[str, Tensor]]]:
     """The distributions of some positions by entrant, and what every pair of those present has to say."""
-    distributions = {name: Distribution.of(logits_TV[part], name) for name, logits_TV in logits.items()}
+    part, logits = chunk
+    distributions = {name: Distribution(logits_TV, name) for name, logits_TV in logits.items()}
     columns = {
         pair.name: compare_distributions(distributions[pair.reference], distributions[pair.other], targets_T[part])
         for pair in pairs
         if pair.reference in distributions and pair.other in distributions
     }
-    return distributions, columns
+    return part, distributions, columns
 
 
 @contextmanager

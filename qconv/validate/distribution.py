@@ -10,7 +10,6 @@ Dimension legend: T = positions, V = vocabulary, K = top tokens kept, P = vocabu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -20,52 +19,59 @@ from qconv.errors import NumericsError
 
 TOP = 5  # tokens whose overlap is the top-k agreement
 _BLOCK = 128
-_PIECE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 26}  # of one float32 temporary; five of them are in use
+_PIECE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}  # of one float32 temporary; five of them are in use
 
 
-@dataclass(frozen=True, eq=False)
 class Distribution:
-    """Softmax of ``logits_TV``.
+    """Softmax of ``logits_TV``; what needs a pass over the vocabulary is computed when it is first asked for.
 
     Attributes:
         name: of the model, for messages.
         logits_TV: any float dtype.
         max_T: largest logit, float32.
-        log_z_T: logarithm of the partition function, float64; ``logits - log_z`` are log-probabilities.
-        top_ids_TK, top_logp_TK: the most probable tokens, in order, and their log-probabilities.
+        top_ids_TK: the most probable tokens, in order.
     """
 
-    name: str
-    logits_TV: Tensor
-    max_T: Tensor
-    log_z_T: Tensor
-    top_ids_TK: Tensor
-    top_logp_TK: Tensor
-
-    @staticmethod
-    def of(logits_TV: Tensor, name: str) -> Distribution:
+    def __init__(self, logits_TV: Tensor, name: str):
         """From logits of any float dtype.
 
         Raises:
-            NumericsError: a logit is NaN or infinite.
+            NumericsError: the largest logit of a position is NaN or infinite.
         """
-        top_TK, ids_TK = top_tokens(logits_TV, min(TOP, logits_TV.shape[1]))
-        max_T = top_TK[:, 0].float()
-        total_T = torch.zeros_like(max_T, dtype=torch.float64)
-        for part_TP in _pieces(logits_TV):
-            total_T += (part_TP - max_T[:, None]).exp_().sum(-1)
-        log_z_T = max_T.double() + total_T.log()
-        if not log_z_T.isfinite().all():
+        self.name = name
+        self.logits_TV = logits_TV
+        self._top_TK, self.top_ids_TK = top_tokens(logits_TV, min(TOP, logits_TV.shape[1]))
+        self.max_T = self._top_TK[:, 0].float()
+        self._total_T: Tensor | None = None  # sum of exp(logit - max), float64
+        if not self.max_T.isfinite().all():  # NaN sorts above everything
             _refuse(name)
-        return Distribution(name, logits_TV, max_T, log_z_T, ids_TK, (top_TK.double() - log_z_T[:, None]).float())
+
+    @property
+    def log_total(self) -> Tensor:
+        """Logarithm of the partition function relative to the largest logit, float64."""
+        if self._total_T is None:
+            self._total_T = torch.zeros_like(self.max_T, dtype=torch.float64)
+            for part_TP in _pieces(self.logits_TV):
+                self._total_T += (part_TP - self.max_T[:, None]).exp_().sum(-1)
+        return self._total_T.log()
+
+    @property
+    def log_z(self) -> Tensor:
+        """Logarithm of the partition function, float64; ``logits - log_z`` are log-probabilities."""
+        return self.max_T.double() + self.log_total
+
+    @property
+    def top_logp(self) -> Tensor:
+        """Log-probabilities of ``top_ids_TK``, float32."""
+        return (self._top_TK.double() - self.log_z[:, None]).float()
 
     def logp(self, ids_T: Tensor) -> Tensor:
         """Log-probabilities of one token for each position, float32."""
-        return self.logits_TV.gather(1, ids_T[:, None]).squeeze(1).double().sub(self.log_z_T).float()
+        return self.logits_TV.gather(1, ids_T[:, None]).squeeze(1).double().sub(self.log_z).float()
 
     def log_probabilities(self) -> Tensor:
         """All of them, float32 ``[T, V]``."""
-        return self.logits_TV.float() - self.log_z_T[:, None].float()
+        return self.logits_TV.float() - self.log_z[:, None].float()
 
     def divergences(self, other: Distribution) -> tuple[Tensor, Tensor]:
         """KL(self || other) and KL(other || self) for each position, float32 nats; rounding below 0 counts as 0.
@@ -73,19 +79,22 @@ class Distribution:
         Raises:
             NumericsError: a divergence is not finite (a logit of minus infinity).
         """
-        forward_T = torch.zeros_like(self.log_z_T)
-        backward_T = forward_T.clone()
+        forward_T, backward_T, total_T, other_total_T = torch.zeros(
+            4, len(self.max_T), dtype=torch.float64, device=self.max_T.device
+        )
         for p_TP, q_TP in zip(_pieces(self.logits_TV), _pieces(other.logits_TV), strict=True):
             weights_p_TP, weights_q_TP = p_TP - self.max_T[:, None], q_TP - other.max_T[:, None]
             # Subtract first: entropy minus cross-entropy would cancel, and small KLs are what is measured.
             distance_TP = weights_p_TP - weights_q_TP
-            forward_T += weights_p_TP.exp_().mul_(distance_TP).sum(-1)
-            backward_T -= weights_q_TP.exp_().mul_(distance_TP).sum(-1)
+            total_T += weights_p_TP.exp_().sum(-1)
+            other_total_T += weights_q_TP.exp_().sum(-1)
+            forward_T += weights_p_TP.mul_(distance_TP).sum(-1)
+            backward_T -= weights_q_TP.mul_(distance_TP).sum(-1)
+        self._total_T, other._total_T = total_T, other_total_T
         # So far all is relative to the maxima, which float32 holds well; the partition functions are float64.
-        log_total_T, other_log_total_T = self.log_z_T - self.max_T.double(), other.log_z_T - other.max_T.double()
-        shift_T = log_total_T - other_log_total_T
-        forward_T = forward_T / log_total_T.exp() - shift_T
-        backward_T = backward_T / other_log_total_T.exp() + shift_T
+        shift_T = total_T.log() - other_total_T.log()
+        forward_T = forward_T / total_T - shift_T
+        backward_T = backward_T / other_total_T + shift_T
         if not (forward_T.isfinite() & backward_T.isfinite()).all():
             _refuse(f"{self.name} or {other.name}")
         return forward_T.clamp_min(0).float(), backward_T.clamp_min(0).float()
@@ -114,7 +123,7 @@ def _first_largest(values_TC: Tensor, ids_TC: Tensor, k: int) -> tuple[Tensor, T
     """The ``k`` largest values and their ids; of equal values the lowest id first."""
     # The bits of a float, read as an integer, are in order once those of negative numbers are turned round;
     # NaN comes out on top, and is found there. What is left of 64 bits takes the id, reversed.
-    bits_TC = values_TC.float().contiguous().view(torch.int32).long()
+    bits_TC = (values_TC.float() + 0.0).view(torch.int32).long()  # the sum makes a positive zero of a negative one
     order_TC = torch.where(bits_TC < 0, bits_TC ^ 0x7FFFFFFF, bits_TC)
     keys_TC = (order_TC << 32) | (0x7FFFFFFF - ids_TC)
     places_TK = keys_TC.topk(k, dim=-1).indices

@@ -27,7 +27,8 @@ from qconv.side_files import tokenizer_files
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _OTHERS = ("generation_config.json", "quantize_config.json", TRAIN_RECORD_NAME)
 _NOT_COMPARED = ("source",)  # where text came from; the digest of the tokens says whether it is the same
-_THREADS = 8
+_THREADS = 4
+_BUFFER_BYTES = 1 << 24
 _FILE_PARTS = {
     "reference": "the reference's",
     "adapter": "the adapter's",
@@ -232,7 +233,12 @@ def _hash_files(files: Iterable[Path]) -> dict[str, str]:
 
 def _sha256(file: Path) -> str:
     try:
-        with open(file, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        # Large pieces: each hand-over of the interpreter lock can hold up the thread that does the work.
+        buffer = bytearray(_BUFFER_BYTES)
+        with open(file, "rb", buffering=0) as handle:
+            while size := handle.readinto(buffer):
+                digest.update(memoryview(buffer)[:size])
+        return digest.hexdigest()
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from qconv.errors import NumericsError, UsageError
+from qconv.imports import allow_again
 from qconv.progress import Progress
 
 # What users must know; the rest of lm_eval's warnings is about defaults that were meant.
@@ -114,6 +115,7 @@ def _check_finite(samples: list[dict[str, Any]], task: str, name: str) -> None:
 @contextlib.contextmanager
 def contained(progress: Progress) -> Iterator[None]:
     """Nothing that lm_eval does to the process outlives this, and nothing reaches stdout."""
+    allow_again()
     shows_bars = progress.verbosity >= 1 and sys.stderr.isatty()
     warnings: list[str] = []
     stderr = contextlib.nullcontext() if shows_bars else contextlib.redirect_stderr(io.StringIO())

@@ -41,6 +41,10 @@ def load_prompts(source: str) -> list[str]:
     try:
         lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         prompts = lines if file.suffix == ".txt" else [json.loads(line)["prompt"] for line in lines]
+    except FileNotFoundError:
+        raise CalibrationError(
+            f"{source}: no such file; expected default, a .txt or a .jsonl file of prompts"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"{source}: cannot be read as prompts ({type(error).__name__}: {error})") from error
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):

@@ -92,6 +92,10 @@ def load_whole(folder: Path, adapter: Path | None, device: str) -> ResidentModel
     try:
         with quiet_libraries():
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", device_map={"": device})
+            with torch.no_grad():
+                # compressed-tensors decodes its weights in the first forward pass of the whole model; blocks that
+                # are run one by one would not have any.
+                model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
             if adapter is not None:
                 from peft import PeftModel
 

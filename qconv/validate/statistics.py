@@ -55,13 +55,13 @@ def compare_distributions(reference: Distribution, other: Distribution, targets_
         "top5": common_TKK.any(-1).float().mean(-1),
         "reference_logp": reference.logp(targets_T),
         "candidate_logp": other.logp(targets_T),
-        "confidence": reference.top_logp_TK[:, 0].exp(),
+        "confidence": reference.top_logp[:, 0].exp(),
         "reference_correct": reference.top_ids_TK[:, 0] == targets_T,
         "candidate_correct": other.top_ids_TK[:, 0] == targets_T,
         "reference_top_ids": reference.top_ids_TK[:, :SHOWN],
-        "reference_top_logp": reference.top_logp_TK[:, :SHOWN],
+        "reference_top_logp": reference.top_logp[:, :SHOWN],
         "candidate_top_ids": other.top_ids_TK[:, :SHOWN],
-        "candidate_top_logp": other.top_logp_TK[:, :SHOWN],
+        "candidate_top_logp": other.top_logp[:, :SHOWN],
     }
 
 

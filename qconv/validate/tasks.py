@@ -115,6 +115,19 @@ def evaluate_tasks(
         return _compare(loaded, runs, seed)
 
 
+def check_tasks(tasks: Sequence[str], include: Path | None = None) -> list[str]:
+    """Builds the tasks and drops them: raises now what `evaluate_tasks` would raise after the other work.
+
+    Returns:
+        The names under which tasks and groups are reported; a YAML file may name its task otherwise than itself.
+    """
+    if not tasks:
+        return []
+    with contained(QUIET):
+        loaded = load_tasks(tasks, include, allow_task_code=False)
+    return [*loaded["tasks"], *(group.name for group in loaded["groups"].values())]
+
+
 def measurements(tasks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Gateable values, by metric name, each ``{"value", "interval_95"}``; larger = the candidate is worse.
 

@@ -1,0 +1,161 @@
+"""Who runs in a comparison: the reference, the candidate, and the controls between them.
+
+Controls run on the first rows only: the merge in 16 bit (so that a failure names its cause), the base without
+the adapter (what the adapter changed), and the reference again with another batch shape (the noise floor).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from qconv.assemble import config_dtype
+from qconv.config import ValidationConfig
+from qconv.convert import DequantizedCheckpoint, dequantize
+from qconv.merge import merge
+from qconv.remembered import Remembered
+from qconv.runners import Candidate, Reference, candidate_model, reference_model, streamed
+from qconv.streaming import BlockModel
+from qconv.types import Checkpoint
+from qconv.validate.compare import CANDIDATE, REFERENCE, Entrant, Pair
+
+CONTROL_SHARE = 8  # one row in so many runs through the controls, unless a gate is about them
+LEAST_CONTROL_ROWS = 4
+LEAST_FLOOR_ROWS = 2
+TOKENS_PER_BATCH = 4096  # keeps a GPU busy; the activations of one batch are what a forward pass needs most
+_KEPT_BYTES = 2_000_000_000  # models this small stay in memory between passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """What the models of one comparison read through; shared, so that a tensor is read and decoded once.
+
+    Attributes:
+        base: the reference's base as training saw it.
+        merged: the merge over it; the base itself without an adapter.
+        changed: names of the tensors that the adapter changes.
+        stored: the candidate, decoded from bytes that are remembered; None without a candidate.
+    """
+
+    base: Remembered
+    merged: Checkpoint
+    changed: frozenset[str]
+    stored: DequantizedCheckpoint | None
+
+    @staticmethod
+    def of(reference: Reference, candidate: Candidate | None, device: str) -> Views:
+        base = Remembered(reference.base)
+        merged: Checkpoint = base
+        changed: frozenset[str] = frozenset()
+        if reference.adapter is not None:
+            view = merge(base, [reference.adapter])
+            # In float32, so worth its memory only where merging again is slow.
+            merged, changed = (view if device.startswith("cuda") else Remembered(view)), view.changed
+        stored = dequantize(Remembered(candidate.source)) if candidate else None
+        return Views(base=base, merged=merged, changed=changed, stored=stored)
+
+    def forget(self) -> None:
+        for view in (self.base, self.merged, self.stored.source if self.stored else None):
+            if isinstance(view, Remembered):
+                view.forget()
+
+
+@dataclass(kw_only=True)
+class Lineup:
+    """Models by name, and the pairs to compare.
+
+    Attributes:
+        runs: how reference and candidate are computed, for the report.
+        notes: what is not measured, and why.
+    """
+
+    reference: Reference
+    candidate: Candidate | None
+    device: str
+    views: Views
+    rows_per_batch: int
+    entrants: list[Entrant] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    runs: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def enter(self, name: str, model: BlockModel, num_rows: int, rows_per_batch: int | None = None) -> None:
+        batch = rows_per_batch or self.rows_per_batch
+        self.entrants.append(Entrant(name=name, model=model, num_rows=num_rows, rows_per_batch=batch))
+
+    def pair(self, name: str, reference: str, other: str) -> None:
+        self.pairs.append(Pair(name=name, reference=reference, other=other))
+
+    @property
+    def layers_name(self) -> str:
+        return self.entrants[0].model.layers_name
+
+    def read_ahead(self, index: int) -> None:
+        """Begins to read what block ``index`` is stored as, of both models; after the last one, what follows it."""
+        prefix = f"{self.layers_name}.{index}."
+        is_after = index >= self.entrants[0].model.num_blocks
+        for side in (self.reference, self.candidate):
+            if side is not None:
+                names = [name for name in side.source.specs() if name.startswith("lm_head." if is_after else prefix)]
+                side.source.read_ahead(names, pin=self.device.startswith("cuda"))
+
+    def tidy(self) -> None:
+        """Lets go of what the views remember, and gives memory back to the GPU for tensors of other sizes."""
+        self.views.forget()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def line_up(reference: Reference, candidate: Candidate | None, config: ValidationConfig, device: str) -> Lineup:
+    """Loads or prepares all models; without a candidate, reference and controls alone."""
+    keep = _fits(reference, candidate, device)
+    views = Views.of(reference, candidate, device)
+    batch = max(1, TOKENS_PER_BATCH // config.seq_len)
+    lineup = Lineup(reference=reference, candidate=candidate, device=device, views=views, rows_per_batch=batch)
+    for side in (reference, candidate):
+        if side is not None:  # while models are prepared
+            names = [name for name in side.source.specs() if "embed" in name]
+            side.source.read_ahead(names, pin=device.startswith("cuda"))
+    model, lineup.runs[REFERENCE] = reference_model(reference, views.base, device, keep)
+    lineup.enter(REFERENCE, model, config.rows)
+    if candidate is not None and views.stored is not None:
+        other, lineup.runs[CANDIDATE] = candidate_model(candidate, views.stored, device, keep, config.engine)
+        lineup.enter(CANDIDATE, other, config.rows)
+        lineup.pair("total", REFERENCE, CANDIDATE)
+    controls = control_rows(config)
+    if reference.adapter is not None:
+        lineup.enter("merged", streamed(views.merged, None, None, device), controls)
+        lineup.pair("merge", REFERENCE, "merged")
+        if candidate is not None:
+            lineup.pair("requantization", "merged", CANDIDATE)
+        if reference.resizes_vocabulary:
+            lineup.notes.append("the adapter resizes the vocabulary of the base: effect retained not measured")
+        else:
+            lineup.enter("base", streamed(views.base, None, None, device), controls)
+            lineup.pair("base_without_adapter", REFERENCE, "base")
+    lineup.enter("floor", model, min(config.rows, max(LEAST_FLOOR_ROWS, controls // 2)), 1 if batch > 1 else 2)
+    lineup.pair("floor", REFERENCE, "floor")
+    return lineup
+
+
+def control_rows(config: ValidationConfig) -> int:
+    """How many of the evaluated rows the controls see: few, unless somebody gates on what they measure."""
+    if config.control_tokens is not None:
+        return min(config.rows, max(1, config.control_tokens // config.seq_len))
+    wanted = ("merge.", "requantization.", "adapter_effect_retained")
+    if any(rule.metric.startswith(wanted) for rule in (*config.policy.rules, *config.rules)):
+        return config.rows
+    return min(config.rows, max(LEAST_CONTROL_ROWS, -(-config.rows // CONTROL_SHARE)))
+
+
+def _fits(reference: Reference, candidate: Candidate | None, device: str) -> bool:
+    """Whether both models are small enough to stay in memory for the passes that come after the comparison."""
+    total = 0
+    for view in (reference.base, *([candidate.view] if candidate else [])):
+        width = config_dtype(view.config).itemsize
+        total += sum(spec.num_bytes // spec.dtype.itemsize * width for spec in view.specs().values())
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        return total < min(_KEPT_BYTES, free // 4)
+    return total < _KEPT_BYTES

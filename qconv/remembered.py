@@ -1,0 +1,39 @@
+"""A view whose tensors several models of one comparison share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qconv.types import Checkpoint, TensorSpec
+
+
+class Remembered:
+    """A `Checkpoint` that keeps what was read until `forget`."""
+
+    def __init__(self, view: Checkpoint):
+        self.view = view
+        self._tensors: dict[tuple[str, str], Tensor] = {}
+
+    @property
+    def location(self) -> str:
+        return self.view.location
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.view.config
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self.view.specs()
+
+    def read(self, name: str, device: str = "cpu") -> Tensor:
+        """The tensor; shared, not to be changed."""
+        key = (name, device)
+        if key not in self._tensors:
+            self._tensors[key] = self.view.read(name, device)
+        return self._tensors[key]
+
+    def forget(self) -> None:
+        self._tensors.clear()
