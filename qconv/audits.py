@@ -7,10 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.convert import simulate_weight
+from qconv.convert import DequantizedCheckpoint, quant_map, simulate_weight
 from qconv.lineup import Views
 from qconv.runners import Candidate, Reference
 from qconv.validate.audit import WeightAudit
+from qconv.validate.audit_cells import cell_findings, cell_slope
+
+_PROBED_WEIGHTS = 24
+
+
+def _levels(reference: Reference, stored: DequantizedCheckpoint) -> Tensor | None:
+    """The 4-bit levels of the base, where a candidate of few bits has to be told by them; see `audit_cells`."""
+    scheme = stored.scheme
+    if scheme is None or scheme.kind != "int" or scheme.bits > 4 or not reference.kind.startswith("nf4"):
+        return None
+    return quant_map("nf4", "cpu")
 
 
 class StreamedAudit:
@@ -44,6 +55,10 @@ class StreamedAudit:
             encode=None if reference.kind == "16bit" else encode,
         )
         self._left = dict.fromkeys(self._audit.names)
+        self._levels = _levels(reference, views.stored)
+        changed = [name for name in self._left if name in views.changed]
+        self._probed = frozenset(changed[:: max(1, len(changed) // _PROBED_WEIGHTS)])
+        self._slopes: dict[str, float] = {}
 
     def compare_embedding(self) -> None:
         """Passes over embeddings that are what they should be, while they are at hand: they are large."""
@@ -66,7 +81,13 @@ class StreamedAudit:
             self._views.forget()
 
     def findings(self) -> list[dict[str, Any]]:
-        return self._audit.findings()
+        """What is wrong, errors first."""
+        found = self._audit.findings()
+        folded = {t.block for t in self._audit.tensors.values() if t.fit is not None and t.fit.is_folded}
+        slopes = {n: slope for n, slope in self._slopes.items() if self._audit.tensors[n].block not in folded}
+        if not any(finding["code"] == "wrong-base" for finding in found):
+            found = [*cell_findings(slopes), *found]
+        return found
 
     def _is_untouched(self, name: str) -> bool:
         """Whether a matrix that the adapter leaves alone is stored bit for bit as in the base."""
@@ -79,4 +100,12 @@ class StreamedAudit:
 
     def _add(self, name: str) -> None:
         del self._left[name]
-        self._audit.add(name, self._device)
+        measured = self._audit.add(name, self._device)
+        if self._levels is None or name not in self._probed or measured.fit is None or measured.fit.is_folded:
+            return
+        stored, merged, base = (
+            view.read(name, self._device) for view in (self._stored, self._views.merged, self._views.base)
+        )
+        slope = cell_slope(stored, merged, base, self._levels)
+        if slope is not None:
+            self._slopes[name] = slope

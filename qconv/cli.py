@@ -260,7 +260,8 @@ def _merge_job(
         quantization = QuantizationConfig(target=target, **{name: options[name] for name in names})
     elif options["desc_act"] or any(options[k] is not None for k in ("algorithm", "bits", "group_size", "symmetric")):
         raise errors.UsageError("--algorithm, --bits, --group-size, --sym/--asym and --desc-act belong to --requant")
-    asked = [name for name in ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks") if options[name]]
+    names = ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks")
+    asked = [name for name in names if options[name] not in (None, ())]
     if not validate_it and asked:
         raise errors.UsageError(
             "--no-validate leaves nothing to gate: drop it, or drop "

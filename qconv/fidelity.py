@@ -6,6 +6,7 @@ Reference = base + UNMERGED adapter, as training saw it. Candidate = the stored 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from qconv import corpus
 from qconv.audits import StreamedAudit
 from qconv.config import ValidationConfig
 from qconv.corpus import TokenRows
+from qconv.errors import NumericsError
 from qconv.evaluation import check_alike, check_vocabulary, empty_facts, evaluation_rows, reference_tokenizer
 from qconv.lineup import Lineup, Views, line_up
 from qconv.progress import Progress
@@ -148,19 +150,34 @@ def _compare(
         if index + 1 == lineup.entrants[0].model.num_blocks:
             lineup.tidy()
 
-    comparison = compare(
-        lineup.entrants,
-        lineup.pairs,
-        rows,
-        observe=observe,
-        after_embedding=after_embedding,
-        after_block=after_block,
-        progress=progress,
-    )
+    try:
+        comparison = compare(
+            lineup.entrants,
+            lineup.pairs,
+            rows,
+            observe=observe,
+            after_embedding=after_embedding,
+            after_block=after_block,
+            progress=progress,
+        )
+    except NumericsError as error:
+        raise _with_culprit(error, lineup, audit) from error
     if audit is not None:
         audit.rest()
     lineup.views.forget()
     return comparison, None if audit is None else audit.findings()
+
+
+def _with_culprit(error: NumericsError, lineup: Lineup, audit: StreamedAudit | None) -> NumericsError:
+    """The same error, naming the stored tensors that are not finite, where there are such."""
+    if audit is None or lineup.candidate is None:
+        return error
+    with suppress(NumericsError):
+        audit.rest()
+        for finding in audit.findings():
+            if finding["code"] == "not-finite":
+                return NumericsError(f"{lineup.candidate.source.location}: {finding['message']} ({error})")
+    return error
 
 
 def audit_all(reference: Reference, candidate: Candidate, device: str) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from qconv.errors import UsageError
 
 Unit = Literal["nats", "share", "ratio", "dB", "count"]
 
-TASK_PATTERN = "task.<name>.<metric>_drop"
-_TASK_NAME = re.compile(r"task\.(?P<task>[^\s<>=]+)\.(?P<metric>[\w,@+-]+)_drop")
+TASK_PATTERN = "task.<name>.<metric>_drop"  # _rise where a lower score is better
+_TASK_NAME = re.compile(r"task\.(?P<task>[^\s<>=]+)\.(?P<metric>[\w,@+-]+)_(?P<way>drop|rise)")
 
 # The smallest floors that a relative limit counts with. A machine that computes the reference twice in the same
 # order measures 0, and nothing but a bitwise copy would stay within any multiple of 0.
@@ -220,7 +220,7 @@ def find_metric(name: str) -> Metric:
     if name in METRICS and name != TASK_PATTERN:
         return METRICS[name]
     if match := _TASK_NAME.fullmatch(name):
-        label = f"{match['metric']} drop on {match['task']}"
+        label = f"{match['metric']} {match['way']} on {match['task']}"
         return replace(METRICS[TASK_PATTERN], name=name, label=label)
     asked = name[:60].lower()
     begun = [known for known in METRICS if known.startswith(f"{asked.rstrip('_')}_")]

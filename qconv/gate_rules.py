@@ -81,8 +81,8 @@ def default_rules(kind: ArtifactKind, has_adapter: bool) -> tuple[Rule, ...]:
     - int4, 0.3: calibrated quantization measures 0.066 to 0.112 (llama.cpp's q4_K_M of an 8B model: 0.031),
       asymmetric round-to-nearest 0.26, symmetric round-to-nearest 0.63, which is worse than no adapter.
     - int3 and int2, 1.0: no evidence here; only that the output still resembles the reference.
-    - merge.kl_mean, 0.01 with an adapter: 4-bit noise hides a merge into the wrong base (0.16), which only the merge
-      measured on its own shows. The limit is the plain one.
+    - merge.kl_mean, 0.01 with an adapter: that a 16-bit merge of this base and adapter is possible at all; it is
+      made here, so it says nothing of the candidate. The limit is the plain one.
     - findings, 0: an error found in the files is one however close the logits are.
     """
     limits = {"kl_mean": _MAX_KL[kind]}

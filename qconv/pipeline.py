@@ -124,6 +124,7 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Outcome:
     )
     fidelity = _measure(job, reference, candidate, device, progress)
     tasks = _tasks(reference, candidate, config, device, progress) if reference and candidate else []
+    has_merge = fidelity.facts["merge"] is not None
     document = conclude(
         "validate",
         {
@@ -136,7 +137,7 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Outcome:
         device,
         config=config,
         fidelity=fidelity,
-        rules=rules_for(candidate, "merge" in fidelity.pairs, config, fidelity.is_audited) if candidate else (),
+        rules=rules_for(candidate, has_merge, config, fidelity.is_audited) if candidate else (),
         provenance=digests.result(),
         tasks=tasks,
         progress=progress,

@@ -102,7 +102,7 @@ def test_markdown_escapes():
 def test_terminal_summary_is_short_and_harmless(name):
     text = summary(document(name))
     assert not CONTROL.search(text)
-    assert len(text.splitlines()) <= 18
+    assert len(text.splitlines()) <= 22
     assert text.splitlines()[0].split()[0] == "verdict"
 
 

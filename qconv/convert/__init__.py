@@ -4,6 +4,7 @@ This room never chooses a number. `dequantize` reads, `FORMATS` writes what algo
 """
 
 from qconv.convert.bnb import BnbState
+from qconv.convert.bnb_kernels import quant_map
 from qconv.convert.bnb_kernels import simulate as simulate_weight
 from qconv.convert.dequantize import FORMATS, DequantizedCheckpoint, dequantize
 from qconv.convert.format import Format
@@ -15,6 +16,7 @@ __all__ = [
     "DequantizedCheckpoint",
     "Format",
     "dequantize",
+    "quant_map",
     "simulate_training_base",
     "simulate_weight",
 ]

@@ -35,6 +35,7 @@ def _rows(document: Document) -> Iterator[tuple[str, str]]:
         yield str(finding.get("severity")), _finding(finding)
     if len(found) > len(shown):
         yield "", f"and {len(found) - len(shown)} more in the report"
+    yield from _detail_rows(document)
     yield from _gate_rows(document)
 
 
@@ -58,6 +59,22 @@ def _fidelity_rows(document: Document) -> Iterator[tuple[str, str]]:
     effect = at(fidelity, "adapter_effect_retained")
     if number_at(effect, "value") is not None:
         yield "effect", f"{percent(effect['value'])} of the adapter retained{_bracket(effect['interval_95'], 'share')}"
+
+
+def _detail_rows(document: Document) -> Iterator[tuple[str, str]]:
+    """What was asked for beside the comparison: attribution, answers to prompts, tasks."""
+    fidelity = document.get("fidelity")
+    units = [*(at(fidelity, "attribution", "blocks") or ()), *(at(fidelity, "attribution", "linears") or ())]
+    if units:
+        worst = sorted(units, key=lambda unit: -(unit.get("kl_mean") or 0))[:3]
+        yield "costliest", ", ".join(f"{one_line(unit['name'])} {number(unit['kl_mean'])}" for unit in worst)
+    prompts = at(fidelity, "prompts")
+    if prompts:
+        same = f"{prompts['identical']} of {prompts['num_prompts']} answers identical"
+        yield "prompts", f"{same}, median first difference at token {number(prompts['median_first_divergence'])}"
+    for task in document.get("tasks") or ():
+        scores = f"{number(task.get('candidate'))} (reference {number(task.get('reference'))})"
+        yield "task", f"{one_line(task.get('name'))} {one_line(task.get('metric'))} {scores}"
 
 
 def _gate_rows(document: Document) -> Iterator[tuple[str, str]]:

@@ -6,9 +6,10 @@ findings, one for each cause. One weight at a time is in memory: the candidate's
 
 What cannot be seen, and is left to the comparison of logits:
 
-- Which base a 4-bit candidate was merged into. The difference between the original 16-bit weights and the
-  4-bit ones (9% of the norm) is no larger than the rounding of the candidate itself (9 to 15%), and like it.
-  In 8-bit, float8 and 16-bit candidates it is seen.
+- Which base a 4-bit candidate with folded scales (AWQ) was merged into. The difference between the original
+  16-bit weights and the 4-bit ones (9% of the norm) is no larger than the rounding of the candidate itself (9 to
+  15%). Without folds `audit_cells` tells them apart by their shape; in 8-bit, float8 and 16-bit candidates the
+  size is enough.
 - An adapter so weak that the rounding noise of all weights together hides it; a note says so.
 - Whether an update that is at half its size in a 4-bit candidate lost it to rounding or to a wrong alpha, when
   rounding to nearest on that grid would leave as little. The finding gives both.
