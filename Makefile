@@ -28,7 +28,12 @@ $(STAMP): constraints.txt pyproject.toml Makefile
 demo: setup  ## train a small adapter, merge, re-quantize, validate (minutes, CPU)
 	$(BIN)/qconv demo
 
-test: setup check  ## setup, then all checks
+test: $(VENV)/.eval check  ## setup, then all checks
+
+# lm-evaluation-harness is large, and only the tests of task accuracy need it.
+$(VENV)/.eval: $(STAMP) constraints-eval.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement constraints-eval.txt
+	@touch $@
 
 check:  ## format, lint, types, import layers, tests
 	scripts/check

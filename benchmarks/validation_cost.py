@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import build
 from torch import Tensor
 
 QCONV = [sys.executable, "-m", "qconv"]
@@ -92,7 +91,9 @@ def on_cpu(base: Path, adapter: Path, candidate: Path, tokens: int) -> None:
 
 
 def on_gpu(out: Path) -> None:
-    base, adapter = build("8b", out, "cuda")
+    # In a process of its own: what it leaves on the GPU is gone when the measurements begin.
+    subprocess.run([sys.executable, Path(__file__).with_name("shapes.py"), "8b", "--out", out], check=True)
+    base, adapter = out / "base-nf4", out / "adapter"
     candidate = out / "awq"
     if not candidate.exists():
         seconds, peak = run(
@@ -101,6 +102,10 @@ def on_gpu(out: Path) -> None:
         print(f"made the candidate in {seconds:.1f} s, {peak:.1f} GB", flush=True)
     models = ["--reference", base, "--adapter", adapter, "--candidate", candidate]
     size = ["--eval-tokens", str(64 * 1024), "--eval-seq-len", "1024"]
+    libraries = "import torch, transformers.modeling_utils, peft, bitsandbytes"
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", libraries], check=True)
+    print(f"importing torch, transformers, peft and bitsandbytes alone takes {time.monotonic() - start:.1f} s here")
     print("| 64 x 1024 tokens, 8B shape | seconds | peak GPU GB |\n|---|---|---|")
     for name in ("cold", "warm", "warm"):
         seconds, peak = run("validate", *models, *size, "--no-default-gates", "-q")

@@ -1,7 +1,7 @@
 """``qconv`` and ``python -m qconv``."""
 
 from qconv.cli import main
-from qconv.imports import leave_out_unused
+from qconv.own_process import leave_out_unused
 
 
 def run() -> None:

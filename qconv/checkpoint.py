@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,7 +66,8 @@ class SafetensorsCheckpoint:
         self._specs: dict[str, TensorSpec] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         self._handles: dict[Path, int] = {}
-        self._ahead = ReadAhead(self._read_host)
+        self._ahead = ReadAhead()
+        self._opening = threading.Lock()
         for file in files:
             for spec, offset in _read_header(file):
                 if spec.name in self._specs:
@@ -106,7 +109,7 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{self.folder}: no tensor {name!r}")
         tensor = self._ahead.take(name)
         if tensor is None:
-            tensor = self._read_host(name, False)
+            tensor = self._read_host(name, pin=False)
         return tensor.to(device, non_blocking=True)
 
     def read_ahead(self, names: Iterable[str], pin: bool = False) -> None:
@@ -115,9 +118,9 @@ class SafetensorsCheckpoint:
         Args:
             pin: into page-locked memory, from where they reach a GPU several times faster.
         """
-        self._ahead.start(names, pin)
+        self._ahead.start(names, partial(self._read_host, pin=pin))
 
-    def _read_host(self, name: str, pin: bool) -> Tensor:
+    def _read_host(self, name: str, *, pin: bool) -> Tensor:
         spec = self._specs[name]
         file, offset = self._places[name]
         buffer = torch.empty(spec.num_bytes, dtype=torch.uint8, pin_memory=pin)
@@ -125,9 +128,10 @@ class SafetensorsCheckpoint:
         return buffer.view(spec.dtype).reshape(spec.shape)
 
     def _handle(self, file: Path) -> int:
-        if file not in self._handles:
-            self._handles[file] = os.open(file, os.O_RDONLY)
-        return self._handles[file]
+        with self._opening:  # reading ahead happens in another thread
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_RDONLY)
+            return self._handles[file]
 
     def __del__(self) -> None:
         for handle in getattr(self, "_handles", {}).values():

@@ -26,6 +26,7 @@ from qconv.config import (
     parse_size,
 )
 from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
+from qconv.own_process import keep_freed_memory
 from qconv.progress import Progress
 from qconv.targets import TARGETS
 
@@ -154,6 +155,7 @@ def validate(reference: str | None, adapter: str | None, candidate: str | None, 
         device=options["device"],
         report_dir=options["report_dir"],
     )
+    keep_freed_memory()
     _finish(pipeline.validate(job, _progress(options)))
 
 

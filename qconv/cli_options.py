@@ -69,7 +69,7 @@ validate_options = options(
     click.option("--policy", type=click.Path(path_type=Path), help="YAML or JSON file with gates and waivers."),
     click.option("--no-default-gates", is_flag=True, help="Only the gates that are given."),
     click.option(
-        "--control-tokens", type=int, help="Tokens for merge, base and noise floor on their own [default: 1 in 8]."
+        "--control-tokens", type=int, help="Tokens for merge, base and noise floor on their own [default: 1 in 10]."
     ),
     click.option(
         "--attribution",

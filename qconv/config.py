@@ -125,7 +125,7 @@ class ValidationConfig:
         rules: gates from the command line; replace those of the policy, which replace the defaults.
         policy: gates and waivers from a file.
         defaults: False = no default gates.
-        control_tokens: tokens for the controls (merge alone, base alone, noise floor); None = one in eight, or
+        control_tokens: tokens for the controls (merge alone, base alone, noise floor); None = one in ten, or
             all when a gate is about them.
         attribution: measure which block and linear costs what: always, never, or when a gate does not pass.
         engine: what runs the candidate: qconv's own decoding, or transformers with its quantized kernels.

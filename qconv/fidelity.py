@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qconv import corpus
 from qconv.audits import StreamedAudit
 from qconv.config import ValidationConfig
@@ -75,7 +77,12 @@ class Fidelity:
         reference, candidate = self.models
         seq_len = self.rows.ids_TS.shape[1]
         num_rows = max(1, min(len(self.rows.ids_TS), _ATTRIBUTED_TOKENS // seq_len))
-        self.facts["attribution"] = attribute(reference, candidate, self.rows.ids_TS[:num_rows], progress).as_dict()
+        try:
+            found = attribute(reference, candidate, self.rows.ids_TS[:num_rows], progress)
+        except (NumericsError, torch.OutOfMemoryError) as error:  # an explanation must not cost the measurement
+            self.facts["notes"].append(f"no attribution: {type(error).__name__}: {error}")
+            return
+        self.facts["attribution"] = found.as_dict()
 
 
 def measure_pair(pair: PairStatistics, metric: str) -> Measurement | None:
@@ -150,6 +157,7 @@ def _compare(
         if index + 1 == lineup.entrants[0].model.num_blocks:
             lineup.tidy()
 
+    found = None
     try:
         comparison = compare(
             lineup.entrants,
@@ -160,12 +168,14 @@ def _compare(
             after_block=after_block,
             progress=progress,
         )
+        if audit is not None:
+            audit.rest()
+            found = audit.findings()
     except NumericsError as error:
         raise _with_culprit(error, lineup, audit) from error
-    if audit is not None:
-        audit.rest()
-    lineup.views.forget()
-    return comparison, None if audit is None else audit.findings()
+    finally:
+        lineup.end()
+    return comparison, found
 
 
 def _with_culprit(error: NumericsError, lineup: Lineup, audit: StreamedAudit | None) -> NumericsError:

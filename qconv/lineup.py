@@ -6,6 +6,7 @@ the adapter (what the adapter changed), and the reference again with another bat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from qconv.streaming import BlockModel
 from qconv.types import Checkpoint
 from qconv.validate.compare import CANDIDATE, REFERENCE, Entrant, Pair
 
-CONTROL_SHARE = 8  # one row in so many runs through the controls, unless a gate is about them
+CONTROL_SHARE = 10  # one row in so many runs through the controls, unless a gate is about them
 LEAST_CONTROL_ROWS = 4
 LEAST_FLOOR_ROWS = 2
 TOKENS_PER_BATCH = 4096  # keeps a GPU busy; the activations of one batch are what a forward pass needs most
@@ -55,10 +56,19 @@ class Views:
         stored = dequantize(Remembered(candidate.source)) if candidate else None
         return Views(base=base, merged=merged, changed=changed, stored=stored)
 
-    def forget(self) -> None:
+    def _remembered(self) -> Iterator[Remembered]:
         for view in (self.base, self.merged, self.stored.source if self.stored else None):
             if isinstance(view, Remembered):
-                view.forget()
+                yield view
+
+    def forget(self) -> None:
+        for view in self._remembered():
+            view.forget()
+
+    def stop(self) -> None:
+        """Remembers nothing any more; for passes after the comparison, which go through the models one by one."""
+        for view in self._remembered():
+            view.stop()
 
 
 @dataclass(kw_only=True)
@@ -100,6 +110,13 @@ class Lineup:
                 names = [name for name in side.source.specs() if name.startswith("lm_head." if is_after else prefix)]
                 side.source.read_ahead(names, pin=self.device.startswith("cuda"))
 
+    def end(self) -> None:
+        """Drops what was read ahead and what the views remember."""
+        for side in (self.reference, self.candidate):
+            if side is not None:
+                side.source.read_ahead(())
+        self.views.stop()
+
     def tidy(self) -> None:
         """Lets go of what the views remember, and gives memory back to the GPU for tensors of other sizes."""
         self.views.forget()
@@ -134,6 +151,8 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
         else:
             lineup.enter("base", streamed(views.base, None, None, device), controls)
             lineup.pair("base_without_adapter", REFERENCE, "base")
+    if config.rows == 1:
+        lineup.notes.append("one row has one batch shape only: the noise floor says nothing, evaluate more tokens")
     lineup.enter("floor", model, min(config.rows, max(LEAST_FLOOR_ROWS, controls // 2)), 1 if batch > 1 else 2)
     lineup.pair("floor", REFERENCE, "floor")
     return lineup

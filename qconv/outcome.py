@@ -104,7 +104,7 @@ def _judge(
     fidelity: Fidelity, rules: Sequence[Rule], config: ValidationConfig, tasks: Sequence[Mapping[str, Any]]
 ) -> list[GateResult]:
     codes = [finding["code"] for finding in fidelity.findings if finding["severity"] == "error"]
-    measured = count_findings(codes) if fidelity.is_audited else {}
+    measured = count_findings(codes) if fidelity.is_audited or codes else {}
     for name, item in task_accuracy.measurements(tasks).items():
         low, high = item["interval_95"]
         measured[name] = Measurement(item["value"], low, high)

@@ -29,7 +29,7 @@ from qconv.side_files import side_files, tokenizer_folder
 from qconv.skeleton import linear_weights
 from qconv.streaming import StreamedModel
 from qconv.types import Checkpoint
-from qconv.work_folder import check_inputs, check_output
+from qconv.work_folder import check_beside, check_inputs, check_output
 from qconv.writer import CheckpointWriter
 
 
@@ -40,7 +40,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Outcome:
         QconvError: any of its kinds; see `errors`.
     """
     check_output(job.out, job.overwrite)
-    check_inputs(job.out, [job.base, job.adapter, job.report_dir])
+    check_inputs(job.out, [job.base, job.adapter])
+    check_beside(job.out, job.report_dir)
     device = resolve_device(job.device)
     source = open_checkpoint(job.base, job.revision)
     reference = load_reference(source, job.adapter, job.trained_on)
@@ -66,12 +67,14 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Outcome:
         document = _judge_output(job, reference, writer.partial, facts, device, progress)
         write_reports(writer.partial, document, (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
         writer.write_text("README.md", model_card(document, job, reference))
-        if job.report_dir is not None:
-            write_reports(job.report_dir, document)
+        folder = job.out
         if document["verdict"] in ("pass", "not gated"):
             writer.commit()
-            return Outcome(document=document, folder=job.out)
-        return Outcome(document=document, folder=writer.reject())
+        else:
+            folder = writer.reject()
+    if job.report_dir is not None:
+        write_reports(job.report_dir, document)
+    return Outcome(document=document, folder=folder)
 
 
 def _judge_output(
@@ -96,7 +99,7 @@ def _judge_output(
         rules=rules_for(candidate, reference.adapter is not None, config),
         stages=facts,
         provenance=digests.result(),
-        tasks=_tasks(reference, candidate, config, device, progress),
+        tasks=_tasks(reference, candidate, fidelity, config, device, progress),
         progress=progress,
     )
 
@@ -123,8 +126,9 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Outcome:
         }
     )
     fidelity = _measure(job, reference, candidate, device, progress)
-    tasks = _tasks(reference, candidate, config, device, progress) if reference and candidate else []
+    tasks = _tasks(reference, candidate, fidelity, config, device, progress) if reference and candidate else []
     has_merge = fidelity.facts["merge"] is not None
+    has_findings = fidelity.is_audited or any(finding["severity"] == "error" for finding in fidelity.findings)
     document = conclude(
         "validate",
         {
@@ -137,7 +141,7 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Outcome:
         device,
         config=config,
         fidelity=fidelity,
-        rules=rules_for(candidate, has_merge, config, fidelity.is_audited) if candidate else (),
+        rules=rules_for(candidate, has_merge, config, has_findings) if candidate else (),
         provenance=digests.result(),
         tasks=tasks,
         progress=progress,
@@ -163,11 +167,19 @@ def _measure(
 
 
 def _tasks(
-    reference: Reference, candidate: Candidate, config: ValidationConfig, device: str, progress: Progress
+    reference: Reference,
+    candidate: Candidate,
+    fidelity: Fidelity,
+    config: ValidationConfig,
+    device: str,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
+    ready = fidelity.models  # the same models that were compared; none when the reference came from a cache
     models = {
-        "reference": lambda: reference_model(reference, reference.base, device, False)[0],
-        "candidate": lambda: candidate_model(candidate, candidate.view, device, False, config.engine)[0],
+        "reference": lambda: ready[0] if ready else reference_model(reference, reference.base, device, False)[0],
+        "candidate": lambda: (
+            ready[1] if ready else candidate_model(candidate, candidate.view, device, False, config.engine)[0]
+        ),
     }
     tokenizer = reference_tokenizer(reference) or candidate.source.folder
     return run_tasks(models, tokenizer, config, device, progress)

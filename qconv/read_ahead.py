@@ -9,24 +9,22 @@ from torch import Tensor
 
 
 class ReadAhead:
-    """Reads named tensors one after the other in a thread of its own; each is handed out once.
+    """Reads named tensors one after the other in a thread of its own; each is handed out once."""
 
-    Args:
-        read: gives a tensor in host memory, in page-locked memory when its second argument says so.
-    """
-
-    def __init__(self, read: Callable[[str, bool], Tensor]):
-        self._read = read
+    def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[str, Future[Tensor]] = {}
 
-    def start(self, names: Iterable[str], pin: bool) -> None:
+    def start(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         """Begins to read ``names``; what was begun earlier and never asked for is dropped."""
+        names = list(names)
         if self._pool is None:
+            if not names:
+                return
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="qconv-read-ahead")
         for unused in self._coming.values():
             unused.cancel()
-        self._coming = {name: self._pool.submit(self._read, name, pin) for name in names}
+        self._coming = {name: self._pool.submit(read, name) for name in names}
 
     def take(self, name: str) -> Tensor | None:
         """The tensor, waiting for it if need be; None when it was not begun. Raises what reading it raised."""

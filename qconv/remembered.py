@@ -11,10 +11,11 @@ from qconv.types import Checkpoint, TensorSpec
 
 
 class Remembered:
-    """A `Checkpoint` that keeps what was read until `forget`."""
+    """A `Checkpoint` that keeps what was read until `forget`, and after `stop` no longer keeps anything."""
 
     def __init__(self, view: Checkpoint):
         self.view = view
+        self._is_stopped = False
         self._tensors: dict[tuple[str, str], Tensor] = {}
 
     @property
@@ -30,6 +31,8 @@ class Remembered:
 
     def read(self, name: str, device: str = "cpu") -> Tensor:
         """The tensor; shared, not to be changed."""
+        if self._is_stopped:
+            return self.view.read(name, device)
         key = (name, device)
         if key not in self._tensors:
             self._tensors[key] = self.view.read(name, device)
@@ -37,3 +40,8 @@ class Remembered:
 
     def forget(self) -> None:
         self._tensors.clear()
+
+    def stop(self) -> None:
+        """Forgets, and from now on passes reads through: whoever reads later does not share."""
+        self._is_stopped = True
+        self.forget()

@@ -167,6 +167,20 @@ def check_inputs(out: Path, inputs: Iterable[str | Path | None]) -> None:
                 raise UsageError(f"-o {out}: would replace {source}, an input of this run; choose another output")
 
 
+def check_beside(out: Path, folder: Path | None) -> None:
+    """Refuses a second place for reports that lies where the output is made, and would go with it.
+
+    Raises:
+        UsageError: ``folder`` is, or lies in, ``OUT``, ``OUT.partial`` or ``OUT.rejected``.
+    """
+    if folder is None:
+        return
+    out, real = Path(os.path.abspath(out)), Path(folder).resolve()
+    for taken in (out, *(out.with_name(out.name + ending) for ending in (".partial", ".rejected"))):
+        if real == taken.resolve() or taken.resolve() in real.parents:
+            raise UsageError(f"--report {folder}: lies in {taken}, which has its reports anyway; choose another folder")
+
+
 def disk_error(path: Path, error: OSError) -> CheckpointError:
     """The message for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -784,3 +784,45 @@ def test_incomplete_pairs_are_refused(
     write = [*both[:2], "--reference-cache", tmp_path / "new"]
     validate.refused(2, ["--candidate-adapter"], *write, "--candidate-adapter", tiny_adapter)
     assert not (tmp_path / "new").exists()
+
+
+def test_models_keep_nothing_after_the_comparison(
+    monkeypatch: pytest.MonkeyPatch, validate: Validate, pair: list[str | Path], output: Output
+) -> None:
+    """Attribution goes through all blocks again; models that do not fit must not pile up on the way."""
+    seen: list[Any] = []
+    real = fidelity.line_up
+
+    def line_up(*arguments: Any) -> Any:
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr("qconv.lineup._fits", lambda *_: False)
+    monkeypatch.setattr("qconv.fidelity.line_up", line_up)
+    run = validate(*pair, "--candidate", output(Variant("gptq", "rtn", 4, True)), "--attribution", "always")
+    assert run.fidelity["attribution"]["blocks"]
+    views = seen[0].views
+    assert [len(view._tensors) for view in (views.base, views.merged, views.stored.source)] == [0, 0, 0]
+
+
+def test_tokenizer_counts_where_weights_are_not_audited(
+    tmp_path: Path, validate: Validate, pair: list[str | Path], tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_nf4, base)
+    content = json.loads((base / "tokenizer.json").read_text())
+    content["model"]["merges"][:2] = content["model"]["merges"][1::-1]
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    run = validate(*pair, "--candidate", base, "--candidate-adapter", tiny_adapter)
+    assert run.code == 4
+    assert any(finding["code"] == "vocabulary-differs" for finding in run.report["findings"])
+
+
+@pytest.mark.parametrize("place", ["out/report", "out", "out.partial/x", "out.rejected"])
+def test_reports_do_not_go_where_the_output_is_made(
+    tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path, place: str
+) -> None:
+    code, _, err = call("merge", tiny_nf4, tiny_adapter, "-o", tmp_path / "out", "--report", tmp_path / place)
+    assert code == 2
+    assert "choose another folder" in err
+    assert list(tmp_path.iterdir()) == []

@@ -144,6 +144,14 @@ def test_bad_logits_are_refused(bad: float, vocabulary: int) -> None:
         Distribution(logits, "the candidate")
 
 
+def test_nan_is_found_whatever_its_sign() -> None:
+    logits = torch.randn(3, 5000)
+    logits[1, 4] = torch.tensor(-4194304, dtype=torch.int32).view(torch.float32)  # what inf - inf gives on x86
+    assert logits[1, 4].isnan()
+    with pytest.raises(NumericsError, match="the candidate"):
+        Distribution(logits, "the candidate")
+
+
 def test_a_logit_of_minus_infinity_has_no_divergence() -> None:
     p, q = torch.randn(3, 5000), torch.randn(3, 5000)
     q[1, 4] = float("-inf")

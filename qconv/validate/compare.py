@@ -27,7 +27,7 @@ from qconv.streaming import BlockModel
 from qconv.validate.distribution import Distribution
 from qconv.validate.statistics import PairStatistics, compare_distributions
 
-_CHUNK_BYTES = {"cpu": 13_000_000, "cuda": 256_000_000}  # float32 logits that are worked on together
+_CHUNK_BYTES = {"cpu": 13_000_000, "cuda": 128_000_000}  # float32 logits that are worked on together
 _HEAD_BYTES = 1_000_000_000  # output embeddings that may be in memory together
 
 Observe = Callable[[Mapping[str, Distribution], Tensor], None]
@@ -292,6 +292,8 @@ def _workers(device: str) -> Iterator[Callable[..., Iterator[Any]]]:
     if not device.startswith("cpu") or num == 1:
         yield map
         return
-    with ThreadPoolExecutor(num, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield pool.map
-    torch.set_num_threads(num)
+    try:
+        with ThreadPoolExecutor(num, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(num)  # what the workers set is the default of threads that come later

@@ -124,6 +124,7 @@ def _first_largest(values_TC: Tensor, ids_TC: Tensor, k: int) -> tuple[Tensor, T
     # The bits of a float, read as an integer, are in order once those of negative numbers are turned round;
     # NaN comes out on top, and is found there. What is left of 64 bits takes the id, reversed.
     bits_TC = (values_TC.float() + 0.0).view(torch.int32).long()  # the sum makes a positive zero of a negative one
+    bits_TC = torch.where(values_TC.isnan(), 0x7FC00000, bits_TC)  # whatever its sign
     order_TC = torch.where(bits_TC < 0, bits_TC ^ 0x7FFFFFFF, bits_TC)
     keys_TC = (order_TC << 32) | (0x7FFFFFFF - ids_TC)
     places_TK = keys_TC.topk(k, dim=-1).indices

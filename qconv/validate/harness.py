@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from qconv.errors import NumericsError, UsageError
-from qconv.imports import allow_again
+from qconv.own_process import allow_again
 from qconv.progress import Progress
 
 # What users must know; the rest of lm_eval's warnings is about defaults that were meant.
