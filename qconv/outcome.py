@@ -23,6 +23,8 @@ from qconv.validate import tasks as task_accuracy
 from qconv.validate.fingerprint import file_digests
 from qconv.validate.gates import GateResult, Measurement, count_findings, judge, overall, reasons
 
+_NAMED_FINDINGS = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -86,7 +88,7 @@ def conclude(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "verdict": overall(results),
-        "reasons": reasons(results),
+        "reasons": reasons(results) + _culprits(results, fidelity),
         "subject": dict(subject),
         "environment": environment(device),
         "provenance": dict(provenance or {}),
@@ -98,6 +100,14 @@ def conclude(
     }
     result: dict[str, Any] = finite(document)
     return result
+
+
+def _culprits(results: Sequence[GateResult], fidelity: Fidelity | None) -> list[str]:
+    """The findings behind a findings gate that does not pass, as sentences."""
+    if fidelity is None or not any(r.rule.metric == "findings" and r.verdict == "fail" for r in results):
+        return []
+    errors = [finding for finding in fidelity.findings if finding["severity"] == "error"]
+    return [f"{finding['title']} ({finding['code']})" for finding in errors[:_NAMED_FINDINGS]]
 
 
 def _judge(

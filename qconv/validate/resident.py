@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qconv.errors import CheckpointError
+from qconv.own_process import import_uncompiled
 from qconv.progress import quiet_libraries
 from qconv.skeleton import find_blocks
 from qconv.streaming import BlockModel
@@ -70,6 +71,7 @@ def load_resident(base: Path, adapter: Path | None, kind: BnbKind, is_quantized:
         adapter: PEFT adapter folder, or None.
         kind: how training saw the base.
     """
+    import_uncompiled("bitsandbytes")
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
