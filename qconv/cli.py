@@ -26,9 +26,10 @@ from qconv.config import (
     parse_size,
 )
 from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
-from qconv.own_process import keep_freed_memory
+from qconv.own_process import begin, keep_freed_memory, without_collections
 from qconv.progress import Progress
 from qconv.targets import TARGETS
+from qconv.timeline import TIMELINE
 
 # OpenMP threads that spin while they wait ruin every run on a busy machine; must be set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -142,7 +143,9 @@ def validate(reference: str | None, adapter: str | None, candidate: str | None, 
     qconv validate --reference ./base-nf4 --adapter ./adapter --reference-cache ref.qcache   # once
     qconv validate --reference-cache ref.qcache --candidate ./out --gate 'kl_mean<=0.1'      # then, without the base
     """
-    from qconv import pipeline
+    begin(options["device"], [reference, adapter, candidate])
+    with without_collections():
+        from qconv import pipeline
 
     job = ValidateJob(
         reference=reference,
@@ -286,6 +289,7 @@ def _merge_job(
         validation=_validation(options) if validate_it else None,
         device=options["device"],
         overwrite=options["overwrite"],
+        gpu_memory_limit=None if options["gpu_memory"] is None else parse_size(options["gpu_memory"]),
         revision=options["revision"],
         report_dir=options["report_dir"],
     )
@@ -321,7 +325,10 @@ def _progress(options: dict[str, Any]) -> Progress:
 
 
 def _run_job(job: MergeJob, options: dict[str, Any]) -> None:
-    from qconv import pipeline
+    solves = job.quantization is not None and job.quantization.resolved_algorithm == "gptq"
+    begin(job.device, [job.base, job.adapter], solves)
+    with without_collections():
+        from qconv import pipeline
 
     outcome = pipeline.run(job, _progress(options))
     passed = outcome.verdict in ("pass", "not gated")
@@ -368,3 +375,6 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         click.echo(f"unexpected {type(error).__name__}: {error}\n(--debug shows where; this is a bug)", err=True)
         sys.exit(errors.EXIT_OTHER)
+    finally:
+        if TIMELINE.is_on:
+            click.echo(TIMELINE.table(), err=True)

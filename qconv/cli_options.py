@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from qconv.config import BNB_KINDS, PLAIN_DTYPES
+from qconv.timeline import TIMELINE
 
 Command = Callable[..., Any]
 
@@ -27,6 +28,13 @@ run_options = options(
     click.option("-v", "--verbose", is_flag=True, help="More on stderr: each GPTQ solve, each training step."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one."),
+    click.option(
+        "--profile",
+        is_flag=True,
+        expose_value=False,
+        callback=lambda _context, _option, value: TIMELINE.start() if value else None,
+        help="Print where the seconds went, on stderr.",
+    ),
 )
 output_options = options(
     click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist."),
@@ -53,6 +61,7 @@ quantize_options = options(
     ),
     click.option("--samples", default=128, show_default=True, help="Calibration rows."),
     click.option("--seq-len", default=512, show_default=True, help="Tokens per calibration row."),
+    click.option("--gpu-memory", help="Quantize within this much GPU memory, e.g. 24GB [default: what is free]."),
     click.option("--seed", default=0, show_default=True, help="Seed of calibration and evaluation sampling."),
 )
 validate_options = options(

@@ -184,6 +184,7 @@ class MergeJob:
         validation: None = do not validate.
         report_dir: a second place for the reports; None = only the output folder.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        gpu_memory_limit: bytes of GPU memory that quantizing may take; None = what is free.
     """
 
     base: str
@@ -196,6 +197,7 @@ class MergeJob:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     validation: ValidationConfig | None = field(default_factory=ValidationConfig)
     device: str = "auto"
+    gpu_memory_limit: int | None = None
     overwrite: bool = False
     revision: str | None = None
     report_dir: Path | None = None

@@ -660,7 +660,7 @@ def test_base_from_another_architecture_is_refused(
 
 
 OUTPUT = {"-o", "--out", "--overwrite", "--max-shard-size", "--revision"}
-RUN = {"-q", "--quiet", "-v", "--verbose", "--debug", "--device"}
+RUN = {"-q", "--quiet", "-v", "--verbose", "--debug", "--device", "--profile"}
 QUANTIZE = {
     "--algorithm",
     "--bits",
@@ -672,6 +672,7 @@ QUANTIZE = {
     "--calibration",
     "--samples",
     "--seq-len",
+    "--gpu-memory",
     "--seed",
 }
 VALIDATE = {"--eval-data", "--eval-tokens", "--eval-seq-len", "--max-kl", "--min-effect", "--gate", "--policy"}
