@@ -6,26 +6,31 @@ tensors, so a scheme that does not fit a linear is refused before any work.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from qconv.config import QuantizationConfig
 from qconv.convert import FORMATS
-from qconv.errors import CheckpointError, NumericsError, SchemeError
+from qconv.errors import CheckpointError, SchemeError
+from qconv.plain_tensors import is_plain_float, to_storage, write_plain
 from qconv.progress import Progress
 from qconv.quantize.blocks import QuantizedBlock
-from qconv.skeleton import build_skeleton
+from qconv.read_ahead import read_ahead
+from qconv.skeleton import other_linears
 from qconv.targets import TARGETS
+from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
 from qconv.writer import CheckpointWriter
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A dtype under its old name, the source's quantization, and code files that do not travel.
 _DROPPED = ("torch_dtype", "quantization_config", "auto_map")
+CPU_WINDOW_BYTES, GPU_WINDOW_BYTES = 32 << 20, 512 << 20  # of stored tensors that are read ahead
 _CONFIG_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -72,7 +77,7 @@ def plan_layout(
     config = {key: value for key, value in view.config.items() if key not in _DROPPED}
     config["dtype"] = _CONFIG_NAMES[storage]
     if quantization is None:
-        specs = [_stored_spec(spec, storage) for spec in view.specs().values()]
+        specs = [_stored_spec(view.specs()[name], storage) for name in _in_order(view)]
         return Layout(
             specs=specs,
             storage=storage,
@@ -100,7 +105,8 @@ def _plan_quantized(
     scheme = quantization.scheme_for([specs_in[name].shape[1] for name in linears], view.location)
     format_.check_scheme(scheme)
     specs: list[TensorSpec] = []
-    for name, spec in specs_in.items():
+    for name in _in_order(view):
+        spec = specs_in[name]
         if name not in linears:
             specs.append(_stored_spec(spec, storage))
             continue
@@ -112,7 +118,7 @@ def _plan_quantized(
     config["quantization_config"] = format_.quantization_config(
         scheme,
         quantized_modules=[name.removesuffix(".weight") for name in linears],
-        ignored_modules=_other_linears(view, linears),
+        ignored_modules=other_linears(view, linears),
         has_group_index=quantization.desc_act,
     )
     return Layout(
@@ -126,67 +132,103 @@ def _plan_quantized(
     )
 
 
-def _other_linears(view: Checkpoint, linears: Collection[str]) -> list[str]:
-    """Linears that stay unquantized: readers would otherwise expect packed tensors for them."""
-    modules = build_skeleton(view, torch.bfloat16).named_modules()
-    return [name for name, module in modules if isinstance(module, nn.Linear) and f"{name}.weight" not in linears]
-
-
 def write_tensors(
     writer: CheckpointWriter,
     view: Checkpoint,
     layout: Layout,
     blocks: Iterable[QuantizedBlock],
     progress: Progress,
+    device: str = "cpu",
 ) -> None:
-    """Writes quantized blocks as they come, then every tensor of the view that they did not cover."""
-    written: set[str] = set()
-    for block in blocks:
-        assert layout.format is not None  # a layout without a format has no blocks
-        format_ = FORMATS[layout.format]
-        for name, linear in block.linears.items():
-            module = name.removesuffix(".weight")
-            format_.check(linear, module, layout.storage)
-            for key, tensor in format_.pack(linear, module, layout.storage).items():
-                writer.write(key, tensor)
-        for name, tensor in block.plain.items():
-            writer.write(name, to_storage(f"{view.location}: tensor {name!r}", tensor, layout.storage))
-        written |= block.linears.keys() | block.plain.keys()
-    rest = [name for name in view.specs() if name not in written]
-    for name in progress.track(rest, "write", len(rest)):
-        writer.write(name, to_storage(f"{view.location}: tensor {name!r}", view.read(name), layout.storage))
+    """Writes quantized blocks as they come, then every tensor of the view that they did not cover.
 
-
-def to_storage(where: str, tensor: Tensor, storage: torch.dtype) -> Tensor:
-    """One rounding to the storage dtype; ``where`` names folder and tensor, for messages.
+    Reading, computing and writing overlap: tensors are read ahead, computed on ``device`` (on a CPU several at a time)
+    and written in the background.
 
     Raises:
-        NumericsError: a value overflows the storage dtype or is not finite.
+        NumericsError: a value of a tensor that is not quantized overflows the storage dtype or is not finite.
+        CheckpointError: a tensor cannot be read or written.
     """
-    if not _is_plain_float(tensor.dtype):
-        return tensor
-    stored = tensor.to(storage)
-    if not torch.isfinite(stored).all():
-        num_bad = int((~torch.isfinite(tensor)).sum())
-        if num_bad:
-            raise NumericsError(
-                f"{where} has NaN or infinity in {num_bad} of {tensor.numel()} values, in the base or after the merge; "
-                "the file is damaged or training diverged: fetch or save it again"
-            )
-        raise NumericsError(
-            f"{where} does not fit {storage}: largest magnitude {float(tensor.abs().max()):g}; "
-            "choose --dtype bf16 or fp32"
-        )
-    return stored
+    is_gpu = device.startswith("cuda")
+    window = GPU_WINDOW_BYTES if is_gpu else CPU_WINDOW_BYTES
+    names = _in_order(view)
+    if layout.format is None:
+        read_ahead(view, names, is_gpu, window)
+        write_plain(writer, view, layout.storage, progress.track(names, "write", len(names)), device)
+        return
+    # Block by block, what is not quantized too: a file of weights is then complete soon after it was begun.
+    numbers = {name: number for name in names if (number := _block_number(name)) is not None}
+    outside = [name for name in names if name not in numbers]
+    if not is_gpu:
+        write_plain(writer, view, layout.storage, outside, device)
+        outside = []
+    read_ahead(view, list(numbers), is_gpu, window)
+    with _alongside(lambda: write_plain(writer, view, layout.storage, outside, "cpu")):
+        _write_blocks(writer, view, layout, blocks, numbers, device)
+
+
+def _write_blocks(
+    writer: CheckpointWriter,
+    view: Checkpoint,
+    layout: Layout,
+    blocks: Iterable[QuantizedBlock],
+    numbers: dict[str, int],
+    device: str,
+) -> None:
+    """Writes the tensors in ``numbers`` (name -> block), each block's soon after it was computed."""
+    for block in blocks:
+        with TIMELINE.stage("pack"):
+            _write_block(writer, view, layout, block)
+        covered = [*block.linears, *block.plain]
+        done = {numbers[name] for name in covered}
+        for name in covered:
+            del numbers[name]
+        for name in [name for name in numbers if numbers[name] in done]:
+            writer.write(name, to_storage(view, name, view.read(name, device), layout.storage))
+            del numbers[name]
+        del block  # its memory is free while the next one is computed
+    write_plain(writer, view, layout.storage, numbers, device)
+
+
+@contextmanager
+def _alongside(task: Callable[[], None]) -> Iterator[None]:
+    """Runs a task in a thread beside the body; raises what it raised when the body is done."""
+    pool = ThreadPoolExecutor(1, "qconv-outside")
+    try:
+        future = pool.submit(task)
+        yield
+        with TIMELINE.stage("wait for tensors outside the blocks"):
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_block(writer: CheckpointWriter, view: Checkpoint, layout: Layout, block: QuantizedBlock) -> None:
+    assert layout.format is not None  # a layout without a format has no blocks
+    format_ = FORMATS[layout.format]
+    for name, linear in block.linears.items():
+        module = name.removesuffix(".weight")
+        format_.check(linear, module, layout.storage)
+        for key, tensor in format_.pack(linear, module, layout.storage).items():
+            writer.write(key, tensor)
+    for name, tensor in block.plain.items():
+        writer.write(name, to_storage(view, name, tensor, layout.storage))
+
+
+def _in_order(view: Checkpoint) -> list[str]:
+    """All tensors as they are written, and lie in the files: outside of blocks, then block by block."""
+    numbers = {name: _block_number(name) for name in view.specs()}
+    return sorted(numbers, key=lambda name: -1 if (number := numbers[name]) is None else number)
+
+
+def _block_number(name: str) -> int | None:
+    """Of the block a tensor lies in; None outside of all blocks."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def _stored_spec(spec: TensorSpec, storage: torch.dtype) -> TensorSpec:
-    dtype = storage if _is_plain_float(spec.dtype) else spec.dtype
+    dtype = storage if is_plain_float(spec.dtype) else spec.dtype
     return TensorSpec(name=spec.name, shape=spec.shape, dtype=dtype)
-
-
-def _is_plain_float(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _meta_linear(n: int, k: int, scheme: Scheme, desc_act: bool) -> QuantizedLinear:

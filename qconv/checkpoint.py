@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from qconv.errors import CheckpointError
 from qconv.read_ahead import ReadAhead
+from qconv.read_bytes import read_to_gpu, read_to_host
+from qconv.timeline import TIMELINE
 from qconv.types import TensorSpec
 
 DTYPES: dict[str, torch.dtype] = {
@@ -42,6 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+SMALL_BYTES = 1 << 20  # below this a tensor reaches a GPU in one plain copy
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
@@ -108,24 +111,29 @@ class SafetensorsCheckpoint:
         if name not in self._specs:
             raise CheckpointError(f"{self.folder}: no tensor {name!r}")
         tensor = self._ahead.take(name)
+        if tensor is None and device.startswith("cuda") and self._specs[name].num_bytes >= SMALL_BYTES:
+            return self._read_to_gpu(name, device)
         if tensor is None:
-            tensor = self._read_host(name, pin=False)
+            with TIMELINE.stage("read"):
+                tensor = self._read_host(name)
         return tensor.to(device, non_blocking=True)
 
-    def read_ahead(self, names: Iterable[str], pin: bool = False) -> None:
-        """Begins to read ``names`` in the background, for `read` to find them there.
+    def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
+        """Begins to read ``names`` in the background, see `ReadsAhead`."""
+        read = partial(self._read_host, pin=pin)
+        self._ahead.start(names, read, lambda name: self._specs[name].num_bytes, max_bytes)
 
-        Args:
-            pin: into page-locked memory, from where they reach a GPU several times faster.
-        """
-        self._ahead.start(names, partial(self._read_host, pin=pin))
-
-    def _read_host(self, name: str, *, pin: bool) -> Tensor:
+    def _read_host(self, name: str, *, pin: bool = False) -> Tensor:
         spec = self._specs[name]
         file, offset = self._places[name]
-        buffer = torch.empty(spec.num_bytes, dtype=torch.uint8, pin_memory=pin)
-        _pread_into(self._handle(file), memoryview(buffer.numpy().data), offset, file)
-        return buffer.view(spec.dtype).reshape(spec.shape)
+        data = read_to_host(self._handle(file), file, offset, spec.num_bytes, pin=pin)
+        return data.view(spec.dtype).reshape(spec.shape)
+
+    def _read_to_gpu(self, name: str, device: str) -> Tensor:
+        spec = self._specs[name]
+        file, offset = self._places[name]
+        data = read_to_gpu(self._handle(file), file, offset, spec.num_bytes, device)
+        return data.view(spec.dtype).reshape(spec.shape)
 
     def _handle(self, file: Path) -> int:
         with self._opening:  # reading ahead happens in another thread
@@ -133,9 +141,9 @@ class SafetensorsCheckpoint:
                 self._handles[file] = os.open(file, os.O_RDONLY)
             return self._handles[file]
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # modules may be gone by then
         for handle in getattr(self, "_handles", {}).values():
-            os.close(handle)
+            close(handle)
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None) -> SafetensorsCheckpoint:
@@ -316,12 +324,3 @@ def _checked_entry(file: Path, name: str, entry: Any) -> tuple[TensorSpec, int]:
     if prod(shape) * spec.dtype.itemsize != end - begin:
         raise CheckpointError(f"{file}: tensor {name!r} of {dtype} {shape} cannot fill {end - begin} bytes")
     return spec, begin
-
-
-def _pread_into(handle: int, buffer: memoryview, offset: int, file: Path) -> None:
-    done = 0
-    while done < len(buffer):
-        got = os.preadv(handle, [buffer[done : done + (1 << 30)]], offset + done)
-        if got == 0:
-            raise CheckpointError(f"{file}: ended at byte {offset + done}; the file was truncated while it was read")
-        done += got

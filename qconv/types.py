@@ -8,10 +8,10 @@ G = number of quantization groups along K, R = adapter rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from qconv.errors import SchemeError
 
@@ -61,6 +61,23 @@ class Checkpoint(Protocol):
 
         Raises:
             CheckpointError: no such tensor, or its bytes cannot be read.
+        """
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A checkpoint, or a view over one, that can fetch tensors from disk before they are read."""
+
+    def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
+        """Begins to fetch in the background what ``names`` are stored as, for `read` to find it there.
+
+        What was begun earlier and never read is dropped.
+
+        Args:
+            names: in the order in which they will be read.
+            pin: into page-locked memory, from where they reach a GPU several times faster.
+            max_bytes: that are fetched and wait to be read (of each checkpoint below a view); the rest follows as they
+                are. None begins everything at once.
         """
 
 
@@ -135,20 +152,23 @@ class QuantizedLinear:
         """The weight ``[N, K]`` in float32: ``(code - zero) * scale`` of the column's group."""
         import torch
 
-        codes = self.codes_NK.to(torch.float32)
-        num_groups = self.scales_NG.shape[1]
-        if self.group_index_K is not None:
-            index = self.group_index_K.long()
-            scales = self.scales_NG.float()[:, index]
-            zeros = None if self.zeros_NG is None else self.zeros_NG.float()[:, index]
+        # The one large temporary; from here on in place.
+        w_NK = self.codes_NK.to(torch.float32, memory_format=torch.contiguous_format)
+        n, k = w_NK.shape
+        scales, zeros = self.scales_NG.float(), None if self.zeros_NG is None else self.zeros_NG.float()
+        size = k if scales.shape[1] == 1 else self.scheme.group_size
+        target = w_NK
+        if self.group_index_K is None and k == scales.shape[1] * size:
+            target = w_NK.view(n, -1, size)
+            scales, zeros = scales.unsqueeze(-1), None if zeros is None else zeros.unsqueeze(-1)
         else:
-            k = codes.shape[1]
-            repeat = k if num_groups == 1 else self.scheme.group_size
-            scales = self.scales_NG.float().repeat_interleave(repeat, dim=1)[:, :k]
-            zeros = None if self.zeros_NG is None else self.zeros_NG.float().repeat_interleave(repeat, dim=1)[:, :k]
+            index = self.group_index_K
+            index = torch.arange(k, device=w_NK.device) // size if index is None else index.long()
+            scales, zeros = scales[:, index], None if zeros is None else zeros[:, index]
         if self.scheme.kind == "int":
-            codes = codes - (self.scheme.mid_code if zeros is None else zeros)
-        return codes * scales
+            target -= self.scheme.mid_code if zeros is None else zeros
+        target *= scales
+        return w_NK
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Writing a model folder: header first, tensors in any order, visible only when complete.
 
 All names, shapes and dtypes are known before the first tensor is computed, so shard files are
-laid out up front and every tensor is written straight to its place. Nothing is buffered: host
-memory is the tensor in hand.
+laid out up front and every tensor is written straight to its place, in the background (`write_behind.py`):
+host memory is the tensors that are on their way, which is bounded.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qconv.checkpoint import DTYPES, INDEX_NAME
 from qconv.errors import CheckpointError
+from qconv.running_digest import RunningDigest
+from qconv.timeline import TIMELINE
 from qconv.types import TensorSpec
 from qconv.work_folder import WorkFolder, disk_error
+from qconv.write_behind import WriteBehind
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SIDE_BYTES = 64 << 20  # room left on the disk for tokenizer, reports and file system overhead
@@ -37,12 +40,23 @@ class CheckpointWriter:
         specs: every tensor that will be written, in the order of the model.
         max_shard_bytes: a shard closes before it would exceed this (a larger tensor gets its own).
         overwrite: replace an existing ``out`` at commit; until then it stays as it is.
+        with_digests: hash the weights files while they are written.
+
+    Attributes:
+        digests: SHA-256 (hex) of the weights files by name, from `finish_tensors` on, if they were asked for.
 
     Raises:
         CheckpointError: ``out`` exists and ``overwrite`` is false, or the disk is too full.
     """
 
-    def __init__(self, out: Path, specs: Iterable[TensorSpec], max_shard_bytes: int, overwrite: bool = False):
+    def __init__(
+        self,
+        out: Path,
+        specs: Iterable[TensorSpec],
+        max_shard_bytes: int,
+        overwrite: bool = False,
+        with_digests: bool = False,
+    ):
         self.out = out
         self._folder = WorkFolder(out, overwrite)
         self.partial = self._folder.path
@@ -52,6 +66,12 @@ class CheckpointWriter:
         self._pending = set(self._specs)
         self._handles: list[int] = []
         self._file_names = _shard_names(len(self._shards))
+        self._behind: WriteBehind | None = None
+        self.digests: dict[str, str] = {}
+        self._with_digests = with_digests
+        self._running: dict[int, RunningDigest] = {}
+        self._counting = threading.Lock()
+        self._missing: dict[int, int] = {}  # bytes to come, by file
 
     def __enter__(self) -> CheckpointWriter:
         need = sum(spec.num_bytes for spec in self._specs.values()) + SIDE_BYTES
@@ -67,6 +87,7 @@ class CheckpointWriter:
             self._folder.begin()
             for file_name, shard in zip(self._file_names, self._shards, strict=True):
                 self._start_shard(file_name, shard)
+            self._behind = WriteBehind(self._count)
         except OSError as error:
             self._discard()
             raise disk_error(self.partial, error) from error
@@ -78,7 +99,11 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._discard()
+        try:
+            if kind is None and self._handles:  # given up without an error of its own: one of the disk is still told
+                self._flush()
+        finally:
+            self._discard()
 
     def _start_shard(self, file_name: str, shard: list[TensorSpec]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -97,11 +122,22 @@ class CheckpointWriter:
         self._handles.append(handle)
         os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(handle, 8 + len(text) + offset)
+        self._missing[handle] = offset
+        if self._with_digests:
+            self._running[handle] = RunningDigest(self.partial / file_name)
+            self._running[handle].written(0, 8 + len(text))
         for spec in shard:
             self._places[spec.name] = (handle, 8 + len(text) + header[spec.name]["data_offsets"][0])
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Stores one tensor; its shape and dtype must be those of its spec, and it comes once."""
+        """Hands over one tensor; its shape and dtype must be those of its spec, and it comes once.
+
+        It is written in the background: a tensor in host memory must not be changed afterwards. Waits while too much
+        is on its way. A failure of the disk is raised here, for a later tensor, or by `finish_tensors`.
+
+        Raises:
+            CheckpointError: the tensor was not announced like this, or one before it could not be written.
+        """
         spec = self._specs.get(name)
         if spec is None or name not in self._pending:
             raise CheckpointError(f"{self.out}: tensor {name!r} was {'written twice' if spec else 'not announced'}")
@@ -110,15 +146,34 @@ class CheckpointWriter:
                 f"{self.out}: tensor {name!r} announced as {spec.dtype} {spec.shape}, "
                 f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
-        handle, offset = self._places[name]
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        assert self._behind is not None  # tensors are written inside of the context
         try:
-            done = 0
-            while done < len(data):
-                done += os.pwrite(handle, data[done : done + (1 << 30)], offset + done)
+            self._behind.write(*self._places[name], tensor)
         except OSError as error:
             raise disk_error(self.partial, error) from error
         self._pending.discard(name)
+
+    def _count(self, handle: int, offset: int, num_bytes: int) -> None:
+        """A file that is complete goes to the disk for good at once, while others are written."""
+        if handle in self._running:
+            self._running[handle].written(offset, num_bytes)
+        with self._counting:
+            self._missing[handle] -= num_bytes
+            is_complete = self._missing[handle] == 0
+        if is_complete and self._behind is not None:
+            self._behind.sync([handle])
+
+    def _flush(self, sync: bool = False) -> None:
+        """Waits until all tensors are written; with ``sync``, until they are on the disk for good."""
+        if self._behind is None:
+            return
+        try:
+            self._behind.flush()
+            if sync:
+                self._behind.sync(self._handles)
+                self._behind.flush()
+        except OSError as error:
+            raise disk_error(self.partial, error) from error
 
     def write_text(self, file_name: str, text: str) -> None:
         try:
@@ -141,18 +196,21 @@ class CheckpointWriter:
         """Closes the shards and writes the index; the folder can then be read at `partial`.
 
         Raises:
-            CheckpointError: an announced tensor was never written.
+            CheckpointError: an announced tensor was never written, or one could not be.
         """
         if self._pending:
             name = min(self._pending)
             raise CheckpointError(
                 f"{self.out}: {len(self._pending)} announced tensors were never written, first {name!r}"
             )
+        self._flush(sync=True)
+        with TIMELINE.stage("wait for hashes"):
+            for handle, running in self._running.items():
+                digest = running.result(os.fstat(handle).st_size)
+                if digest is not None:
+                    self.digests[self._file_names[self._handles.index(handle)]] = digest
         try:
-            while self._handles:
-                handle = self._handles.pop()
-                os.fsync(handle)
-                os.close(handle)
+            self._close()
         except OSError as error:
             raise disk_error(self.partial, error) from error
         if len(self._shards) > 1:
@@ -173,9 +231,18 @@ class CheckpointWriter:
         """Keeps a complete folder that missed a gate aside; see `WorkFolder.reject`."""
         return self._folder.reject()
 
-    def _discard(self) -> None:
+    def _close(self) -> None:
+        if self._behind is not None:
+            self._behind.close()
+        for running in self._running.values():
+            running.stop()
+        self._running.clear()
         while self._handles:
             os.close(self._handles.pop())
+        self._missing.clear()
+
+    def _discard(self) -> None:
+        self._close()
         self._folder.discard()
 
 
@@ -188,8 +255,17 @@ def _plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> list[list[Ten
             size = 0
         shards[-1].append(spec)
         size += spec.num_bytes
-    # Widest elements first: every tensor is then aligned to its element, as readers expect.
-    return [sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
+    # Readers expect every tensor aligned to its element, as it is with the widest elements first.
+    return [shard if _is_aligned(shard) else sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
+
+
+def _is_aligned(shard: list[TensorSpec]) -> bool:
+    offset = 0
+    for spec in shard:
+        if offset % spec.dtype.itemsize:
+            return False
+        offset += spec.num_bytes
+    return True
 
 
 def _shard_names(count: int) -> list[str]:

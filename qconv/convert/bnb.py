@@ -40,11 +40,13 @@ from qconv.convert.bnb_kernels import (
     simulate,
 )
 from qconv.errors import CheckpointError, NumericsError
+from qconv.finite import all_finite
 from qconv.types import BnbKind, Checkpoint, TensorSpec
 
 __all__ = ["BnbState", "decode", "encode", "packed_weights", "read_state", "simulate"]
 
 STATE_INFIX = ".quant_state.bitsandbytes__"
+TABLE_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,19 +187,23 @@ def decode(checkpoint: Checkpoint, state: BnbState, device: str = "cpu") -> Tens
     """
 
     def read(suffix: str) -> Tensor:
-        tensor = checkpoint.read(state.name + suffix, device).reshape(-1)
-        if tensor.dtype == torch.float32 and not bool(torch.isfinite(tensor).all()):
+        """A companion in host memory, where it is checked without waiting for a GPU."""
+        tensor = checkpoint.read(state.name + suffix).reshape(-1)
+        if tensor.dtype == torch.float32 and not all_finite(tensor):
             raise NumericsError(f"{checkpoint.location}: tensor {state.name + suffix!r} holds NaN or infinity")
         return tensor
 
     table, absmax = read(".quant_map"), read(".absmax")
-    if not torch.allclose(table, quant_map(state.quant_type, device), rtol=0.0, atol=1e-5):
+    if (table - quant_map(state.quant_type, "cpu")).abs().max() > TABLE_TOLERANCE:
         raise CheckpointError(
             f"{checkpoint.location}: tensor {state.name + '.quant_map'!r} is not the {state.quant_type} table, "
             "which bitsandbytes has built in; the checkpoint is damaged"
         )
+    absmax = absmax.to(device, non_blocking=True)
     if state.nested_block_size is not None:
-        nested_map, nested_absmax = read(".nested_quant_map"), read(".nested_absmax")
+        nested_map = read(".nested_quant_map").to(device, non_blocking=True)
+        nested_absmax = read(".nested_absmax").to(device, non_blocking=True)
         absmax = decode_absmax(absmax, nested_map, nested_absmax, state.nested_offset, state.nested_block_size)
     packed = checkpoint.read(state.name, device).reshape(-1).view(torch.uint8)
+    table = table.to(device, non_blocking=True)
     return decode_codes(packed, absmax, table, state.block_size, state.shape, state.dtype)

@@ -49,7 +49,9 @@ from qconv.types import BnbBackend, BnbKind
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-SLICE_ELEMENTS = 1 << 23  # elements in work at once: bounds the temporaries to about 300 MB
+SLICE_ELEMENTS = 1 << 23  # elements encoded at once: bounds the temporaries to about 300 MB
+# Elements decoded at once: on a CPU as many as the caches of its cores hold, on a GPU 400 MB of temporaries.
+CPU_SLICE_PER_THREAD, GPU_SLICE = 1 << 18, 1 << 26
 
 NF4_TABLE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -67,27 +69,40 @@ def decode_absmax(
     codes: Tensor, nested_map: Tensor, nested_absmax: Tensor, offset: float | Tensor, block_size: int
 ) -> Tensor:
     """Undoes double quantization: uint8 ``codes`` [blocks] -> float32 absmax [blocks]."""
-    scales = nested_absmax.repeat_interleave(block_size)[: codes.numel()]
-    return nested_map[codes.long()] * scales + torch.as_tensor(offset, dtype=torch.float32, device=codes.device)
+    values = torch.index_select(nested_map, 0, codes.int())
+    _scale_blocks(values, nested_absmax, block_size)
+    return values.add_(offset)
 
 
 def decode_codes(
     packed: Tensor, absmax: Tensor, table: Tensor, block_size: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     """uint8 ``packed`` [ceil(numel / 2)] and float32 ``absmax`` [blocks] -> ``shape`` in ``dtype``."""
-    numel = math.prod(shape)
-    # One lookup gives both elements of a byte.
-    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)
-    out = torch.empty(numel, dtype=dtype, device=packed.device)
-    for begin in range(0, numel, SLICE_ELEMENTS):
-        end = min(begin + SLICE_ELEMENTS, numel)
-        values = torch.nn.functional.embedding(packed[begin // 2 : -(-end // 2)].int(), pairs).view(-1)[: end - begin]
-        scales = absmax[begin // block_size : -(-end // block_size)]
-        whole = (end - begin) // block_size * block_size
-        values[:whole].view(-1, block_size).mul_(scales[: whole // block_size, None])
-        values[whole:].mul_(scales[-1])
+    numel, device = math.prod(shape), packed.device
+    # One lookup gives both elements of a byte, and is fastest as one of 8-byte numbers.
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1).view(torch.int64).view(-1)
+    out = torch.empty(numel, dtype=dtype, device=device)
+    step = min(numel + numel % 2, GPU_SLICE if packed.is_cuda else CPU_SLICE_PER_THREAD * torch.get_num_threads())
+    indices = torch.empty(step // 2, dtype=torch.int32, device=device)
+    found = torch.empty(step // 2, dtype=torch.int64, device=device)
+    for begin in range(0, numel, step):
+        end = min(begin + step, numel)
+        count = -(-(end - begin) // 2)
+        indices[:count].copy_(packed[begin // 2 : begin // 2 + count])
+        torch.index_select(pairs, 0, indices[:count], out=found[:count])
+        values = found.view(torch.float32)[: end - begin]
+        _scale_blocks(values, absmax[begin // block_size : -(-end // block_size)], block_size)
         out[begin:end] = values
     return out.view(shape)
+
+
+def _scale_blocks(values: Tensor, scales: Tensor, block_size: int) -> None:
+    """Multiplies each block of float32 ``values`` [n] with its scale, in place; the last block may be partial."""
+    whole = values.numel() // block_size * block_size
+    if whole:
+        values[:whole].view(-1, block_size).mul_(scales[: whole // block_size, None])
+    if whole < values.numel():
+        values[whole:].mul_(scales[-1])
 
 
 def encode(

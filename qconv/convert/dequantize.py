@@ -7,7 +7,7 @@ therefore stale, and harmless; packed tensors that nothing here reads are an err
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +20,7 @@ from qconv.convert.compressed_tensors import FloatQuantized, PackQuantized
 from qconv.convert.format import Format
 from qconv.convert.gptq import Gptq
 from qconv.errors import CheckpointError
+from qconv.read_ahead import read_ahead
 from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
 
 FORMATS: Mapping[str, Format] = {
@@ -103,6 +104,15 @@ class DequantizedCheckpoint:
         if name in self._parts:
             return self.read_quantized(name.removesuffix(".weight"), device).dequantize()
         return self.source.read(name, device)
+
+    def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
+        """Begins to fetch what logical tensors are stored as, see `ReadsAhead`."""
+        read_ahead(self.source, [part for name in names for part in self._read_parts(name)], pin, max_bytes)
+
+    def _read_parts(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that `read` reads."""
+        state = self._states.get(name)
+        return self._parts.get(name, (name,)) if state is None else (*state.companions, name)
 
     def read_quantized(self, module: str, device: str = "cpu") -> QuantizedLinear:
         """The stored codes, scales and zero points of one module (integer and float8 formats).

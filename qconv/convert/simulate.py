@@ -7,7 +7,7 @@ Left out: quantizing anything but whole weights of linears.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from qconv.convert.bnb_kernels import DTYPES, simulate
 from qconv.convert.dequantize import DequantizedCheckpoint
 from qconv.errors import CheckpointError
+from qconv.read_ahead import read_ahead
 from qconv.types import BnbBackend, BnbKind, Checkpoint, TensorSpec
 
 
@@ -43,6 +44,9 @@ class SimulatedCheckpoint:
         if name not in self._weights:
             return tensor
         return simulate(tensor, self._kind, self._backend, f"{self.location}: tensor {name!r}")
+
+    def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
+        read_ahead(self.source, names, pin, max_bytes)
 
 
 def simulate_training_base(

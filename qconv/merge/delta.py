@@ -12,13 +12,18 @@ Dimensions: N = out, K = in, R = rank; a base that stores ``[K, N]`` (Conv1D) is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from qconv.errors import NumericsError
+from qconv.finite import all_finite
 from qconv.types import Adapter, LoraDelta
 
 SLICE_ELEMENTS = 1 << 24  # 64 MiB of float32: bounds every temporary beside the result
+GPU_SLICE = 1 << 26
+CPU_PART_PER_THREAD = 1 << 18
 
 
 @torch.no_grad()
@@ -48,19 +53,28 @@ def merged_weight(w: Tensor, adapter: Adapter, delta: LoraDelta) -> Tensor:
         magnitude_N = adapter.tensors.read(delta.magnitude, str(w.device)).float()
     result = torch.empty(w.shape, dtype=torch.float32, device=w.device)
     w_NK, result_NK = (w.T, result.T) if delta.transposed else (w, result)
-    is_finite = torch.ones((), dtype=torch.bool, device=w.device)
-    step = max(1, SLICE_ELEMENTS // w_NK.shape[1])
-    for start in range(0, w_NK.shape[0], step):
-        rows = slice(start, start + step)
-        merged_nK = w_NK[rows].float() + (b_NR[rows] @ a_RK).mul_(delta.scaling).float()
-        if magnitude_N is not None:
-            norm_n = torch.linalg.vector_norm(merged_nK, dim=1)
-            merged_nK *= (magnitude_N[rows] / norm_n)[:, None]
-        is_finite &= merged_nK.isfinite().all()
-        result_NK[rows] = merged_nK
-    if not is_finite:
+    total = torch.zeros((), device=w.device)
+    is_in_place = not delta.transposed and a_RK.dtype == torch.float32
+    for rows in _row_slices(w_NK, GPU_SLICE if w.is_cuda else SLICE_ELEMENTS):
+        update_nK = torch.mm(b_NR[rows], a_RK, out=result_NK[rows]) if is_in_place else b_NR[rows] @ a_RK
+        # The product is made at once, the rest in parts that stay in the caches of a CPU.
+        for part in _row_slices(update_nK, GPU_SLICE if w.is_cuda else CPU_PART_PER_THREAD * torch.get_num_threads()):
+            merged_nK = update_nK[part].mul_(delta.scaling).float().add_(w_NK[rows][part].float())
+            if magnitude_N is not None:
+                norm_n = torch.linalg.vector_norm(merged_nK, dim=1)
+                merged_nK *= (magnitude_N[rows][part] / norm_n)[:, None]
+            total += merged_nK.sum()  # finite only when all is, see `finite.py`
+            if not is_in_place:
+                result_NK[rows][part] = merged_nK
+    if not total.isfinite() and not all_finite(result):
         raise NumericsError(_explain(w, adapter, delta, magnitude_N is not None))
     return result
+
+
+def _row_slices(x_NK: Tensor, num_elements: int) -> Iterator[slice]:
+    """Slices of whole rows, of about so many elements each."""
+    step = max(1, num_elements // x_NK.shape[1])
+    return (slice(start, start + step) for start in range(0, x_NK.shape[0], step))
 
 
 def _factors(adapter: Adapter, delta: LoraDelta, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ Left out: more than one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from qconv.errors import AdapterError, CheckpointError, NumericsError
+from qconv.finite import all_finite
 from qconv.merge.delta import merged_weight
 from qconv.merge.vocabulary import Vocabulary, find_vocabulary, resized_config, untied_config
+from qconv.read_ahead import read_ahead
 from qconv.types import Adapter, Checkpoint, LoraDelta, TensorSpec
 
 
@@ -95,9 +97,26 @@ class MergedCheckpoint:
         if recipe.bias_of is not None and recipe.bias_of.b_bias is not None:
             b_bias_N = self._adapter.tensors.read(recipe.bias_of.b_bias, device).float()
             tensor = tensor.float() + recipe.bias_of.scaling * b_bias_N
-            if not tensor.isfinite().all():
+            if not all_finite(tensor):
                 raise NumericsError(f"{self.location}: NaN or infinity in the merged bias {name!r}")
         return tensor
+
+    def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
+        """Begins to fetch what merged tensors are made of, see `ReadsAhead`."""
+        of_base: list[str] = []
+        of_adapter: list[str | None] = []
+        for name in names:
+            recipe = self._recipes.get(name) or _Recipe(base=name)
+            if recipe.whole is None:
+                of_base.append(recipe.base)
+            else:
+                of_adapter.append(recipe.whole)
+            if recipe.delta is not None:
+                of_adapter += [recipe.delta.a, recipe.delta.b, recipe.delta.magnitude]
+            elif recipe.bias_of is not None:
+                of_adapter.append(recipe.bias_of.b_bias)
+        read_ahead(self._base, of_base, pin, max_bytes)
+        read_ahead(self._adapter.tensors, [name for name in of_adapter if name is not None], pin, max_bytes)
 
 
 def merge(base: Checkpoint, adapters: Sequence[Adapter]) -> MergedCheckpoint:
