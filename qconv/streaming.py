@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qconv.skeleton import build_skeleton, check_parameters, find_blocks, tied_names
-from qconv.types import Checkpoint
+from qconv.types import Checkpoint, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Decorate = Callable[[str, nn.Module], None]
 """Called with a module's name prefix (``"model.layers.3."``, or ``""`` for the parts outside the
@@ -68,24 +71,27 @@ class BlockModel(ABC):
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
-    @torch.no_grad()
     def embed(self, batches: Iterable[Tensor]) -> list[Tensor]:
         """The inputs of the first block for token batches ``[B, S]``; ``[B, S, H]`` each.
 
         Also records what each block is called with, once per batch shape.
         """
+        return list(self.embed_each(batches))
+
+    @torch.no_grad()
+    def embed_each(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """As `embed`, one batch at a time: for hidden states that do not all fit on the device."""
         outer = self._load_outer(with_embedding=True, with_head=False)
         in_tuples = self._layers_return_tuples(outer)
-        hidden: list[Tensor] = []
         for ids_BS in batches:
             calls: list[_Call] = []
             with _replaced_layers(outer, self.layers_name, _Recorder(calls, in_tuples)):
                 outer.base_model(input_ids=ids_BS.to(self.device), use_cache=False)  # type: ignore[operator]
             first = calls[0].hidden_BSH
             assert first is not None
-            hidden.append(first)
             self._calls[(ids_BS.shape[0], ids_BS.shape[1])] = [replace(call, hidden_BSH=None) for call in calls]
-        return hidden
+            calls.clear()
+            yield first
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """A function from the last block's output ``[B, S, H]`` to logits ``[B, S, V]``; drop it to free the head."""
@@ -167,6 +173,11 @@ class StreamedModel(BlockModel):
     def block_prefix(self, index: int) -> str:
         return f"{self.layers_name}.{index}."
 
+    def block_specs(self, index: int) -> list[TensorSpec]:
+        """Shapes and dtypes of what `read_block` reads, with full names."""
+        prefix, specs = self.block_prefix(index), self.view.specs()
+        return [specs[prefix + name] for name in self._layers[index].state_dict()]
+
     def read_block(self, index: int) -> dict[str, Tensor]:
         """The tensors of one block by their name inside the block, in the view's own dtypes."""
         prefix = self.block_prefix(index)
@@ -199,6 +210,19 @@ class StreamedModel(BlockModel):
             return super()._try_block(call)
 
     @property
+    def outer_bytes(self) -> int:
+        """Memory of what `embed` needs beside the blocks."""
+        specs, itemsize = self.view.specs(), self.compute_dtype.itemsize
+        return sum(
+            prod(specs[name].shape) * itemsize for name in self._outer_names(with_embedding=True, with_head=False)
+        )
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The part of the config that describes the decoder, as transformers understands it."""
+        return self._skeleton.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+
+    @property
     def head_bytes(self) -> int:
         head = self._weight_of("get_output_embeddings")
         if head is None:
@@ -216,19 +240,25 @@ class StreamedModel(BlockModel):
         found = (name for name, other in self._skeleton.named_modules() if other is module)
         return None if module is None else f"{next(found)}.weight"
 
-    def _load_outer(self, with_embedding: bool, with_head: bool) -> nn.Module:
-        # The decoder layers stay on the meta device and are only stood in for: all copies may share them.
-        layers = self._skeleton.get_submodule(self.layers_name)
-        outer: nn.Module = copy.deepcopy(self._skeleton, {id(layers): layers})
-        inside = self.layers_name + "."
+    def _outer_names(self, with_embedding: bool, with_head: bool) -> list[str]:
+        """What `_load_outer` reads; tied weights are not among them."""
         left_out = set()
         if not with_head:
             left_out.add(self._weight_of("get_output_embeddings"))
         if not (with_embedding or self._tied):
             left_out.add(self._weight_of("get_input_embeddings"))
-        for name in self._skeleton.state_dict():
-            if name.startswith(inside) or name in self._tied or name in left_out:
-                continue
+        inside = self.layers_name + "."
+        return [
+            name
+            for name in self._skeleton.state_dict()
+            if not (name.startswith(inside) or name in self._tied or name in left_out)
+        ]
+
+    def _load_outer(self, with_embedding: bool, with_head: bool) -> nn.Module:
+        # The decoder layers stay on the meta device and are only stood in for: all copies may share them.
+        layers = self._skeleton.get_submodule(self.layers_name)
+        outer: nn.Module = copy.deepcopy(self._skeleton, {id(layers): layers})
+        for name in self._outer_names(with_embedding, with_head):
             _assign(outer, name, _cast(self.view.read(name, self.device), self.compute_dtype))
         for name, source in self._tied.items():
             _assign(outer, name, outer.get_parameter(source))

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from qconv.errors import NumericsError
-from qconv.quantize.awq import apply_scale, scaled_loss, search_block_grid, search_scale
+from qconv.quantize import awq
+from qconv.quantize.awq import apply_scale, sample_rows, scaled_loss, search_block_grid, search_scale
 from qconv.quantize.gram import GramAccumulator
 from qconv.quantize.rtn import rtn
 from qconv.types import Scheme
@@ -62,6 +63,95 @@ def test_plain_ratio_is_the_papers_grid() -> None:
         assert found.ratio == min(losses, key=lambda ratio: losses[ratio])
 
 
+def loop_over_candidates(
+    weights: list[Tensor], gram_KK: Tensor, mean_abs_K: Tensor, scheme: Scheme
+) -> tuple[Tensor, float, bool]:
+    """The search as a plain loop: one candidate, one forward pass through rounded weights, at a time, in float64."""
+    stacked_NK = torch.cat(weights)
+    w_NK = stacked_NK[:: -(-len(stacked_NK) // 512)]
+    size = scheme.group_size if scheme.group_size != -1 else w_NK.shape[1]
+    groups = w_NK.abs().view(len(w_NK), -1, size)
+    w_mean_K = (groups / groups.amax(-1, keepdim=True)).flatten(1).mean(0)
+
+    def loss(s_K: Tensor) -> float:
+        error_NK = (rtn(w_NK * s_K, scheme, "w").dequantize() / s_K - w_NK).double()
+        return float(torch.einsum("nk,kj,nj->", error_NK, gram_KK.double(), error_NK))
+
+    live_K = mean_abs_K > 0
+    best, best_loss = (torch.ones_like(mean_abs_K), 0.0, False), loss(torch.ones_like(mean_abs_K))
+    for duo in (False, True):
+        for i in range(20):
+            s_K = mean_abs_K[live_K] ** (i / 20) / (w_mean_K[live_K] ** (1 - i / 20) if duo else 1.0)
+            s_K = s_K.clamp_min(1e-4)
+            whole_K = torch.ones_like(mean_abs_K)
+            whole_K[live_K] = s_K / (s_K.max() * s_K.min()).sqrt()
+            if (found := loss(whole_K)) < best_loss:
+                best, best_loss = (whole_K, i / 20, duo), found
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("group_size", [64, -1])
+def test_batched_search_chooses_what_a_loop_does(seed: int, group_size: int) -> None:
+    scheme = Scheme(group_size=group_size, symmetric=seed % 2 == 0)
+    weights, x_TK = layer(seed)
+    if seed == 5:
+        weights = [torch.randn(700, 256, generator=torch.Generator().manual_seed(9)), *weights]  # more than the sample
+        x_TK[:, 7] = 0
+    gram_KK, mean_abs_K = statistics(x_TK)
+    s_K, ratio, duo = loop_over_candidates(weights, gram_KK, mean_abs_K, scheme)
+    found = search_scale(weights, gram_KK, mean_abs_K, scheme)
+    assert (found.ratio, found.duo) == (ratio, duo)
+    torch.testing.assert_close(found.s_K, s_K, rtol=1e-5, atol=0)
+
+
+def test_ties_go_to_plain_rounding_then_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, x_TK = layer()
+    gram_KK, mean_abs_K = statistics(x_TK)
+    losses = torch.full((41,), 3.0, dtype=torch.float64)
+    monkeypatch.setattr(awq, "_losses", lambda *_: losses.clone())
+    found = search_scale(weights, gram_KK, mean_abs_K, Scheme(group_size=64))
+    assert torch.equal(found.s_K, torch.ones(256))
+    assert (found.ratio, found.duo, found.loss_before, found.loss_after) == (0.0, False, 3.0, 3.0)
+    losses[[1 + 6, 1 + 20 + 2]] = 2.0
+    found = search_scale(weights, gram_KK, mean_abs_K, Scheme(group_size=64))
+    assert (found.ratio, found.duo, found.loss_after) == (0.3, False, 2.0)
+    losses[7], losses[4] = 5.0, torch.nan  # not a number never wins
+    found = search_scale(weights, gram_KK, mean_abs_K, Scheme(group_size=64))
+    assert (found.ratio, found.duo, found.loss_after) == (0.1, True, 2.0)
+
+
+def test_chunks_of_candidates_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where several candidates share one product."""
+    weights, x_TK = layer()
+    gram_KK, _ = statistics(x_TK)
+    w_NK = sample_rows(weights)
+    s_CK = torch.rand(7, 256, generator=torch.Generator().manual_seed(1)) + 0.5
+    scheme = Scheme(group_size=64)
+    one_by_one = torch.stack([awq._losses(w_NK, s_K.unsqueeze(0), gram_KK, scheme)[0] for s_K in s_CK])
+    for chunk in (3 * w_NK.numel(), 100 * w_NK.numel()):
+        monkeypatch.setattr(awq, "_candidates_at_once", lambda w, chunk=chunk: chunk // w.numel())
+        torch.testing.assert_close(awq._losses(w_NK, s_CK, gram_KK, scheme), one_by_one, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (512,), (513,), (700, 3, 900), (1, 511, 1, 2000)])
+def test_sampled_rows_are_those_of_the_stacked_weights(sizes: tuple[int, ...]) -> None:
+    weights = [torch.randn(size, 4) for size in sizes]
+    stacked_NK = torch.cat(weights)
+    assert torch.equal(sample_rows(weights), stacked_NK[:: -(-len(stacked_NK) // 512)])
+
+
+def test_a_scale_that_must_be_shared_is_judged_as_shared() -> None:
+    weights, x_TK = layer()
+    gram_KK, mean_abs_K = statistics(x_TK)
+    scheme = Scheme(group_size=64)
+    found = search_scale(weights, gram_KK, mean_abs_K, scheme)
+    shared = search_scale(weights, gram_KK, mean_abs_K, scheme, share=torch.square)
+    assert torch.equal(shared.s_K, found.s_K.square())
+    assert shared.loss_after == scaled_loss(torch.cat(weights), shared.s_K, gram_KK, scheme)
+    assert (shared.loss_before, shared.ratio) == (found.loss_before, found.ratio)
+
+
 def test_scale_never_hurts_where_all_channels_are_alike() -> None:
     generator = torch.Generator().manual_seed(3)
     w_NK = torch.randn(16, 64, generator=generator)
@@ -86,6 +176,10 @@ def test_non_finite_arguments_are_named() -> None:
     gram_KK, mean_abs_K = statistics(x_TK)
     mean_abs_K[9] = float("nan")
     with pytest.raises(NumericsError, match="o_proj: mean input"):
+        search_scale(weights, gram_KK, mean_abs_K, Scheme(), "o_proj")
+    mean_abs_K[9] = 1.0
+    weights[1][0, 0] = float("inf")
+    with pytest.raises(NumericsError, match=r"o_proj: weight.*found 1 of 8192"):
         search_scale(weights, gram_KK, mean_abs_K, Scheme(), "o_proj")
 
 
@@ -135,3 +229,22 @@ def test_gpu_agrees_with_cpu() -> None:
     grid = search_block_grid(weights[0].cuda(), gram_KK.cuda(), scheme)
     expected = search_block_grid(weights[0], gram_KK, scheme)
     assert float((grid.scale.cpu() != expected.scale).float().mean()) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_search_waits_once_and_leaves_tf32_as_it_was() -> None:
+    weights, x_TK = layer()
+    gram_KK, mean_abs_K = (tensor.cuda() for tensor in statistics(x_TK))
+    w_list = [w.cuda() for w in weights]
+    scheme = Scheme(group_size=64)
+    search_scale(w_list, gram_KK, mean_abs_K, scheme)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.cuda.set_sync_debug_mode("error")  # the one wait is `tolist` at the end: nothing before it may raise
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz") as raised:
+            search_scale(w_list, gram_KK, mean_abs_K, scheme)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert "tolist" in str(raised.traceback[-1].statement)
+    assert torch.backends.cuda.matmul.allow_tf32 == before

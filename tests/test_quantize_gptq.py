@@ -5,11 +5,15 @@ import torch
 from torch import Tensor
 
 from qconv.errors import NumericsError, SchemeError, UsageError
-from qconv.quantize.gptq import descend, factorise, gptq, refit_scales
+from qconv.quantize.gptq import factorise, gptq
 from qconv.quantize.gram import output_error
 from qconv.quantize.grid import Grid
+from qconv.quantize.refine import descend, refit_scales
 from qconv.quantize.rtn import rtn
+from qconv.quantize.sweep import Kernels
 from qconv.types import QuantizedLinear, Scheme
+
+PLAIN = Kernels(is_fused=False)
 
 
 def problem(rows: int = 48, columns: int = 192, tokens: int = 1024, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -29,7 +33,7 @@ def loss(w_NK: Tensor, q: QuantizedLinear, gram_KK: Tensor) -> float:
 def algorithm_1(w_NK: Tensor, gram_KK: Tensor, scheme: Scheme, damping: float) -> tuple[Tensor, Tensor]:
     """Frantar et al. 2022, Algorithm 1, without blocks and without Cholesky, in float64.
 
-    After each column the inverse Hessian of the remaining columns is formed by eliminating the column
+    Groups are static. After each column the inverse Hessian of the remaining columns is formed by eliminating it
     (their equation 3), as in Optimal Brain Quantization.
     """
     w, h = w_NK.double().clone(), gram_KK.double()
@@ -52,13 +56,10 @@ def algorithm_1(w_NK: Tensor, gram_KK: Tensor, scheme: Scheme, damping: float) -
         scales[:, group] = scale.bfloat16().double()
         zeros[:, group] = 2 ** (scheme.bits - 1) if scheme.symmetric else torch.round(-low / scales[:, group])
 
-    if scheme.activation_order:
-        for group in range(scales.shape[1]):
-            set_grid(w, group)
+    for group in range(scales.shape[1]):
+        set_grid(w, group)
     for k in order:
         group = k // size
-        if not scheme.activation_order and k % size == 0:
-            set_grid(w, group)
         scale, zero = scales[:, group], zeros[:, group]
         codes[:, k] = (torch.round(w[:, k] / scale) + zero).clamp(0, levels)
         error = (w[:, k] - (codes[:, k] - zero) * scale) / inverse[k, k]
@@ -82,14 +83,16 @@ def test_codes_are_those_of_algorithm_1(bits: int, symmetric: bool, activation_o
     assert int((q.codes_NK != codes)[~flipped_rows_N].sum()) <= 2  # of 9216
 
 
-def test_factor_is_the_cholesky_factor_of_the_inverse() -> None:
+def test_factor_is_the_inverse_of_the_one_in_the_paper() -> None:
     _, gram_KK = problem()
-    factor = factorise(gram_KK, 0.01, "w")
-    damped_KK = gram_KK.double() + factor.shift * torch.eye(len(gram_KK), dtype=torch.float64)
-    naive_KK = torch.linalg.cholesky(torch.linalg.inv(damped_KK), upper=True)
-    assert float((factor.r_KK - naive_KK).abs().max() / naive_KK.abs().max()) < 1e-5
-    assert torch.equal(factor.r_KK, factor.r_KK.triu())
-    assert factor.shift == pytest.approx(0.01 * float(gram_KK.diagonal().mean()))
+    order_K = torch.randperm(len(gram_KK), generator=torch.Generator().manual_seed(1))
+    factor = factorise(gram_KK, 0.01, "w", order_K)
+    damped_KK = (gram_KK.double() + float(factor.shift) * torch.eye(len(gram_KK)))[order_K][:, order_K]
+    of_inverse_KK = torch.linalg.cholesky(torch.linalg.inv(damped_KK), upper=True)
+    naive_KK = torch.linalg.inv(of_inverse_KK)
+    assert float((factor.u_KK - naive_KK).abs().max() / naive_KK.abs().max()) < 1e-5
+    assert torch.equal(factor.u_KK, factor.u_KK.triu())
+    assert float(factor.shift) == pytest.approx(0.01 * float(gram_KK.diagonal().mean()))
     assert factor.attempts == 1
 
 
@@ -116,7 +119,7 @@ def test_refinements_never_raise_the_damped_loss_of_any_row(symmetric: bool) -> 
     w_NK, gram_KK = problem(columns=200)  # a short last group
     q = rtn(w_NK, scheme, "w")
     zero = torch.full_like(q.scales_NG, scheme.mid_code) if q.zeros_NG is None else q.zeros_NG.float()
-    grid, codes_NK, shift = Grid(q.scales_NG, zero), q.codes_NK, 0.5
+    grid, codes_NK, shift = Grid(q.scales_NG, zero), q.codes_NK, torch.tensor(0.5)
 
     def row_loss(codes_NK: Tensor, grid: Grid) -> Tensor:
         zeros_NG = None if symmetric else grid.zero.to(torch.uint8)
@@ -129,9 +132,9 @@ def test_refinements_never_raise_the_damped_loss_of_any_row(symmetric: bool) -> 
 
     last_N = row_loss(codes_NK, grid)
     for _ in range(3):
-        codes_NK = descend(w_NK, gram_KK, shift, codes_NK, grid, scheme)
+        codes_NK = descend(w_NK, gram_KK, shift, codes_NK, grid, scheme, PLAIN)
         descended_N = row_loss(codes_NK, grid)
-        grid = refit_scales(w_NK, gram_KK, shift, codes_NK, grid, scheme)
+        grid = refit_scales(w_NK, gram_KK, shift, codes_NK, grid, scheme, PLAIN)
         refitted_N = row_loss(codes_NK, grid)
         assert bool((descended_N <= last_N * (1 + 1e-5)).all())
         assert bool((refitted_N <= descended_N * (1 + 1e-5)).all())
@@ -145,7 +148,7 @@ def test_descent_ends_where_no_single_code_helps() -> None:
     q = rtn(w_NK, scheme, "w")
     grid, codes_NK = Grid(q.scales_NG, torch.full_like(q.scales_NG, 4.0)), q.codes_NK
     for _ in range(30):
-        codes_NK = descend(w_NK, gram_KK, 0.0, codes_NK, grid, scheme)
+        codes_NK = descend(w_NK, gram_KK, torch.zeros(()), codes_NK, grid, scheme, PLAIN)
 
     def losses(codes: Tensor) -> Tensor:
         return output_error(w_NK - (codes.float() - 4) * grid.scale, gram_KK)

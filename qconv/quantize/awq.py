@@ -7,7 +7,8 @@ matrix, tr(E G E^T) with E = Q(W s) / s - W on sampled rows: one matrix product 
 Clipping searches shrunk ranges as the authors do, each group judged by its own diagonal block of the Gram matrix.
 
 Rounding points: those of `grid.py`; ``s`` is float32 and not rounded here (the fold into the preceding operation
-decides its storage).
+decides its storage). On CUDA the products that rank candidate scales are TF32 (both factors rounded to 10 bits of
+mantissa): all candidates of a search, plain rounding among them, are judged alike.
 
 Left out: which operation absorbs 1/s (that is model knowledge), activation clipping.
 
@@ -16,14 +17,17 @@ Legend: N = out features, K = in features, G = groups, g = features of a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qconv.quantize import fused
 from qconv.quantize.gram import output_error
 from qconv.quantize.grid import (
+    GPU_CHUNK,
     Grid,
     check_finite,
     grid_of_range,
@@ -34,6 +38,7 @@ from qconv.quantize.grid import (
     search_grid_by,
     ungroup,
 )
+from qconv.quantize.precision import tf32
 from qconv.types import Scheme
 
 NUM_RATIOS = 20
@@ -48,7 +53,7 @@ class AwqScale(NamedTuple):
         ratio: the exponent alpha.
         duo: the weights' magnitude took part.
         loss_before: mean squared output error of plain rounding, summed over outputs.
-        loss_after: the same with ``s_K``; never larger.
+        loss_after: the same with ``s_K``; never larger, unless the scale was shared afterwards.
     """
 
     s_K: Tensor
@@ -59,47 +64,78 @@ class AwqScale(NamedTuple):
 
 
 def search_scale(
-    weights: Sequence[Tensor], gram_KK: Tensor, mean_abs_K: Tensor, scheme: Scheme, name: str = "linear"
+    weights: Sequence[Tensor],
+    gram_KK: Tensor,
+    mean_abs_K: Tensor,
+    scheme: Scheme,
+    name: str = "linear",
+    *,
+    share: Callable[[Tensor], Tensor] | None = None,
 ) -> AwqScale:
     """The channel scale that minimises the output error of linears that share an input.
+
+    Candidates are judged in batches and stay on the device; it is waited for once.
 
     Args:
         weights: float32 ``[N_i, K]`` each.
         gram_KK: ``[K, K]`` float32, mean of ``x x^T``.
         mean_abs_K: ``[K]`` float32, mean of ``|x|``. Channels with 0 keep scale 1.
         scheme: the integer scheme that the weights will get; min-max grids are used in the search.
+        name: for messages.
+        share: applied to the best scale, ``[K]`` to ``[K]``, whose loss is ``loss_after`` then and may exceed
+            ``loss_before``.
 
     Raises:
         NumericsError: NaN or infinity in an argument.
     """
-    for tensor, what in (*((w, "weight") for w in weights), (gram_KK, "Gram matrix"), (mean_abs_K, "mean input")):
-        check_finite(tensor, f"{name}: {what}")
     w_NK = sample_rows(weights)
     w_mean_K = _mean_relative_magnitude(w_NK, scheme)
-    ones_K = torch.ones_like(mean_abs_K)
-    loss_before = scaled_loss(w_NK, ones_K, gram_KK, scheme)
-    best = AwqScale(ones_K, 0.0, False, loss_before, loss_before)
+    s_CK = torch.cat([torch.ones_like(mean_abs_K).unsqueeze(0), _candidates(mean_abs_K, w_mean_K)])
+    # A loss that is not a number never wins; the first of equals does: plain rounding, then small exponents.
+    loss_C = _losses(w_NK, s_CK, gram_KK, scheme).nan_to_num(nan=float("inf"))
+    best = loss_C.argmin()
+    s_K = s_CK.index_select(0, best.unsqueeze(0))[0]
+    loss_after = loss_C.index_select(0, best.unsqueeze(0))[0]
+    if share is not None:
+        s_K = share(s_K)
+        loss_after = _losses(w_NK, s_K.unsqueeze(0), gram_KK, scheme)[0]
+    named = [*((w, f"{name}: weight") for w in weights), (gram_KK, f"{name}: Gram matrix")]
+    named.append((mean_abs_K, f"{name}: mean input"))
+    sums = [tensor.sum(dtype=torch.float64) for tensor, _ in named]  # not finite where the tensor is not
+    index, before, after, *totals = torch.stack([best.double(), loss_C[0], loss_after, *sums]).tolist()
+    if not all(isfinite(total) for total in totals):
+        for tensor, what in named:
+            check_finite(tensor, what)
+    candidate = int(index) - 1
+    return AwqScale(
+        s_K=s_K,
+        ratio=max(candidate, 0) % NUM_RATIOS / NUM_RATIOS,
+        duo=candidate >= NUM_RATIOS,
+        loss_before=before,
+        loss_after=after,
+    )
+
+
+def _candidates(mean_abs_K: Tensor, w_mean_K: Tensor) -> Tensor:
+    """``[2 * NUM_RATIOS, K]``: all exponents, then all of them with the weights' magnitude; 1 for dead channels."""
+    ratios = [i / NUM_RATIOS for i in range(NUM_RATIOS)]
+    plain_CK = torch.stack([mean_abs_K.pow(ratio) for ratio in ratios])
+    duo_CK = plain_CK / torch.stack([w_mean_K.pow(1.0 - ratio) for ratio in ratios])
+    s_CK = torch.cat([plain_CK, duo_CK]).clamp_min_(1e-4)
     live_K = (mean_abs_K > 0) & (w_mean_K > 0)
-    if not bool(live_K.any()):
-        return best
-    for duo in (False, True):
-        for i in range(NUM_RATIOS):
-            ratio = i / NUM_RATIOS
-            s_K = mean_abs_K[live_K].pow(ratio)
-            if duo:
-                s_K = s_K / w_mean_K[live_K].pow(1.0 - ratio)
-            s_K = s_K.clamp_min(1e-4)
-            s_K = ones_K.masked_scatter(live_K, s_K / (s_K.max() * s_K.min()).sqrt())
-            loss = scaled_loss(w_NK, s_K, gram_KK, scheme)
-            if loss < best.loss_after:
-                best = AwqScale(s_K, ratio, duo, loss_before, loss)
-    return best
+    largest_C1 = s_CK.masked_fill(~live_K, 0.0).amax(dim=1, keepdim=True)
+    smallest_C1 = s_CK.masked_fill(~live_K, float("inf")).amin(dim=1, keepdim=True)
+    return torch.where(live_K, s_CK / (largest_C1 * smallest_C1).sqrt(), 1.0)
 
 
 def sample_rows(weights: Sequence[Tensor]) -> Tensor:
     """At most `SEARCH_ROWS` rows of the stacked weights, evenly spaced: enough to rank a few dozen scales."""
-    w_NK = torch.cat([w.float() for w in weights])
-    return w_NK[:: -(-len(w_NK) // SEARCH_ROWS)]
+    step = -(-sum(len(w) for w in weights) // SEARCH_ROWS)
+    parts, above = [], 0
+    for w_NK in weights:
+        parts.append(w_NK[-above % step :: step].float())
+        above += len(w_NK)
+    return torch.cat(parts)
 
 
 def _mean_relative_magnitude(w_NK: Tensor, scheme: Scheme) -> Tensor:
@@ -115,14 +151,33 @@ def _mean_relative_magnitude(w_NK: Tensor, scheme: Scheme) -> Tensor:
 
 def scaled_loss(w_NK: Tensor, s_K: Tensor, gram_KK: Tensor, scheme: Scheme) -> float:
     """Mean squared output error, summed over outputs, of rounding ``W * s`` (min-max grids) and feeding ``x / s``."""
-    loss = torch.zeros((), dtype=torch.float64, device=w_NK.device)
-    for rows in row_chunks(w_NK):
-        scaled_NGg = groups_of(w_NK[rows] * s_K, scheme.group_size)
-        scale_NG, zero_NG = grid_of_range(*range_of(scaled_NGg), scheme)
-        q_NGg = quantize_dequantize(scaled_NGg, scale_NG.unsqueeze(-1), zero_NG.unsqueeze(-1), scheme)
-        error_NK = ungroup(q_NGg, w_NK.shape[1]) / s_K - w_NK[rows]
-        loss += output_error(error_NK, gram_KK).sum(dtype=torch.float64)
-    return float(loss)
+    return float(_losses(w_NK, s_K.unsqueeze(0), gram_KK, scheme))
+
+
+def _losses(w_NK: Tensor, s_CK: Tensor, gram_KK: Tensor, scheme: Scheme) -> Tensor:
+    """`scaled_loss` of each candidate, ``[C]`` float64 on the device, one matrix product for several of them."""
+    num_columns = w_NK.shape[1]
+    step = _candidates_at_once(w_NK)
+    parts: list[Tensor] = []
+    for start in range(0, len(s_CK), step):
+        s_C1K = s_CK[start : start + step].unsqueeze(1)
+        loss_C = torch.zeros(len(s_C1K), dtype=torch.float64, device=w_NK.device)
+        for rows in row_chunks(w_NK):
+            scaled_CNGg = groups_of(w_NK[rows] * s_C1K, scheme.group_size)
+            scale_CNG, zero_CNG = grid_of_range(*range_of(scaled_CNGg), scheme)
+            q_CNGg = quantize_dequantize(scaled_CNGg, scale_CNG.unsqueeze(-1), zero_CNG.unsqueeze(-1), scheme)
+            error_CNK = (ungroup(q_CNGg, num_columns) / s_C1K).sub_(w_NK[rows])
+            del scaled_CNGg, q_CNGg
+            with tf32(w_NK.is_cuda):
+                error_M = output_error(error_CNK.flatten(0, 1), gram_KK)
+            loss_C += error_M.view(len(s_C1K), -1).sum(dim=1, dtype=torch.float64)
+        parts.append(loss_C)
+    return torch.cat(parts)
+
+
+def _candidates_at_once(w_NK: Tensor) -> int:
+    """On a CPU one: its temporaries stay in the cache, and its losses do not depend on the other candidates."""
+    return max(1, GPU_CHUNK // w_NK.numel()) if w_NK.is_cuda else 1
 
 
 def search_block_grid(w_NK: Tensor, gram_KK: Tensor, scheme: Scheme, signed: bool = True) -> Grid:
@@ -137,6 +192,8 @@ def search_block_grid(w_NK: Tensor, gram_KK: Tensor, scheme: Scheme, signed: boo
         signed: as for `search_grid`.
     """
     blocks_Ggg = _diagonal_blocks(gram_KK, scheme)
+    if fused.available(w_NK) and fused.fits(w_NK, scheme):
+        return fused.search_grid(w_NK.float(), scheme, gram_Ggg=blocks_Ggg, signed=signed)
     return search_grid_by(
         groups_of(w_NK.float(), scheme.group_size), scheme, lambda error_NGg: _block_loss(error_NGg, blocks_Ggg), signed
     )
@@ -146,12 +203,13 @@ def _diagonal_blocks(gram_KK: Tensor, scheme: Scheme) -> Tensor:
     """``[G, g, g]``; a short last block is padded with zeros, as `groups_of` pads the weights."""
     num_columns = len(gram_KK)
     size = min(num_columns, scheme.group_size if scheme.group_size != -1 else num_columns)
-    num_groups = scheme.num_groups(num_columns)
-    blocks_Ggg = gram_KK.new_zeros(num_groups, size, size)
-    for j in range(num_groups):
-        block = gram_KK[j * size : (j + 1) * size, j * size : (j + 1) * size]
-        blocks_Ggg[j, : block.shape[0], : block.shape[1]] = block
-    return blocks_Ggg
+    num_full = num_columns // size
+    end = num_full * size
+    blocks_Ggg = gram_KK[:end, :end].view(num_full, size, num_full, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    if end == num_columns:
+        return blocks_Ggg.contiguous()
+    last = torch.nn.functional.pad(gram_KK[end:, end:], (0, size - (num_columns - end)) * 2)
+    return torch.cat([blocks_Ggg, last.unsqueeze(0)])
 
 
 def _block_loss(error_NGg: Tensor, blocks_Ggg: Tensor) -> Tensor:
@@ -161,4 +219,4 @@ def _block_loss(error_NGg: Tensor, blocks_Ggg: Tensor) -> Tensor:
 
 def apply_scale(gram_KK: Tensor, mean_abs_K: Tensor, s_K: Tensor) -> tuple[Tensor, Tensor]:
     """Gram matrix and mean magnitude of the inputs ``x / s``."""
-    return gram_KK / s_K.unsqueeze(0) / s_K.unsqueeze(1), mean_abs_K / s_K
+    return (gram_KK / s_K.unsqueeze(0)).div_(s_K.unsqueeze(1)), mean_abs_K / s_K

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from qconv.quantize.awq import apply_scale, sample_rows, scaled_loss, search_scale
+from qconv.quantize.awq import apply_scale, search_scale
 from qconv.quantize.folds import (
     Fold,
     Heads,
@@ -25,20 +26,24 @@ from qconv.types import Scheme
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one distinct linear input: Gram matrix ``[K, K]`` and mean magnitude ``[K]``, float32."""
+    """Of one distinct linear input: Gram matrix ``[K, K]`` and, where AWQ needs it, mean magnitude ``[K]``, float32."""
 
     gram_KK: Tensor
-    mean_abs_K: Tensor
+    mean_abs_K: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldContext:
-    """What folding needs to know beyond the block: attention shape, scheme, storage dtype, where to count."""
+    """What folding needs to know beyond the block: attention shape, scheme, storage dtype, where to count.
+
+    ``where`` completes local names in messages.
+    """
 
     heads: Heads
     scheme: Scheme
     storage: torch.dtype
     counts: Counter[str]
+    where: str = ""
 
 
 def fold_scales(
@@ -48,6 +53,9 @@ def fold_scales(
 
     Returns:
         Names of the tensors that took the inverse scale (a norm, or a linear and its bias).
+
+    Raises:
+        NumericsError: NaN or infinity in weights or statistics; names the weights.
     """
     weights = [f"{target}.weight" for target in fold.targets]
     source = f"{fold.source}.weight"
@@ -55,31 +63,37 @@ def fold_scales(
         context.counts["awq folds skipped: layer not found"] += 1
         return set()
     stats = statistics[weights[0]]
+    if stats.mean_abs_K is None:
+        raise ValueError(f"{weights[0]}: AWQ needs the mean magnitude of the inputs")
     w_list = [tensors[name].float() for name in weights]
-    found = search_scale(w_list, stats.gram_KK, stats.mean_abs_K, context.scheme)
+    shares_heads = fold.kind == "rows" and fold.targets[0].endswith("o_proj")
+    share = partial(share_across_heads, heads=context.heads) if shares_heads else None
+    name = context.where + " + ".join(weights)
+    found = search_scale(w_list, stats.gram_KK, stats.mean_abs_K, context.scheme, name, share=share)
     scale_K = found.s_K
-    if fold.kind == "rows" and fold.targets[0].endswith("o_proj"):
-        scale_K = share_across_heads(scale_K, context.heads)
-        # The same sample of rows as in the search, whose losses can then be compared.
-        if scaled_loss(sample_rows(w_list), scale_K, stats.gram_KK, context.scheme) >= found.loss_before:
-            context.counts["awq folds skipped: no gain with scales shared between heads"] += 1
-            return set()
+    if shares_heads and found.loss_after >= found.loss_before:
+        context.counts["awq folds skipped: no gain with scales shared between heads"] += 1
+        return set()
     changed = {source}
     if fold.kind == "rows":
-        bias = f"{fold.source}.bias"
-        rows, new_bias = fold_into_rows(
-            tensors[source], tensors.get(bias), producer_scale(scale_K, fold, context.heads)
-        )
-        tensors[source] = rows
-        if new_bias is not None:
-            tensors[bias] = new_bias
-            changed.add(bias)
+        changed |= _fold_into_rows(tensors, fold, scale_K, context.heads)
     else:
         plus_one = fold.kind == "norm_plus_one"
         tensors[source], scale_K = fold_into_norm(tensors[source], scale_K, context.storage, plus_one)
-    gram_KK, mean_abs_K = apply_scale(stats.gram_KK, stats.mean_abs_K, scale_K)
+    scaled = Statistics(*apply_scale(stats.gram_KK, stats.mean_abs_K, scale_K))
     for name, w_NK in zip(weights, w_list, strict=True):
         tensors[name] = w_NK * scale_K
-        statistics[name] = Statistics(gram_KK, mean_abs_K)
+        statistics[name] = scaled
     context.counts["awq folds applied" if found.ratio or found.duo else "awq folds without effect"] += 1
     return changed
+
+
+def _fold_into_rows(tensors: dict[str, Tensor], fold: Fold, scale_K: Tensor, heads: Heads) -> set[str]:
+    """Divides the producing rows; returns the names of what changed."""
+    source, bias = f"{fold.source}.weight", f"{fold.source}.bias"
+    rows, new_bias = fold_into_rows(tensors[source], tensors.get(bias), producer_scale(scale_K, fold, heads))
+    tensors[source] = rows
+    if new_bias is None:
+        return {source}
+    tensors[bias] = new_bias
+    return {source, bias}

@@ -9,20 +9,23 @@ activations. Round-to-nearest and FP8 need no activations and read each weight o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qconv.config import QuantizationConfig
 from qconv.progress import QUIET, Progress
+from qconv.quantize.activations import Activations
 from qconv.quantize.awq_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.folds import FOLDS, Heads
-from qconv.quantize.gram import GramAccumulator
+from qconv.quantize.gather import gather
+from qconv.quantize.memory import ModelShape, free_memory, plan_memory
 from qconv.quantize.solve import solve
-from qconv.skeleton import block_linears
+from qconv.skeleton import StoredBlocks
 from qconv.streaming import StreamedModel
+from qconv.timeline import TIMELINE
 from qconv.types import QuantizedLinear, Scheme
 
 
@@ -50,6 +53,7 @@ class QuantizeRequest:
         weights: full names of the weights to quantize; others stay as they are.
         storage: dtype in which unquantized tensors will be stored.
         model_type: as in config.json; selects the AWQ folds.
+        gpu_memory_limit: bytes that the process may take on a GPU; None = what is free there.
     """
 
     config: QuantizationConfig
@@ -57,83 +61,113 @@ class QuantizeRequest:
     weights: Collection[str]
     storage: torch.dtype
     model_type: str
+    gpu_memory_limit: int | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
 
 def quantize_blocks(
-    model: StreamedModel, request: QuantizeRequest, batches: list[Tensor] | None, progress: Progress = QUIET
+    model: StreamedModel | StoredBlocks,
+    request: QuantizeRequest,
+    calibration: Tensor | Sequence[Tensor] | None,
+    progress: Progress = QUIET,
 ) -> Iterator[QuantizedBlock]:
-    """Yields the blocks in order. ``batches``: int64 ``[B, S]`` token batches, or None when none are needed.
+    """Yields the blocks in order.
 
     What happened (scales folded or skipped, damping raised, dead channels) is counted in ``request.counts``.
 
+    Args:
+        model: `StoredBlocks` will do where there is no calibration.
+        calibration: int64 ``[R, S]`` token rows, put into batches as `plan_memory` says; or the batches ``[B, S]``
+            themselves, whose activations then stay on the device; None when the algorithm needs none.
+
     Raises:
         NumericsError: NaN or infinity in weights or activations; names the tensor.
+        UsageError: the model does not fit the GPU, however it is run.
     """
-    hidden = model.embed(batches) if batches is not None else []
+    hidden = None
+    if calibration is not None:
+        assert isinstance(model, StreamedModel)  # what is calibrated has to run
+        with TIMELINE.stage("embed"):
+            hidden = _embed(model, request, calibration, progress)
     for index in progress.track(range(model.num_blocks), request.config.resolved_algorithm, model.num_blocks):
+        yield _quantize_block(model, index, request, hidden, progress)
+
+
+def _embed(
+    model: StreamedModel, request: QuantizeRequest, calibration: Tensor | Sequence[Tensor], progress: Progress
+) -> Activations:
+    if not isinstance(calibration, Tensor):
+        return Activations.embed(model, calibration, "device")
+    num_rows, seq_len = calibration.shape
+    plan = plan_memory(
+        ModelShape.of(model, request.weights),
+        num_rows,
+        seq_len,
+        request.config.resolved_algorithm,
+        model.device,
+        free_memory(model.device),
+        request.gpu_memory_limit,
+    )
+    progress.detail(f"memory plan: {plan}")
+    return Activations.embed(model, torch.split(calibration, plan.rows_per_batch), plan.placement)
+
+
+def _quantize_block(
+    model: StreamedModel | StoredBlocks,
+    index: int,
+    request: QuantizeRequest,
+    hidden: Activations | None,
+    progress: Progress,
+) -> QuantizedBlock:
+    """What it no longer needs is dropped before the next step: each step has the memory to itself."""
+    with TIMELINE.stage("read block"):
         tensors = model.read_block(index)
-        prefix = model.block_prefix(index)
-        names = [name for name in tensors if prefix + name in request.weights]
-        statistics: dict[str, Statistics] = {}
-        if batches is not None:
-            statistics = _gather(model, index, tensors, names, hidden)
-        changed: dict[str, Tensor] = {}
-        if request.config.resolved_algorithm == "awq":
+    prefix = model.block_prefix(index)
+    names = [name for name in tensors if prefix + name in request.weights]
+    needs_scales = request.config.resolved_algorithm == "awq"
+    statistics: dict[str, Statistics] = {}
+    if hidden is not None:
+        assert isinstance(model, StreamedModel)
+        with TIMELINE.stage("gather"):
+            statistics = gather(model, index, tensors, names, hidden, with_mean_abs=needs_scales)
+    changed: dict[str, Tensor] = {}
+    if needs_scales:
+        with TIMELINE.stage("fold"):
             changed = _fold(model, tensors, statistics, prefix, request)
-        weights = {name: tensors[name].float() for name in names}
+    with TIMELINE.stage("solve"):
+        weights = {name: tensors.pop(name).float() for name in names}
         where = f"{model.view.location}: {prefix}"
         linears = solve(weights, statistics, where, request.config, request.scheme, request.counts, progress)
-        if batches is not None and index + 1 < model.num_blocks:
-            stored = {name: tensor.to(request.storage) for name, tensor in tensors.items()}
-            stored |= {name: linear.dequantize() for name, linear in linears.items()}
-            block = model.build_block(index, stored)
-            hidden = [model.run_block(index, block, h_BSH) for h_BSH in hidden]
-        yield QuantizedBlock(
-            index=index,
-            linears={prefix + name: linear for name, linear in linears.items()},
-            plain={prefix + name: tensor for name, tensor in changed.items()},
-        )
+    if hidden is not None and index + 1 < model.num_blocks:
+        assert isinstance(model, StreamedModel)
+        with TIMELINE.stage("advance"):
+            _advance(model, index, tensors, linears, request.storage, hidden)
+    return QuantizedBlock(
+        index=index,
+        linears={prefix + name: linear for name, linear in linears.items()},
+        plain={prefix + name: tensor for name, tensor in changed.items()},
+    )
 
 
-def _gather(
-    model: StreamedModel, index: int, tensors: Mapping[str, Tensor], names: list[str], hidden: list[Tensor]
-) -> dict[str, Statistics]:
-    """Runs the block on all batches; linears called with the same tensor object share their statistics."""
-    block = model.build_block(index, tensors)
-    prefix = model.block_prefix(index)
-    modules = {name.removesuffix(".weight"): module for name, module in block_linears(block).items()}
-    collectors: dict[str, GramAccumulator] = {}
-    sharing: dict[str, str] = {}
-    last: list[tuple[str, Tensor]] = []
-
-    def listen(name: str, module: nn.Linear) -> None:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            owner = next((other for other, tensor in last if tensor is x), None)
-            if owner is None:
-                last.append((name, x))
-                owner = name
-                if sharing.setdefault(name, owner) == name:
-                    if name not in collectors:
-                        collectors[name] = GramAccumulator(module.in_features, x.device, prefix + name)
-                    collectors[name].add(x)
-            sharing.setdefault(name, owner)
-
-        module.register_forward_pre_hook(hook)
-
-    for name in names:
-        listen(name, modules[name.removesuffix(".weight")])
-    for h_BSH in hidden:
-        last.clear()
-        model.run_block(index, block, h_BSH)
-    last.clear()
-    done = {name: Statistics(collector.gram(), collector.mean_abs()) for name, collector in collectors.items()}
-    return {name: done[sharing[name]] for name in names}
+def _advance(
+    model: StreamedModel,
+    index: int,
+    others: Mapping[str, Tensor],
+    linears: Mapping[str, QuantizedLinear],
+    storage: torch.dtype,
+    hidden: Activations,
+) -> None:
+    """Replaces the hidden states by what the block makes of them with its weights as they will be stored."""
+    stored = {name: tensor.to(storage) for name, tensor in others.items()}
+    for name, linear in linears.items():  # one float32 copy at a time
+        stored[name] = linear.dequantize().to(model.compute_dtype)
+    block = model.build_block(index, stored)
+    for number, h_BSH in hidden.each():
+        hidden.replace(number, model.run_block(index, block, h_BSH))
 
 
 def _fold(
-    model: StreamedModel,
+    model: StreamedModel | StoredBlocks,
     tensors: dict[str, Tensor],
     statistics: dict[str, Statistics],
     prefix: str,
@@ -149,6 +183,7 @@ def _fold(
         scheme=request.scheme,
         storage=request.storage,
         counts=request.counts,
+        where=f"{model.view.location}: {prefix}",
     )
     changed: set[str] = set()
     for fold in folds:

@@ -1,20 +1,21 @@
-"""GPTQ: codes chosen column by column, each column's error fed to the columns that come after it.
+"""GPTQ: codes chosen column by column, each column's error made up for by the columns that come after it.
 
-Method: GPTQ (Frantar et al. 2022, Algorithm 1): blocks of 128 columns with lazy batch updates (step 2), Cholesky
-reformulation (step 3), optional order of decreasing activation power. Groups are static then (found on the original
-weights), so column k stays in group k // g and no group index is stored. Grids are searched with importance
-1 / R_kk^2, the weight that column k's rounding error has in the loss of Algorithm 1. After it, each
-optional pass refits the scales by least squares and then runs one coordinate descent over the codes (QuantEase,
-Behdin et al. 2023); both only ever lower the layer's (damped) squared error.
+Method: GPTQ (Frantar et al. 2022, Algorithm 1) in its equivalent form as Babai's nearest plane (Chen et al. 2025, "The
+Geometry of LLM Quantization", theorem 4): with the damped Gram matrix H = U U^T, U upper triangular, the loss of the
+errors e = w - q is ||e U||^2, whose term k holds the errors of the columns 0 .. k only. Column k therefore goes to the
+code nearest to ``w_k + sum_{j<k} e_j U_jk / U_kk``. That needs one Cholesky factorisation and no inverse; Algorithm 1's
+R is U^-1. Columns are visited in order of decreasing activation power (optional in the paper); groups are static, found
+on the original weights, so column k stays in group k // g and no group index is stored. Grids are searched with
+importance U_kk^2, the weight that the rounding error of column k has in the loss of Algorithm 1.
 
-The factor: Algorithm 1 needs the upper triangular R with H^-1 = R^T R. With J the flip of all columns,
-J H J = L L^T gives H = U U^T for the upper triangular U = J L J, so H^-1 = (U^-1)^T U^-1 and R = U^-1 = J L^-1 J:
-one Cholesky and one triangular inverse.
+After it, each optional pass refits the scales and runs one coordinate descent over the codes (`refine.py`). Descent has
+the shape of the solve: column k goes to the code nearest to ``q_k + (e H)_k / H_kk``, so that one `sweep` does both.
 
-Rounding points: float32 throughout; scales are rounded before any code is chosen against them (see `grid.py`).
+Rounding points: float32 throughout; scales are rounded before any code is chosen against them (see `grid.py`). On a GPU
+the inner loops run in fused kernels (`fused.py`), and the products between blocks of columns in TF32: where a weight is
+closer than about 1e-3 of a step to the border between two codes, it may then fall to the other side.
 
-Left out: per-column group search inside a block (act-order with dynamic groups), which needs a group index.
-This solver is the readable reference; a fused kernel may replace `_solve`.
+Left out: groups found on already corrected weights (they need columns in their original order).
 
 Legend: N = out features, K = in features, G = groups; H = damped Gram matrix.
 """
@@ -29,30 +30,21 @@ from torch import Tensor
 
 from qconv.errors import NumericsError, UsageError
 from qconv.quantize.gram import output_error
-from qconv.quantize.grid import (
-    Grid,
-    check_finite,
-    check_scale,
-    encode,
-    grid_of_range,
-    groups_of,
-    range_of,
-    round_scale,
-    search_grid,
-    ungroup,
-)
+from qconv.quantize.grid import Grid, check_finite, check_scale, grid_of_range, groups_of, range_of
+from qconv.quantize.precision import tf32
+from qconv.quantize.refine import descend, refit_scales
 from qconv.quantize.rtn import as_linear, check_integer
+from qconv.quantize.sweep import Kernels
+from qconv.timeline import TIMELINE
 from qconv.types import QuantizedLinear, Scheme
 
-BLOCK_COLUMNS = 128
 # Geometric means over five linears of SmolLM2-135M at 4 bits, g64, 16,384 calibration tokens, held-out squared error
 # relative to min-max rounding (symmetric, act-order): min-max grids 0.349; searched 0.302; and negative scales 0.268;
 # damping 0.01 -> 0.03 0.267; one refine pass 0.259, two 0.256.
 DAMPING = 0.03
 MAX_DAMPING = 10.0
 REFINE_PASSES = 1
-REFIT_RIDGE = 1e-4
-REFIT_ELEMENTS = 1 << 24  # bounds the [rows, G, G] normal equations of a scale refit
+STATISTICS_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +55,8 @@ class GptqStats:
         damping: fraction of the mean diagonal that was added to the diagonal in the end.
         attempts: factorisations tried; more than 1 means that damping had to be raised.
         dead_columns: input channels that no calibration token excited.
-        relative_error: ``tr(E G E^T) / tr(W G W^T)``, E = W - dequantized, G without damping.
+        relative_error: ``tr(E G E^T) / tr(W G W^T)``, E = W - dequantized, G without damping; over at most
+            1,024 evenly spaced rows.
     """
 
     damping: float
@@ -78,10 +71,10 @@ class GptqResult(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """``r_KK`` upper triangular with ``(gram + shift * I)^-1 = r^T r``."""
+    """``u_KK`` upper triangular with ``gram + shift * I = u u^T``, columns in the order of processing."""
 
-    r_KK: Tensor
-    shift: float
+    u_KK: Tensor
+    shift: Tensor
     damping: float
     attempts: int
 
@@ -96,6 +89,7 @@ def gptq(
     mse: bool = True,
     signed_scales: bool = True,
     refine_passes: int = REFINE_PASSES,
+    fuse: bool = True,
 ) -> GptqResult:
     """Quantizes a weight, or the stacked weights of linears that share an input (rows are independent).
 
@@ -108,6 +102,7 @@ def gptq(
         mse: search each group's grid (else min-max).
         signed_scales: let the search of a symmetric scheme use negative scales.
         refine_passes: rounds of scale refit and coordinate descent afterwards; 0 = plain GPTQ.
+        fuse: fused kernels and TF32 where they can run; False = plain PyTorch in float32, the reference.
 
     A dead channel (zero diagonal) is quantized to the nearest code: it neither feeds nor receives error.
 
@@ -115,36 +110,50 @@ def gptq(
         NumericsError: NaN or infinity in weights or Gram matrix, a Gram matrix that is not positive semi-definite,
             or weights too large for a float16 scale.
         SchemeError: a float scheme.
+        UsageError: damping is not positive.
     """
     check_integer(scheme, name)
-    check_finite(w_NK, name)
-    check_finite(gram_KK, f"{name}: Gram matrix of the inputs")
+    kernels = Kernels.of(w_NK, fuse)
+    w_NK = w_NK.float()
     diagonal_K = gram_KK.diagonal()
     order_K = torch.arange(len(diagonal_K), device=w_NK.device)
     if scheme.activation_order:
         order_K = torch.argsort(diagonal_K, descending=True, stable=True)
-    factor = factorise(gram_KK[order_K][:, order_K], damping, name)
-    importance_K = torch.empty_like(diagonal_K)
-    importance_K[order_K] = factor.r_KK.diagonal().square().reciprocal()
-    codes_NK, grid = _solve(w_NK.float(), factor.r_KK, order_K, importance_K, scheme, (mse, signed_scales))
-    check_scale(grid.scale, name)
+    with TIMELINE.stage("solve: factorise"):
+        _check_inputs(w_NK, gram_KK, name)
+        factor = factorise(gram_KK, damping, name, order_K)
+    with TIMELINE.stage("solve: grids"):
+        importance_K = torch.empty_like(diagonal_K)
+        importance_K[order_K] = factor.u_KK.diagonal().square()
+        if mse:
+            grid = kernels.search_grid(w_NK, scheme, importance_K, signed_scales)
+        else:
+            grid = grid_of_range(*range_of(groups_of(w_NK, scheme.group_size)), scheme)
+    with TIMELINE.stage("solve: codes"):
+        codes_NK = _solve(w_NK, factor.u_KK, order_K, grid, scheme, kernels)
+    factor = factor._replace(u_KK=diagonal_K)  # frees as much memory as the Gram matrix takes
     for _ in range(refine_passes):
-        grid = refit_scales(w_NK.float(), gram_KK, factor.shift, codes_NK, grid, scheme)
-        codes_NK = descend(w_NK.float(), gram_KK, factor.shift, codes_NK, grid, scheme)
+        with TIMELINE.stage("solve: refit"):
+            grid = refit_scales(w_NK, gram_KK, factor.shift, codes_NK, grid, scheme, kernels)
+        with TIMELINE.stage("solve: descend"):
+            codes_NK = descend(w_NK, gram_KK, factor.shift, codes_NK, grid, scheme, kernels)
     linear = as_linear(codes_NK, grid, scheme)
-    total = float(output_error(w_NK.float(), gram_KK).sum())
-    error = float(output_error(w_NK - linear.dequantize(), gram_KK).sum())
-    stats = GptqStats(
-        damping=factor.damping,
-        attempts=factor.attempts,
-        dead_columns=int((diagonal_K == 0).sum()),
-        relative_error=error / total if total > 0 else 0.0,
-    )
-    return GptqResult(linear, stats)
+    check_scale(grid.scale, name)
+    with tf32(kernels.is_fused):
+        return GptqResult(linear, _statistics(w_NK, gram_KK, linear, factor))
 
 
-def factorise(gram_KK: Tensor, damping: float, name: str) -> Factor:
-    """The factor of Algorithm 1 by one Cholesky and one triangular inverse (see the module docstring).
+def _check_inputs(w_NK: Tensor, gram_KK: Tensor, name: str) -> None:
+    sums = torch.stack([w_NK.sum(dtype=torch.float64), gram_KK.sum(dtype=torch.float64)])
+    if not bool(torch.isfinite(sums).all()):  # one look at the device; then which
+        check_finite(w_NK, name)
+        check_finite(gram_KK, f"{name}: Gram matrix of the inputs")
+
+
+def factorise(gram_KK: Tensor, damping: float, name: str, order_K: Tensor) -> Factor:
+    """The upper triangular factor of the damped Gram matrix, its rows and columns in ``order_K``.
+
+    With J the flip of all columns, ``J H J = L L^T`` gives ``H = U U^T`` for ``U = J L J``: one Cholesky factorisation.
 
     Raises:
         UsageError: damping is not positive.
@@ -153,19 +162,22 @@ def factorise(gram_KK: Tensor, damping: float, name: str) -> Factor:
     if damping <= 0:
         raise UsageError(f"GPTQ damping must be positive, got {damping}; the usual value is {DAMPING}")
     diagonal_K = gram_KK.diagonal()
-    live_K = diagonal_K != 0
-    mean = float(diagonal_K[live_K].mean()) if bool(live_K.any()) else 1.0
-    identity_KK = torch.eye(len(diagonal_K), device=gram_KK.device)
+    num_live = (diagonal_K != 0).sum()
+    mean = torch.where(num_live > 0, diagonal_K.sum() / num_live.clamp_min(1), 1.0)
+    flipped_K = order_K.flip(0)
+    backward_K = torch.arange(len(order_K) - 1, -1, -1, device=order_K.device)
     attempts = 0
     while damping <= MAX_DAMPING:
         attempts += 1
-        flipped_KK = gram_KK.flip(0, 1)
+        flipped_KK = gram_KK[flipped_K[:, None], flipped_K]
         flipped_KK.diagonal().add_(damping * mean)
         lower_KK, info = torch.linalg.cholesky_ex(flipped_KK)
-        if int(info) == 0:
-            r_KK = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False).flip(0, 1)
-            if bool(torch.isfinite(r_KK).all()) and bool((r_KK.diagonal() > 0).all()):
-                return Factor(r_KK, damping * mean, damping, attempts)
+        del flipped_KK
+        # A finite, positive diagonal bounds every other entry of its row.
+        pivots_K = lower_KK.diagonal()
+        if bool((info == 0) & (torch.isfinite(pivots_K) & (pivots_K > 0)).all()):
+            # LAPACK's matrices lie by columns, `sweep` reads rows: flipped and transposed in memory in one step.
+            return Factor(lower_KK[backward_K[:, None], backward_K], damping * mean, damping, attempts)
         damping *= 10.0
     raise NumericsError(
         f"{name}: the Gram matrix of its inputs is not positive semi-definite: {attempts} factorisations failed, "
@@ -173,125 +185,38 @@ def factorise(gram_KK: Tensor, damping: float, name: str) -> Factor:
     )
 
 
-def _solve(
-    w_NK: Tensor, r_KK: Tensor, order_K: Tensor, importance_K: Tensor, scheme: Scheme, search: tuple[bool, bool]
-) -> tuple[Tensor, Grid]:
-    """Algorithm 1. ``r_KK`` is in the order of the columns, ``importance_K`` in the original one.
-
-    Inside a block the update is left-looking: a column subtracts all earlier errors of its block when its turn
-    comes (one matrix-vector product), which reads the errors once and writes nothing but the column.
-    """
-    mse, signed = search
-    num_rows, num_columns = w_NK.shape
-    size = num_columns if scheme.group_size == -1 else scheme.group_size
-    importance_Gg = groups_of(importance_K, scheme.group_size)
-
-    def find_grid(w_NGg: Tensor, weight_Gg: Tensor) -> Grid:
-        return search_grid(w_NGg, scheme, weight_Gg, signed) if mse else grid_of_range(*range_of(w_NGg), scheme)
-
-    if scheme.activation_order:
-        static = find_grid(groups_of(w_NK, scheme.group_size), importance_Gg)
-        scale_GN, zero_GN = static.scale.t().contiguous(), static.zero.t().contiguous()
-    else:
-        scale_GN = w_NK.new_empty(scheme.num_groups(num_columns), num_rows)
-        zero_GN = torch.empty_like(scale_GN)
-    columns = order_K.tolist()
-    w_KN = w_NK.t()[order_K]  # a copy, one column of the weight per row: contiguous in the inner loop
-    codes_KN = torch.empty_like(w_KN, dtype=torch.uint8)
-    for start in range(0, num_columns, BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, num_columns)
-        error_BN = torch.empty_like(w_KN[start:end])
-        for k in range(start, end):
-            done_BN = error_BN[: k - start]
-            group = columns[k] // size
-            if not scheme.activation_order and k % size == 0:
-                stop = min(k + size, num_columns)
-                current_gN = torch.addmm(w_KN[k:stop], r_KK[start:k, k:stop].t(), done_BN, alpha=-1)
-                grid = find_grid(current_gN.t().unsqueeze(1).contiguous(), importance_K[k:stop].unsqueeze(0))
-                scale_GN[group], zero_GN[group] = grid.scale[:, 0], grid.zero[:, 0]
-            scale_N, zero_N = scale_GN[group], zero_GN[group]
-            w_N = torch.addmv(w_KN[k], done_BN.t(), r_KK[start:k, k], alpha=-1)
-            code_N = encode(w_N, scale_N, zero_N, scheme)
-            codes_KN[k] = code_N
-            error_BN[k - start] = (w_N - (code_N - zero_N) * scale_N) / r_KK[k, k]
-        w_KN[end:].addmm_(r_KK[start:end, end:].t(), error_BN, alpha=-1)
-    codes_NK = torch.empty_like(w_NK, dtype=torch.uint8)
-    codes_NK[:, order_K] = codes_KN.t()
-    return codes_NK, Grid(scale_GN.t().contiguous(), zero_GN.t().contiguous())
+def _solve(w_NK: Tensor, u_KK: Tensor, order_K: Tensor, grid: Grid, scheme: Scheme, kernels: Kernels) -> Tensor:
+    """Codes ``[N, K]`` uint8; ``u_KK`` is in the order of processing, the grid in the original one."""
+    size = w_NK.shape[1] if scheme.group_size == -1 else scheme.group_size
+    w_KN = w_NK.t().index_select(0, order_K)
+    grid_GN = Grid(grid.scale.t().contiguous(), grid.zero.t().contiguous())
+    group_K = (order_K // size).to(torch.int32)
+    power_K = u_KK.diagonal().contiguous()
+    codes_KN = kernels.sweep(w_KN, torch.zeros_like(w_KN), u_KK, power_K, group_K, grid_GN, scheme)
+    original_K = torch.empty_like(order_K)
+    original_K[order_K] = torch.arange(len(order_K), device=order_K.device)
+    return codes_KN.index_select(0, original_K).t().contiguous()
 
 
-def descend(w_NK: Tensor, gram_KK: Tensor, shift: float, codes_NK: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
-    """One pass of cyclic coordinate descent over the codes; returns new codes ``[N, K]`` uint8.
-
-    Each column in turn moves to the codes that minimise ``tr(E H E^T)``, H = gram + shift * I, with all others
-    fixed: the nearest to ``q_k + (E H)_k / H_kk``. The pass never raises that loss.
-    """
-    num_columns = w_NK.shape[1]
-    size = num_columns if scheme.group_size == -1 else scheme.group_size
-    q_KN = _dequantize(codes_NK, grid, scheme).t().contiguous()
-    error_NK = w_NK - q_KN.t()
-    pull_KN = (error_NK @ gram_KK).add_(error_NK, alpha=shift).t().contiguous()  # (E H)^T
-    scale_GN, zero_GN = grid.scale.t().contiguous(), grid.zero.t().contiguous()
-    power_K = (gram_KK.diagonal() + shift).tolist()
-    codes_KN = torch.empty_like(q_KN, dtype=torch.uint8)
-    for start in range(0, num_columns, BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, num_columns)
-        change_BN = torch.empty_like(q_KN[start:end])
-        for k in range(start, end):
-            scale_N, zero_N = scale_GN[k // size], zero_GN[k // size]
-            pull_N = torch.addmv(pull_KN[k], change_BN[: k - start].t(), gram_KK[start:k, k])
-            code_N = encode(pull_N.div_(power_K[k]).add_(q_KN[k]), scale_N, zero_N, scheme)
-            codes_KN[k] = code_N
-            change_BN[k - start] = q_KN[k] - (code_N - zero_N) * scale_N
-        pull_KN[end:].addmm_(gram_KK[end:, start:end], change_BN)
-    return codes_KN.t().contiguous()
-
-
-def refit_scales(w_NK: Tensor, gram_KK: Tensor, shift: float, codes_NK: Tensor, grid: Grid, scheme: Scheme) -> Grid:
-    """Least squares scales for fixed codes: per row, the normal equations ``(C^T H C) ds = C^T H e`` over its groups.
-
-    ``C`` holds the row's centred codes, one column per group; ds is added to the scales, which are rounded again.
-    A row keeps its old scales where the rounded new ones are no better.
-    """
-    num_columns = w_NK.shape[1]
-    num_groups = grid.scale.shape[1]
-    scales: list[Tensor] = []
-    step = max(1, REFIT_ELEMENTS // max(num_groups**2, num_columns))
-    for start in range(0, len(w_NK), step):
-        rows = slice(start, start + step)
-        old = Grid(grid.scale[rows], grid.zero[rows])
-        centred_NGg = groups_of(codes_NK[rows].float(), scheme.group_size) - old.zero.unsqueeze(-1)
-        centred_NK = ungroup(centred_NGg, num_columns)
-        error_NK = w_NK[rows] - _dequantize(codes_NK[rows], old, scheme)
-        pull_NK = (error_NK @ gram_KK).add_(error_NK, alpha=shift)
-        rhs_NG = groups_of(pull_NK * centred_NK, scheme.group_size).sum(-1)
-        normal_NGG = _normal_equations(centred_NK, gram_KK, shift, scheme)
-        ridge_NG = normal_NGG.diagonal(dim1=1, dim2=2) * REFIT_RIDGE
-        unused_NG = ridge_NG == 0  # a group whose codes all mean zero has no say in its scale
-        normal_NGG += torch.diag_embed(ridge_NG + unused_NG)
-        step_NG = torch.linalg.solve(normal_NGG, rhs_NG)
-        new_scale = torch.where(unused_NG, old.scale, round_scale(old.scale + step_NG))
-        new = Grid(new_scale, old.zero)
-        new_error_NK = w_NK[rows] - _dequantize(codes_NK[rows], new, scheme)
-        new_loss_N = output_error(new_error_NK, gram_KK) + shift * new_error_NK.square().sum(1)
-        old_loss_N = (pull_NK * error_NK).sum(1)
-        scales.append(torch.where((new_loss_N < old_loss_N).unsqueeze(1), new_scale, old.scale))
-    return Grid(torch.cat(scales), grid.zero)
-
-
-def _normal_equations(centred_NK: Tensor, gram_KK: Tensor, shift: float, scheme: Scheme) -> Tensor:
-    num_columns = centred_NK.shape[1]
-    size = num_columns if scheme.group_size == -1 else scheme.group_size
-    groups = []
-    for start in range(0, num_columns, size):
-        part_Ng = centred_NK[:, start : start + size]
-        product_NK = part_Ng @ gram_KK[start : start + size]
-        product_NK[:, start : start + size].add_(part_Ng, alpha=shift)
-        groups.append(groups_of(product_NK * centred_NK, scheme.group_size).sum(-1))
-    return torch.stack(groups, dim=1)
-
-
-def _dequantize(codes_NK: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
-    codes_NGg = groups_of(codes_NK.float(), scheme.group_size)
-    # Padding dequantizes to some number, which `ungroup` drops.
-    return ungroup((codes_NGg - grid.zero.unsqueeze(-1)).mul_(grid.scale.unsqueeze(-1)), codes_NK.shape[1])
+def _statistics(w_NK: Tensor, gram_KK: Tensor, linear: QuantizedLinear, factor: Factor) -> GptqStats:
+    step = -(-len(w_NK) // STATISTICS_ROWS)
+    sample = QuantizedLinear(
+        codes_NK=linear.codes_NK[::step],
+        scales_NG=linear.scales_NG[::step],
+        zeros_NG=None if linear.zeros_NG is None else linear.zeros_NG[::step],
+        group_index_K=linear.group_index_K,
+        scheme=linear.scheme,
+    )
+    rows_NK = w_NK[::step]
+    numbers = [
+        output_error(rows_NK, gram_KK).sum(),
+        output_error(rows_NK - sample.dequantize(), gram_KK).sum(),
+        (gram_KK.diagonal() == 0).sum(),
+    ]
+    total, error, dead = torch.stack([number.double() for number in numbers]).tolist()
+    return GptqStats(
+        damping=factor.damping,
+        attempts=factor.attempts,
+        dead_columns=int(dead),
+        relative_error=error / total if total > 0 else 0.0,
+    )

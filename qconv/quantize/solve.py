@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -27,8 +26,8 @@ FP8_CANDIDATES = 16  # scales tried per channel: 8% less KL on SmolLM2-135M than
 
 
 def solve(
-    weights: Mapping[str, Tensor],
-    statistics: Mapping[str, Statistics],
+    weights: dict[str, Tensor],
+    statistics: dict[str, Statistics],
     where: str,
     config: QuantizationConfig,
     scheme: Scheme,
@@ -37,47 +36,52 @@ def solve(
 ) -> dict[str, QuantizedLinear]:
     """Quantizes the float32 weights ``[N, K]`` of one block; names are local, ``where`` completes them in messages.
 
+    Weights and statistics are taken out of their dictionaries, whose memory is free as soon as it can be.
+
     Raises:
         NumericsError: NaN or infinity, or a Gram matrix that no damping makes positive definite.
     """
     match config.resolved_algorithm:
         case "fp8":
             return {
-                name: quantize_per_channel(w, scheme, where + name, num_candidates=FP8_CANDIDATES)
-                for name, w in weights.items()
+                name: quantize_per_channel(weights.pop(name), scheme, where + name, num_candidates=FP8_CANDIDATES)
+                for name in list(weights)
             }
         case "rtn":
-            return {name: rtn(w, scheme, where + name) for name, w in weights.items()}
+            return {name: rtn(weights.pop(name), scheme, where + name) for name in list(weights)}
         case "awq":
-            return {name: _clipped(name, w, statistics, where, scheme) for name, w in weights.items()}
+            return {
+                name: _clipped(weights.pop(name), statistics.pop(name), where + name, scheme) for name in list(weights)
+            }
         case "gptq":
             return _gptq(weights, statistics, where, config, scheme, counts, progress)
 
 
-def _clipped(
-    name: str, w_NK: Tensor, statistics: Mapping[str, Statistics], where: str, scheme: Scheme
-) -> QuantizedLinear:
-    grid = search_block_grid(w_NK, statistics[name].gram_KK, scheme)
-    return rtn(w_NK, scheme, where + name, grid=grid)
+def _clipped(w_NK: Tensor, statistics: Statistics, name: str, scheme: Scheme) -> QuantizedLinear:
+    return rtn(w_NK, scheme, name, grid=search_block_grid(w_NK, statistics.gram_KK, scheme))
 
 
 def _gptq(
-    weights: Mapping[str, Tensor],
-    statistics: Mapping[str, Statistics],
+    weights: dict[str, Tensor],
+    statistics: dict[str, Statistics],
     where: str,
     config: QuantizationConfig,
     scheme: Scheme,
     counts: Counter[str],
     progress: Progress,
 ) -> dict[str, QuantizedLinear]:
+    order = list(weights)
     shared: dict[int, list[str]] = {}
-    for name in weights:
+    for name in order:
         shared.setdefault(id(statistics[name]), []).append(name)
     result: dict[str, QuantizedLinear] = {}
     for names in shared.values():
         label = where + " + ".join(names)
-        stacked_NK = torch.cat([weights[name] for name in names])
-        gram_KK = statistics[names[0]].gram_KK
+        rows = [len(weights[name]) for name in names]
+        parts = [weights.pop(name) for name in names]
+        stacked_NK = parts[0] if len(parts) == 1 else torch.cat(parts)
+        del parts
+        gram_KK, *_ = [statistics.pop(name).gram_KK for name in names]
         order_K = torch.argsort(gram_KK.diagonal(), descending=True, stable=True) if config.desc_act else None
         if order_K is not None:
             stacked_NK, gram_KK = stacked_NK[:, order_K], gram_KK[order_K][:, order_K]
@@ -88,8 +92,9 @@ def _gptq(
         )
         counts["gptq solves with damping raised"] += solved.stats.attempts > 1
         counts["dead input channels"] += solved.stats.dead_columns
-        result |= dict(zip(names, split_rows(linear, [len(weights[name]) for name in names]), strict=True))
-    return {name: result[name] for name in weights}
+        result |= dict(zip(names, split_rows(linear, rows), strict=True))
+        del stacked_NK, gram_KK, solved, linear
+    return {name: result[name] for name in order}
 
 
 def regrouped(linear: QuantizedLinear, order_K: Tensor) -> QuantizedLinear:

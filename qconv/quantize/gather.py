@@ -1,0 +1,116 @@
+"""Statistics of what the linears of one block are given, from one pass over the calibration tokens.
+
+Linears that are called with the same tensor share their statistics. What follows the call of the last linear (its own
+product, often the block's largest) matters to none of them: the first batch tells in which order they are called, and
+later batches end where the last one is.
+
+Dimension legend: B = rows in a batch, S = tokens per row, H = hidden size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from torch import Tensor, nn
+
+from qconv.quantize.activations import Activations
+from qconv.quantize.awq_block import Statistics
+from qconv.quantize.gram import GramAccumulator, check_inputs, no_tokens
+from qconv.skeleton import block_linears
+from qconv.streaming import StreamedModel
+
+
+class _SeenAllError(Exception):
+    """Ends a forward pass in which every linear was called."""
+
+
+def gather(
+    model: StreamedModel,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    names: list[str],
+    hidden: Activations,
+    *,
+    with_mean_abs: bool,
+) -> dict[str, Statistics]:
+    """Runs block ``index``, holding ``tensors``, on all batches; statistics by weight name, one object for each input.
+
+    Args:
+        names: weights of the linears that are wanted.
+
+    Raises:
+        CalibrationError: a linear is never called.
+        NumericsError: NaN or infinity in an input; names its linear.
+    """
+    block = model.build_block(index, tensors)
+    linears = block_linears(block)
+    listener = _Listener(names, model.block_prefix(index), with_mean_abs)
+    for name in names:
+        linears[name.removesuffix(".weight")].register_forward_pre_hook(listener.hook(name))
+    for _, h_BSH in hidden.each():
+        listener.begin()
+        with suppress(_SeenAllError):
+            model.run_block(index, block, h_BSH)
+    return listener.statistics()
+
+
+class _Listener:
+    """Hears of every call of a wanted linear."""
+
+    def __init__(self, names: list[str], prefix: str, with_mean_abs: bool):
+        self._names = names
+        self._prefix = prefix
+        self._with_mean_abs = with_mean_abs
+        self._sums: dict[str, GramAccumulator] = {}
+        self._sharing: dict[str, str] = {}  # linear -> the one whose sums hold its inputs
+        self._inputs: list[tuple[str, weakref.ref[Tensor]]] = []  # of this batch, with who was given each first
+        self._calls: list[str] = []  # of this batch, in order
+        self._num_batches = 0
+        self._order: list[str] = []  # in which the first batch called the linears, if it called each of them once
+
+    def begin(self) -> None:
+        """A batch begins."""
+        if self._num_batches == 1 and sorted(self._calls) == sorted(self._names):
+            self._order = self._calls
+        self._num_batches += 1
+        self._calls = []
+        self._inputs.clear()
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hear(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._calls.append(name)
+            self._add(name, args[0])
+            if self._calls == self._order:  # a batch that calls them otherwise is run to its end
+                raise _SeenAllError
+
+        return hear
+
+    def _add(self, name: str, x: Tensor) -> None:
+        # Weak: an input lives no longer than the block needs it, and a dead one equals no new one.
+        owner = next((other for other, tensor in self._inputs if tensor() is x), None)
+        if owner is None:
+            owner = name
+            self._inputs.append((name, weakref.ref(x)))
+            if self._sharing.setdefault(name, owner) == name:
+                self._sums_of(name, x).add(x)
+        self._sharing.setdefault(name, owner)
+
+    def _sums_of(self, name: str, x: Tensor) -> GramAccumulator:
+        if name not in self._sums:
+            self._sums[name] = GramAccumulator(
+                x.shape[-1], x.device, self._prefix + name, with_mean_abs=self._with_mean_abs
+            )
+        return self._sums[name]
+
+    def statistics(self) -> dict[str, Statistics]:
+        check_inputs(self._sums.values())
+        uncalled = next((name for name in self._names if name not in self._sharing), None)
+        if uncalled is not None:
+            raise no_tokens(self._prefix + uncalled)
+        done = {
+            name: Statistics(sums.gram(), sums.mean_abs() if self._with_mean_abs else None)
+            for name, sums in self._sums.items()
+        }
+        return {name: done[self._sharing[name]] for name in self._names}

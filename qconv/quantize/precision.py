@@ -1,0 +1,23 @@
+"""TF32 for large products whose last bits decide nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def tf32(enabled: bool = True) -> Iterator[None]:
+    """float32 products of matrices on CUDA round their factors to 10 bits of mantissa, which is 8 times as fast.
+
+    Sums stay float32. Does nothing on a CPU. For products that correct or rank something, where a relative error of
+    2^-11 per term moves only what is tied anyway; nowhere else.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
