@@ -23,6 +23,7 @@ from qconv.lineup import Lineup, Views, line_up
 from qconv.progress import Progress
 from qconv.runners import Candidate, Reference
 from qconv.streaming import BlockModel
+from qconv.timeline import TIMELINE
 from qconv.validate.attribution import attribute
 from qconv.validate.compare import CANDIDATE, REFERENCE, Comparison, Observe, compare
 from qconv.validate.gates import Measurement
@@ -111,16 +112,19 @@ def measure_fidelity(
     """
     own = reference_tokenizer(reference)
     folder = own or (candidate.source.folder if candidate else reference.source.folder)
-    rows, documents = evaluation_rows(folder, config)
-    check_vocabulary(rows.ids_TS, reference.merged, folder)
     findings: list[dict[str, Any]] = []
-    if candidate is not None:
-        check_alike(reference, candidate)
-        findings = compare_tokenizers(own, candidate.source.folder, documents) if own else []
+    with TIMELINE.stage("tokenizers"):
+        rows, documents = evaluation_rows(folder, config)
+        check_vocabulary(rows.ids_TS, reference.merged, folder)
+        if candidate is not None:
+            check_alike(reference, candidate)
+            findings = compare_tokenizers(own, candidate.source.folder, documents) if own else []
     lineup = line_up(reference, candidate, config, device)
     comparison, found = _compare(lineup, rows, observe, progress)
+    with TIMELINE.stage("statistics"):
+        facts = _facts(comparison, rows, config, lineup)
     result = Fidelity(
-        facts=_facts(comparison, rows, config, lineup),
+        facts=facts,
         findings=findings + (found or []),
         pairs=comparison.pairs,
         rows=rows,
@@ -146,13 +150,15 @@ def _compare(
     def after_embedding() -> None:
         lineup.read_ahead(0)
         if audit is not None:
-            audit.compare_embedding()
+            with TIMELINE.stage("audit"):
+                audit.compare_embedding()
         lineup.tidy()
 
     def after_block(index: int) -> None:
         lineup.read_ahead(index + 1)
         if audit is not None:
-            audit.block(f"{lineup.layers_name}.{index}.")
+            with TIMELINE.stage("audit"):
+                audit.block(f"{lineup.layers_name}.{index}.")
         lineup.views.forget()
         if index + 1 == lineup.entrants[0].model.num_blocks:
             lineup.tidy()
@@ -169,8 +175,10 @@ def _compare(
             progress=progress,
         )
         if audit is not None:
-            audit.rest()
-            found = audit.findings()
+            with TIMELINE.stage("audit"):
+                audit.rest()
+            with TIMELINE.stage("audit findings"):
+                found = audit.findings()
     except NumericsError as error:
         raise _with_culprit(error, lineup, audit) from error
     finally:

@@ -18,13 +18,15 @@ from qconv.merge import merge
 from qconv.remembered import Remembered
 from qconv.runners import Candidate, Reference, candidate_model, reference_model, streamed
 from qconv.streaming import BlockModel
+from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
 from qconv.validate.compare import CANDIDATE, REFERENCE, Entrant, Pair
 
 CONTROL_SHARE = 10  # one row in so many runs through the controls, unless a gate is about them
 LEAST_CONTROL_ROWS = 4
 LEAST_FLOOR_ROWS = 2
-TOKENS_PER_BATCH = 4096  # keeps a GPU busy; the activations of one batch are what a forward pass needs most
+TOKENS_PER_BATCH = 4096  # the activations of one batch are what a forward pass needs most
+LARGE_GPU_TOKENS, LARGE_GPU_BYTES = 8192, 32_000_000_000  # a fast one waits for the interpreter if it gets less
 _KEPT_BYTES = 2_000_000_000  # models this small stay in memory between passes
 
 
@@ -128,16 +130,18 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
     """Loads or prepares all models; without a candidate, reference and controls alone."""
     keep = _fits(reference, candidate, device)
     views = Views.of(reference, candidate, device)
-    batch = max(1, TOKENS_PER_BATCH // config.seq_len)
+    batch = rows_per_batch(config, device)
     lineup = Lineup(reference=reference, candidate=candidate, device=device, views=views, rows_per_batch=batch)
     for side in (reference, candidate):
         if side is not None:  # while models are prepared
             names = [name for name in side.source.specs() if "embed" in name]
             side.source.read_ahead(names, pin=device.startswith("cuda"))
-    model, lineup.runs[REFERENCE] = reference_model(reference, views.base, device, keep)
+    with TIMELINE.stage("load reference"):
+        model, lineup.runs[REFERENCE] = reference_model(reference, views.base, device, keep)
     lineup.enter(REFERENCE, model, config.rows)
     if candidate is not None and views.stored is not None:
-        other, lineup.runs[CANDIDATE] = candidate_model(candidate, views.stored, device, keep, config.engine)
+        with TIMELINE.stage("load candidate"):
+            other, lineup.runs[CANDIDATE] = candidate_model(candidate, views.stored, device, keep, config.engine)
         lineup.enter(CANDIDATE, other, config.rows)
         lineup.pair("total", REFERENCE, CANDIDATE)
     controls = control_rows(config)
@@ -156,6 +160,14 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
     lineup.enter("floor", model, min(config.rows, max(LEAST_FLOOR_ROWS, controls // 2)), 1 if batch > 1 else 2)
     lineup.pair("floor", REFERENCE, "floor")
     return lineup
+
+
+def rows_per_batch(config: ValidationConfig, device: str) -> int:
+    """Rows that run together; the same on every run of one machine, whatever else its memory holds."""
+    tokens = TOKENS_PER_BATCH
+    if device.startswith("cuda") and torch.cuda.get_device_properties(device).total_memory > LARGE_GPU_BYTES:
+        tokens = LARGE_GPU_TOKENS
+    return max(1, tokens // config.seq_len)
 
 
 def control_rows(config: ValidationConfig) -> int:

@@ -19,6 +19,7 @@ from qconv.progress import Progress
 from qconv.report.document import REPORT_FORMAT, finite
 from qconv.report.terminal import summary
 from qconv.streaming import BlockModel
+from qconv.timeline import TIMELINE
 from qconv.validate import tasks as task_accuracy
 from qconv.validate.fingerprint import file_digests
 from qconv.validate.gates import GateResult, Measurement, count_findings, judge, overall, reasons
@@ -171,22 +172,40 @@ def make_report_folder(folder: Path | None) -> None:
 
 
 class Provenance:
-    """SHA-256 of what was read and made, computed beside the other work (hashing releases the interpreter lock)."""
+    """SHA-256 of what is read and made, computed beside the other work (hashing releases the interpreter lock).
+
+    Use as a context manager: what is not finished when the work ends is given up.
+    """
 
     def __init__(self, folders: Mapping[str, Path | None]):
-        self._folders = {name: folder for name, folder in folders.items() if folder is not None}
         self._digests: dict[str, dict[str, str]] = {}
-        self._error: Exception | None = None
-        # A daemon: a run that ends with an error does not wait until everything is hashed.
-        self._thread = threading.Thread(target=self._hash, name="provenance", daemon=True)
-        self._thread.start()
+        self._errors: list[Exception] = []
+        self._threads: list[threading.Thread] = []
+        self._stop = threading.Event()
+        for name, folder in folders.items():
+            if folder is not None:
+                self.add(name, folder)
 
-    def _hash(self) -> None:
+    def __enter__(self) -> Provenance:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def add(self, name: str, folder: Path, known: Mapping[str, str] | None = None) -> None:
+        """Begins with a folder whose files do not change any more; ``known``: see `file_digests`."""
+        self._digests[name] = {}  # in the order of the report
+        self._threads.append(
+            threading.Thread(target=self._hash, args=(name, folder, known), name=f"provenance-{name}", daemon=True)
+        )
+        self._threads[-1].start()
+
+    def _hash(self, name: str, folder: Path, known: Mapping[str, str] | None) -> None:
         try:
-            for name, folder in self._folders.items():
-                self._digests[name] = file_digests(folder)
+            with TIMELINE.stage("hash"):
+                self._digests[name] = file_digests(folder, self._stop, known)
         except Exception as error:  # raised where the result is asked for
-            self._error = error
+            self._errors.append(error)
 
     def result(self) -> dict[str, dict[str, str]]:
         """The digests by file name.
@@ -194,7 +213,9 @@ class Provenance:
         Raises:
             CheckpointError: a folder cannot be read any more.
         """
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+        with TIMELINE.stage("wait for hashes"):
+            for thread in self._threads:
+                thread.join()
+        if self._errors:
+            raise self._errors[0]
         return self._digests

@@ -1,25 +1,39 @@
 """Settings for a process that is qconv's own, and not that of a program which uses qconv as a library.
 
-`transformers` imports scikit-learn (which imports scipy and pandas) for one metric of assisted generation, and scipy
-for one loss of object detection: seconds at every start, for nothing that is used here.
+A command lasts from the moment that it is typed until the prompt is back, so starting and ending count:
 
-`bitsandbytes` hands a few fallbacks for CPUs to `torch.compile` when it is imported, which imports the whole
-compiler; on a GPU they are never called, and uncompiled they compute the same.
-
-glibc gives large blocks of memory back to the system when they are freed, and gets them back page by page, zeroed. A
-forward pass on a CPU frees and allocates the same large blocks all the time.
+- `transformers` imports scikit-learn (which imports scipy and pandas) for one metric of assisted generation, and scipy
+  for one loss of object detection: seconds at every start, for nothing that is used here (`leave_out_unused`).
+- Importing makes objects that stay. Looking through all of them for garbage, again and again, is a sixth of the time
+  that torch and transformers take to import (`without_collections`).
+- Reading files from the disk and waking a GPU need no interpreter, and importing needs nothing else (`begin`).
+- `bitsandbytes` hands a few fallbacks for CPUs to `torch.compile` when it is imported, which imports the whole
+  compiler; on a GPU they are never called, and uncompiled they compute the same (`import_uncompiled`).
+- glibc gives large blocks of memory back to the system when they are freed, and gets them back page by page, zeroed. A
+  forward pass on a CPU frees and allocates the same large blocks all the time (`keep_freed_memory`).
+- Taking apart thousands of modules and a GPU context, object by object, takes seconds in the end; the system does it at
+  once when a process is gone (`leave`).
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import importlib
+import os
 import sys
-from contextlib import suppress
-from unittest import mock
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
 
 _UNUSED = ("sklearn", "scipy")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+_MANY_MODULES = 50
+_FETCHED_SHARE = 0.5  # of the memory that is available
+_FETCHED_AT_ONCE = 8 << 20
 
 
 _is_own = False
@@ -41,13 +55,107 @@ def allow_again() -> None:
             del sys.modules[name]
 
 
+@contextmanager
+def without_collections(stays: bool = True) -> Iterator[None]:
+    """For imports: no garbage is looked for inside, and what they made is never looked through again.
+
+    Does nothing in somebody else's process.
+
+    Args:
+        stays: whether what is made inside stays; if not, garbage is found in it afterwards, as ever.
+    """
+    if not _is_own or not gc.isenabled():
+        yield
+        return
+    num_modules = len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if stays and len(sys.modules) - num_modules > _MANY_MODULES:
+            gc.freeze()
+        gc.enable()
+
+
+def begin(device: str, folders: Iterable[str | os.PathLike[str] | None] = (), solves: bool = False) -> None:
+    """Imports torch, and starts beside it what the job will wait for; call it before anything that imports torch.
+
+    Does nothing in somebody else's process.
+
+    Args:
+        device: what the job will run on: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"auto"``.
+        folders: models and adapters that it will read; what is not a folder here (a hub id) is passed over.
+        solves: the job will use solvers of linear algebra, which torch loads when the first one is called.
+    """
+    if not _is_own:
+        return
+    found = [Path(folder) for folder in folders if folder is not None and Path(folder).is_dir()]
+    _in_background("qconv-fetch", _fetch, found)
+    with without_collections():
+        import torch  # noqa: F401
+    if device != "cpu":
+        _in_background("qconv-wake-gpu", _wake_gpu, device, solves)
+
+
+def _in_background(name: str, function: object, *arguments: object) -> None:
+    # Daemons: an error elsewhere does not wait for them.
+    threading.Thread(target=function, args=arguments, name=name, daemon=True).start()  # type: ignore[arg-type]
+
+
+def _fetch(folders: Iterable[Path]) -> None:
+    """Has the system read weights into its page cache, as far as memory is free for them.
+
+    By reading them: of what it is advised to read (``POSIX_FADV_WILLNEED``) Linux takes the first pieces only.
+    """
+    buffer = memoryview(bytearray(_FETCHED_AT_ONCE))
+    with suppress(OSError, AttributeError, ValueError):  # no Linux, a file that is gone: it is read later, or not
+        left = int(_FETCHED_SHARE * _available_bytes())
+        for file in sorted(file for folder in folders for file in folder.glob("*.safetensors")):
+            size = min(left, file.stat().st_size)
+            left -= size
+            if size <= 0:
+                return
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                for offset in range(0, size, _FETCHED_AT_ONCE):
+                    os.preadv(handle, [buffer], offset)
+            finally:
+                os.close(handle)
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def _wake_gpu(device: str, solves: bool) -> None:
+    """Creates the context of the GPU and what its libraries need once; the main thread finds all of it there."""
+    with suppress(Exception):  # whatever is wrong with the GPU is told where it is used
+        import torch
+
+        if not torch.cuda.is_available():
+            return
+        ones = torch.eye(16, device="cuda" if device == "auto" else device)
+        ones = ones @ ones  # a cuBLAS handle; it goes back to the pool of handles when this thread ends
+        if solves:
+            torch.linalg.cholesky(ones)
+        torch.cuda.synchronize(ones.device)
+
+
 def import_uncompiled(name: str) -> None:
     """Imports a module without the functions that it would compile; does nothing in somebody else's process."""
     if not _is_own or name in sys.modules:
         return
+    from unittest import mock
+
     import torch
 
-    with mock.patch.object(torch, "compile", lambda model=None, **_: model if model is not None else (lambda f: f)):
+    def not_compiled(model: object = None, **_: object) -> object:
+        return model if model is not None else (lambda function: function)
+
+    with mock.patch.object(torch, "compile", not_compiled), without_collections():
         importlib.import_module(name)
 
 
@@ -57,3 +165,28 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with ``code`` as the interpreter would, without taking apart what is in its memory.
+
+    In the interpreter's own order: threads that are no daemons are waited for, exit functions run, standard streams
+    are flushed. Where one of that fails, or somebody watches (a debugger, a profiler, ``python -i``), the interpreter
+    ends the process itself, with its own messages and code.
+    """
+    if not (_is_watched() or sys.flags.inspect or sys.flags.interactive):
+        # What is missing in another implementation, a reader of ours that is gone, or ctrl-C.
+        with suppress(Exception, KeyboardInterrupt):
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+            os._exit(code)
+    sys.exit(code)
+
+
+def _is_watched() -> bool:
+    monitoring = getattr(sys, "monitoring", None)  # Python 3.12
+    has_tool = monitoring is not None and any(monitoring.get_tool(number) is not None for number in range(6))
+    return has_tool or sys.gettrace() is not None or sys.getprofile() is not None

@@ -26,8 +26,9 @@ from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_bloc
 from qconv.report.document import HTML_NAME, JSON_NAME, MARKDOWN_NAME, write_reports
 from qconv.runners import Candidate, Reference, candidate_model, reference_model
 from qconv.side_files import side_files, tokenizer_folder
-from qconv.skeleton import linear_weights
+from qconv.skeleton import StoredBlocks, linear_weights
 from qconv.streaming import StreamedModel
+from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
 from qconv.work_folder import check_beside, check_inputs, check_output
 from qconv.writer import CheckpointWriter
@@ -43,47 +44,67 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Outcome:
     check_inputs(job.out, [job.base, job.adapter])
     check_beside(job.out, job.report_dir)
     device = resolve_device(job.device)
-    source = open_checkpoint(job.base, job.revision)
-    reference = load_reference(source, job.adapter, job.trained_on)
-    merged = reference.merged
-    linears = linear_weights(merged) if job.quantization else []
-    layout = plan_layout(merged, job.dtype, job.quantization, linears)
-    adapter_folder = resolve_folder(job.adapter) if job.adapter else None
-    tokenizer = tokenizer_folder(source.folder, adapter_folder)
-    _check_before_work(job, reference, merged, tokenizer)
-    calibration = _calibration_rows(job, merged, tokenizer)
+    with TIMELINE.stage("prepare"):
+        source = open_checkpoint(job.base, job.revision)
+        reference = load_reference(source, job.adapter, job.trained_on)
+        merged = reference.merged
+        linears = linear_weights(merged) if job.quantization else []
+        layout = plan_layout(merged, job.dtype, job.quantization, linears)
+        adapter_folder = resolve_folder(job.adapter) if job.adapter else None
+        tokenizer = tokenizer_folder(source.folder, adapter_folder)
+        _check_before_work(job, reference, merged, tokenizer)
+        calibration = _calibration_rows(job, merged, tokenizer)
     for line in describe_plan(job, reference, layout):
         progress.say(line)
     counts: Counter[str] = Counter()
-    with CheckpointWriter(job.out, layout.specs, job.max_shard_bytes, job.overwrite) as writer:
+    with (
+        CheckpointWriter(job.out, layout.specs, job.max_shard_bytes, job.overwrite, with_digests=True) as writer,
+        Provenance(_inputs(reference)) as digests,
+    ):
         writer.write_json("config.json", layout.config)
         for file_name, content in layout.extra_files.items():
             writer.write_json(file_name, content)
         writer.copy_files(side_files(source.folder, adapter_folder))
         blocks = _quantized_blocks(job, merged, layout, calibration, device, counts, progress)
-        write_tensors(writer, merged, layout, blocks, progress)
+        write_tensors(writer, merged, layout, blocks, progress, device)
         writer.finish_tensors()
+        digests.add("candidate", writer.partial, writer.digests)
         facts = stages(job, reference, merged, layout, calibration, counts)
-        document = _judge_output(job, reference, writer.partial, facts, device, progress)
-        write_reports(writer.partial, document, (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
-        writer.write_text("README.md", model_card(document, job, reference))
+        document = _judge_output(job, reference, writer.partial, facts, digests, device, progress)
+        with TIMELINE.stage("report"):
+            write_reports(writer.partial, document, (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
+            writer.write_text("README.md", model_card(document, job, reference))
         folder = job.out
-        if document["verdict"] in ("pass", "not gated"):
-            writer.commit()
-        else:
-            folder = writer.reject()
+        with TIMELINE.stage("publish"):
+            if document["verdict"] in ("pass", "not gated"):
+                writer.commit()
+            else:
+                folder = writer.reject()
     if job.report_dir is not None:
         write_reports(job.report_dir, document)
     return Outcome(document=document, folder=folder)
 
 
+def _inputs(reference: Reference | None) -> dict[str, Path | None]:
+    """The folders of a reference, for their digests."""
+    adapter = None if reference is None else reference.adapter
+    return {
+        "reference": reference.source.folder if reference else None,
+        "adapter": Path(adapter.location) if adapter else None,
+    }
+
+
 def _judge_output(
-    job: MergeJob, reference: Reference, stored: Path, facts: Mapping[str, Any], device: str, progress: Progress
+    job: MergeJob,
+    reference: Reference,
+    stored: Path,
+    facts: Mapping[str, Any],
+    digests: Provenance,
+    device: str,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The report on what was just written, read back from its bytes."""
     command = "merge" if job.adapter else "quantize" if job.quantization else "convert"
-    adapter = Path(reference.adapter.location) if reference.adapter else None
-    digests = Provenance({"reference": reference.source.folder, "adapter": adapter, "candidate": stored})
     config = job.validation
     if config is None:
         return conclude(command, subject(job), device, stages=facts, provenance=digests.result(), progress=progress)
@@ -118,34 +139,28 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Outcome:
         reference = load_reference(open_checkpoint(job.reference), job.adapter, job.trained_on)
         check_rules(reference, config)
     candidate = None if job.candidate is None else load_candidate(job.candidate, job.candidate_adapter)
-    digests = Provenance(
-        {
-            "reference": reference.source.folder if reference else None,
-            "adapter": Path(reference.adapter.location) if reference and reference.adapter else None,
-            "candidate": candidate.source.folder if candidate else None,
-        }
-    )
-    fidelity = _measure(job, reference, candidate, device, progress)
-    tasks = _tasks(reference, candidate, fidelity, config, device, progress) if reference and candidate else []
-    has_merge = fidelity.facts["merge"] is not None
-    has_findings = fidelity.is_audited or any(finding["severity"] == "error" for finding in fidelity.findings)
-    document = conclude(
-        "validate",
-        {
-            "reference": job.reference or f"cached in {job.reference_cache}",
-            "adapter": job.adapter,
-            "candidate": job.candidate,
-            "candidate_adapter": job.candidate_adapter,
-            "target": candidate.view.kind if candidate else None,
-        },
-        device,
-        config=config,
-        fidelity=fidelity,
-        rules=rules_for(candidate, has_merge, config, has_findings) if candidate else (),
-        provenance=digests.result(),
-        tasks=tasks,
-        progress=progress,
-    )
+    with Provenance(_inputs(reference) | {"candidate": candidate.source.folder if candidate else None}) as digests:
+        fidelity = _measure(job, reference, candidate, device, progress)
+        tasks = _tasks(reference, candidate, fidelity, config, device, progress) if reference and candidate else []
+        has_merge = fidelity.facts["merge"] is not None
+        has_findings = fidelity.is_audited or any(finding["severity"] == "error" for finding in fidelity.findings)
+        document = conclude(
+            "validate",
+            {
+                "reference": job.reference or f"cached in {job.reference_cache}",
+                "adapter": job.adapter,
+                "candidate": job.candidate,
+                "candidate_adapter": job.candidate_adapter,
+                "target": candidate.view.kind if candidate else None,
+            },
+            device,
+            config=config,
+            fidelity=fidelity,
+            rules=rules_for(candidate, has_merge, config, has_findings) if candidate else (),
+            provenance=digests.result(),
+            tasks=tasks,
+            progress=progress,
+        )
     if job.report_dir is not None:
         write_reports(job.report_dir, document)
     return Outcome(document=document)
@@ -191,9 +206,15 @@ def _check_before_work(job: MergeJob, reference: Reference, merged: Checkpoint, 
     if job.validation is not None:
         check_rules(reference, job.validation)
         check_vocabulary(evaluation_rows(tokenizer, job.validation)[0].ids_TS, merged, tokenizer)
-    if job.validation is not None or job.quantization is not None:
+    if job.validation is not None or (job.quantization is not None and _stored_blocks(job, merged, "cpu") is None):
         # From headers alone: can this model be run block by block?
         StreamedModel(merged, "cpu", config_dtype(merged.config))
+
+
+def _stored_blocks(job: MergeJob, view: Checkpoint, device: str) -> StoredBlocks | None:
+    """Blocks for a job that looks at their weights alone; None where it has to run them, or to ask transformers."""
+    runs = job.quantization is None or job.quantization.needs_calibration
+    return None if runs else StoredBlocks.of(view, device)
 
 
 def _calibration_rows(job: MergeJob, view: Checkpoint, folder: Path) -> torch.Tensor | None:
@@ -226,8 +247,9 @@ def _quantized_blocks(
         weights=layout.quantized,
         storage=layout.storage,
         model_type=str(view.config.get("model_type")),
+        gpu_memory_limit=job.gpu_memory_limit,
         counts=counts,
     )
-    rows = max(1, (4096 if device == "cpu" else 16384) // job.calibration.seq_len)
-    batches = None if calibration is None else list(torch.split(calibration, rows))
-    yield from quantize_blocks(StreamedModel(view, device, layout.storage), request, batches, progress)
+    # Without calibration no block is run, and stored ones can do what is asked of the model.
+    model = _stored_blocks(job, view, device) or StreamedModel(view, device, layout.storage)
+    yield from quantize_blocks(model, request, calibration, progress)

@@ -1,20 +1,40 @@
-"""The transformers model of a checkpoint, its parameters on the meta device, and what its modules are called."""
+"""The transformers model of a checkpoint, its parameters on the meta device, and what its modules are called.
+
+What the linear layers are called is all that some jobs ask. For the families in `_FAMILIES` it is known here, and
+transformers' modeling code, which takes seconds to import, is left alone: but only where every tensor of the checkpoint
+has a name and shape that such a model has. Of anything else transformers is asked.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qconv.errors import CheckpointError
+from qconv.own_process import without_collections
 from qconv.types import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # values of model_type
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+_last_built: dict[str, nn.Module] = {}
 
 
 def model_config(view: Checkpoint) -> PreTrainedConfig:
@@ -23,7 +43,8 @@ def model_config(view: Checkpoint) -> PreTrainedConfig:
     Raises:
         CheckpointError: an unknown architecture, or values that it refuses.
     """
-    from transformers import AutoConfig
+    with without_collections():
+        from transformers import AutoConfig
 
     fields = {key: value for key, value in view.config.items() if key != "quantization_config"}
     with _blamed_on_config(view):
@@ -36,14 +57,23 @@ def text_config(view: Checkpoint) -> PreTrainedConfig:
 
 
 def build_skeleton(view: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """The transformers model of a checkpoint's config, its parameters on the meta device."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    """The transformers model of a checkpoint's config, its parameters on the meta device.
+
+    A copy of the one that was built last, where config and dtype are the same: the models of a comparison are alike.
+    """
+    with without_collections():
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
 
     config = model_config(view)
-    with _blamed_on_config(view), init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model
+    key = f"{dtype} {config.to_json_string(use_diff=False)}"
+    if key not in _last_built:
+        # The code of the family is imported when its model is built.
+        with without_collections(), _blamed_on_config(view), init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        _last_built.clear()
+        _last_built[key] = model
+    return copy.deepcopy(_last_built[key])
 
 
 @contextmanager
@@ -77,15 +107,113 @@ def linear_weights(view: Checkpoint) -> list[str]:
     Raises:
         CheckpointError: transformers cannot build the architecture, or the view has not all of them.
     """
+    blocks = StoredBlocks.of(view)
+    if blocks is not None:
+        return blocks.linears
     model = build_skeleton(view, torch.bfloat16)
     layers_name, _ = find_blocks(model, view.location)
-    names = [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(layers_name + ".")
-    ]
+    names = [f"{name}.weight" for name in _linear_modules(model) if name.startswith(layers_name + ".")]
     _check_names(names, model, view)
     return names
+
+
+def other_linears(view: Checkpoint, linears: Collection[str]) -> list[str]:
+    """Modules of all `nn.Linear` whose weights are not among ``linears``, in the model's order."""
+    blocks = StoredBlocks.of(view)
+    if blocks is not None:
+        modules = [name.removesuffix(".weight") for name in blocks.linears] + ["lm_head"]
+    else:
+        modules = _linear_modules(build_skeleton(view, torch.bfloat16))
+    return [name for name in modules if f"{name}.weight" not in linears]
+
+
+def _linear_modules(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+class StoredBlocks:
+    """The decoder blocks of a checkpoint of a known family: their linear weights, and nothing to run.
+
+    It stands in for a `StreamedModel` where only weights are looked at.
+
+    Attributes:
+        linears: as `linear_weights` gives them.
+    """
+
+    def __init__(self, view: Checkpoint, num_blocks: int, roles: list[str], device: str):
+        self.view = view
+        self.device = device
+        self.num_blocks = num_blocks
+        self._roles = roles
+        self.linears = [self.block_prefix(index) + role for index in range(num_blocks) for role in roles]
+
+    @staticmethod
+    def of(view: Checkpoint, device: str = "cpu") -> StoredBlocks | None:
+        """None where the family is not known here, or has not exactly these tensors."""
+        config = view.config
+        shapes = _family_shapes(config)
+        if shapes is None:
+            return None
+        num_blocks, width = config["num_hidden_layers"], config["hidden_size"]
+        expected = {"model.embed_tokens.weight": (config["vocab_size"], width), "model.norm.weight": (width,)}
+        for index in range(num_blocks):
+            expected |= {f"model.layers.{index}.{role}": shape for role, shape in shapes.items()}
+        found = {name: spec.shape for name, spec in view.specs().items()}
+        if not config.get("tie_word_embeddings", False) or "lm_head.weight" in found:
+            expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+        if found != expected:
+            return None
+        return StoredBlocks(view, num_blocks, [role for role in shapes if len(shapes[role]) == 2], device)
+
+    def block_prefix(self, index: int) -> str:
+        return f"model.layers.{index}."
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """The linear weights of one block by their name inside the block, in the view's own dtypes."""
+        prefix = self.block_prefix(index)
+        return {role: self.view.read(prefix + role, self.device) for role in self._roles}
+
+
+def _family_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the tensors of one block by their name inside it, linears in the model's order; None = not known."""
+    family = config.get("model_type")
+    sizes = [config.get(key) for key in _SIZES]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not (
+        family in _FAMILIES
+        and all(isinstance(size, int) and size > 0 for size in sizes)
+        and isinstance(rope, Mapping)
+        and rope.get("rope_type", rope.get("type", "default")) in _ROPE_TYPES
+    ):
+        return None  # or nothing that transformers would take: it says what is wrong
+    hidden, inner, _, heads, groups, _ = (int(size) for size in sizes if size is not None)
+    width = config.get("head_dim")
+    if width is None and family != "qwen3":  # whose default is a number
+        width = hidden // heads
+    if not isinstance(width, int):
+        return None
+    linears: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (heads * width, hidden),
+        "self_attn.k_proj": (groups * width, hidden),
+        "self_attn.v_proj": (groups * width, hidden),
+        "self_attn.o_proj": (hidden, heads * width),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    names = list(linears)
+    biased = names[:3] if family == "qwen2" else []
+    if family in ("llama", "qwen3") and config.get("attention_bias"):
+        biased = names[:4]
+    if family == "llama" and config.get("mlp_bias"):
+        biased = biased + names[4:]
+    norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    if family == "qwen3":
+        norms |= {"self_attn.q_norm": (width,), "self_attn.k_norm": (width,)}
+    return {
+        **{f"{name}.weight": shape for name, shape in {**linears, **norms}.items()},
+        **{f"{name}.bias": linears[name][:1] for name in biased},
+    }
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,14 @@ def test_the_gpu_gives_what_the_cpu_gives(
     if target in ("awq", "gptq", "w4a16"):
         return  # calibrated codes follow the last bits of the activations; what must agree is the distance above
     stored = {device: dequantize(open_checkpoint(tmp_path / device)) for device in ("cpu", "cuda")}
+    # float32 sums in another order: now and then a number lies on the other side of where the storage dtype rounds.
+    spacing = 2.0**-7 if target is None else 2.0**-3
+    num_different = 0
     for name in stored["cpu"].specs():
         a, b = (stored[device].read(name).float() for device in ("cpu", "cuda"))
-        assert float((a - b).norm() / a.norm().clamp_min(1e-9)) < 1e-6
+        assert bool(((a - b).abs() <= spacing * a.abs()).all()), name
+        num_different += int((a != b).sum())
+    assert num_different < 1e-5 * sum(prod(spec.shape) for spec in stored["cpu"].specs().values())
 
 
 def test_streamed_reference_agrees_with_bitsandbytes_kernels(tiny_nf4: Path, tiny_adapter: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -629,3 +630,9 @@ def test_file_digests_are_sha256(folders, tmp_path):
     assert set(file_digests(folders[1])) == {"adapter_config.json", "adapter_model.safetensors", "qconv-train.json"}
     with pytest.raises(CheckpointError):
         file_digests(tmp_path / "absent")
+    known = file_digests(folders[0], known={"model.safetensors": "made before", "another.safetensors": "of nobody"})
+    assert known == file_digests(folders[0]) | {"model.safetensors": "made before"}
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(CheckpointError, match="given up"):
+        file_digests(folders[0], stop)

@@ -125,15 +125,19 @@ def _judge_pairs(
 ) -> set[str]:
     """Linears whose input channels another one's rows take back; both members of every such pair."""
     consumed: set[str] = set()
+    inputs: dict[tuple[str, int], list[Scales]] = {}  # by producer and number of inputs
     for linear in linears:
         column = columns[linear.name]
         if linear.name in norms:
             continue
         partners: list[tuple[float, TensorAudit, float]] = []
         for producer in linears:
-            if producer is linear or producer.name in consumed:
+            if producer is linear or producer.name in consumed or not _may_be_pair(linear, producer, column):
                 continue
-            for row in _as_inputs(rows[producer.name], len(column), config):
+            key = (producer.name, len(column))
+            if key not in inputs:
+                inputs[key] = _as_inputs(rows[producer.name], len(column), config)
+            for row in inputs[key]:
                 if _is_pair(linear, producer, column, row):
                     partners.append(((column + row).spread(), producer, (column + row).factor()))
         if partners:
@@ -144,6 +148,11 @@ def _judge_pairs(
             verdict.imbalance[producer.name] = 1.0
             consumed |= {linear.name, producer.name}
     return consumed
+
+
+def _may_be_pair(linear: TensorAudit, producer: TensorAudit, column: Scales) -> bool:
+    """What `_is_pair` needs in any case; told without looking at the producer's rows."""
+    return _is_folded(linear) or _is_folded(producer) or abs(column.factor() - 1) > EVEN_FACTOR
 
 
 def _is_pair(linear: TensorAudit, producer: TensorAudit, column: Scales, row: Scales) -> bool:

@@ -37,6 +37,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 # harm: scales count as somebody's work only where they match a neighbour's, or explain much more.
 FOLD_GAIN = 0.05
 LOST_SCALE = 1e-3  # AWQ divides the rows before an outlier channel by 30 and more
+_NEAREST = ("ya", "yy", "mismatch", "yd")
 SAME_AS_NEAREST = 0.05  # one value in 5000 a step off: what another order of summation can move across a threshold
 
 
@@ -48,6 +49,9 @@ class Channels:
     row_N: Tensor
     column_error_K: Tensor
     row_error_N: Tensor
+
+    def to_host(self) -> Channels:
+        return Channels(**{name: tensor.cpu() for name, tensor in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,6 +115,7 @@ def measure(stored: Stored, expected: Tensor, base: Tensor | None) -> Fit:
     if not is_nearest and _gain_of_channels(sums, plain.rest) > FOLD_GAIN:
         folded = _fit_channels(stored, expected)
         folded_sums, folded_nearest = _gather(stored, expected, base, folded)
+        folded = folded.to_host()
         regression = regress(folded_sums)
         if regression.rest < (1 - FOLD_GAIN) * plain.rest:
             left = _separate_channels(folded_sums)
@@ -134,10 +139,10 @@ def _chunks(tensor: Tensor) -> Iterator[slice]:
 def _gather(
     stored: Stored, expected: Tensor, base: Tensor | None, channels: Channels | None
 ) -> tuple[Sums, dict[str, float] | None]:
-    """The sums for the candidate, and the totals for the expected weight rounded to the candidate's grid."""
+    """On the host: the sums for the candidate, and totals for the expected weight rounded to the candidate's grid."""
     num_rows, num_columns = expected.shape
     sums = Sums(num_rows, num_columns, base is not None, expected.device)
-    nearest = dict.fromkeys(("ya", "yy", "yd", "mismatch"), 0.0) if stored.nearest_is_known else None
+    totals = torch.zeros(len(_NEAREST), dtype=torch.float64, device=expected.device)
     for rows in _chunks(expected):
         a = expected[rows]
         d = None if base is None else a - base[rows].float()
@@ -147,15 +152,16 @@ def _gather(
             d = None if d is None else d.mul_(factor)
         y = stored.values(rows).sub_(a)
         sums.add(rows, a=a, y=y, **({} if d is None else {"d": d}))
-        if nearest is None:
+        if not stored.nearest_is_known:
             continue
         z = stored.nearest(a, rows).sub_(a)
-        nearest["ya"] += float((z * a).sum(dtype=torch.float64))
-        nearest["yy"] += float((z * z).sum(dtype=torch.float64))
-        nearest["mismatch"] += float(y.sub_(z).square_().sum(dtype=torch.float64))
+        totals[0] += (z * a).sum(dtype=torch.float64)
+        totals[1] += (z * z).sum(dtype=torch.float64)
+        totals[2] += y.sub_(z).square_().sum(dtype=torch.float64)
         if d is not None:
-            nearest["yd"] += float(z.mul_(d).sum(dtype=torch.float64))
-    return sums, nearest
+            totals[3] += z.mul_(d).sum(dtype=torch.float64)
+    sums.to_host()
+    return sums, dict(zip(_NEAREST, totals.tolist(), strict=True)) if stored.nearest_is_known else None
 
 
 def _separate_channels(sums: Sums) -> Channels:
@@ -210,9 +216,9 @@ def _fit_channels(stored: Stored, expected: Tensor, num_rounds: int = 3) -> Chan
             top_n = (stored.values(rows) * a).sum(1)
             row_N[rows] = torch.where(bottom_n > 0, top_n / bottom_n.clamp_min(1e-30), 1.0)
         middle = row_N.median()
-        if float(middle) != 0:
-            row_N /= middle
-            column_K = column_K * middle
+        middle = torch.where(middle == 0, 1.0, middle)
+        row_N /= middle
+        column_K = column_K * middle
     nothing = torch.zeros_like
     return Channels(column_K=column_K, row_N=row_N, column_error_K=nothing(column_K), row_error_N=nothing(row_N))
 
@@ -254,7 +260,7 @@ def _fit(
         coefficient=1 + regression.beta / scale if is_seen else None,
         coefficient_error=regression.beta_error / abs(scale) if is_seen else None,
         nearest_coefficient=nearest_coefficient if is_seen else None,
-        channels=Channels(**{name: tensor.cpu() for name, tensor in vars(channels).items()}),
+        channels=channels,
         is_folded=fold_gain > 0,
         fold_gain=fold_gain,
         lost_rows=_lost(channels.row_N, sums.row["aa"]),

@@ -29,6 +29,13 @@ class Sums:
             self.row[pair][rows] = product.sum(1).double()
             self.column[pair] += product.sum(0)
 
+    def to_host(self) -> None:
+        """Brings what was added to the host at once: what follows asks for many single numbers, and waits for each."""
+        self.row, self.column = (
+            dict(zip(self.pairs, torch.stack(list(part.values())).cpu().unbind(), strict=True))
+            for part in (self.row, self.column)
+        )
+
     def total(self, pair: str) -> float:
         return float(self.row[pair].sum())
 
@@ -53,6 +60,7 @@ def solve(aa: float, ad: float, dd: float, ya: float, yd: float) -> tuple[float,
 
 
 def regress(sums: Sums) -> Regression:
+    """From sums on the host."""
     aa, ya, yy = (sums.total(pair) for pair in ("aa", "ya", "yy"))
     has_update = "dd" in sums.pairs
     ad, dd, yd = (sums.total(pair) if has_update else 0.0 for pair in ("ad", "dd", "yd"))
@@ -81,5 +89,5 @@ def _clustered_errors(
         if size > 1:
             scores.append(part["yd"] - alpha * part["ad"] - beta * part["dd"])
         stacked = torch.stack(scores)
-        variance = variance + (bread @ (stacked @ stacked.T).cpu() @ bread).diagonal()
+        variance = variance + (bread @ (stacked @ stacked.T) @ bread).diagonal()
     return tuple(float(v) ** 0.5 for v in torch.maximum(variance, independent.diagonal()))

@@ -9,6 +9,7 @@ Dimension legend: K = channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,6 +64,10 @@ class Scales:
 
     def middle(self) -> float:
         """The weighted median: half of the weight lies on either side."""
+        return self._middle
+
+    @cached_property
+    def _middle(self) -> float:  # asked for again and again, and nearly all that judging scales costs
         if not len(self):
             return 0.0
         order = self.log_K.argsort()

@@ -24,10 +24,12 @@ from qconv.corpus import TokenRows
 from qconv.errors import NumericsError
 from qconv.progress import QUIET, Progress
 from qconv.streaming import BlockModel
+from qconv.timeline import TIMELINE
 from qconv.validate.distribution import Distribution
 from qconv.validate.statistics import PairStatistics, compare_distributions
 
 _CHUNK_BYTES = {"cpu": 13_000_000, "cuda": 128_000_000}  # float32 logits that are worked on together
+_ROW_BYTES = 600_000_000  # ... of two models on a GPU, where statistics go through the vocabulary in pieces
 _HEAD_BYTES = 1_000_000_000  # output embeddings that may be in memory together
 
 Observe = Callable[[Mapping[str, Distribution], Tensor], None]
@@ -152,22 +154,26 @@ def compare(
     """
     runners = [_Runner(entrant) for entrant in entrants]
     for runner in runners:
-        runner.begin(rows.ids_TS)
+        with TIMELINE.stage("embed"):
+            runner.begin(rows.ids_TS)
     if after_embedding is not None:
         after_embedding()
     num_blocks = entrants[0].model.num_blocks
     blocks = []
     for index in progress.track(range(num_blocks), "validate", num_blocks):
         for runner in runners:
-            runner.step(index)
+            with TIMELINE.stage(f"blocks: {runner.name}"):
+                runner.step(index)
         if len(runners) > 1 and runners[1].name == CANDIDATE:
-            blocks.append(_block_error(index, runners[0], runners[1]))
+            with TIMELINE.stage("block errors"):
+                blocks.append(_block_error(index, runners[0], runners[1]))
         if after_block is not None:
             after_block(index)
     by_name = {runner.name: runner for runner in runners}
     tables = {pair.name: PairStatistics(pair.name) for pair in pairs}
     for group in _groups(pairs, by_name):
-        _compare_logits(group, by_name, rows, tables, observe if pairs[0] in group else None)
+        with TIMELINE.stage("logits"):
+            _compare_logits(group, by_name, rows, tables, observe if pairs[0] in group else None)
         later = {name for pair in pairs[len(group) :] for name in (pair.reference, pair.other)}
         num_rows = max((by_name[name].entrant.num_rows for name in later if name not in WHOLE), default=0)
         for name in WHOLE & by_name.keys():
@@ -183,10 +189,12 @@ def run_candidate(
     runner.begin(rows.ids_TS)
     num_blocks = entrant.model.num_blocks
     for index in progress.track(range(num_blocks), "validate", num_blocks):
-        runner.step(index)
+        with TIMELINE.stage(f"blocks: {runner.name}"):
+            runner.step(index)
     head = entrant.model.head()
-    for row in range(entrant.num_rows):
-        visit(row, head(runner.row(row))[0, :-1])
+    with TIMELINE.stage("logits"):
+        for row in range(entrant.num_rows):
+            visit(row, head(runner.row(row))[0, :-1])
 
 
 def position_chunks(logits_TV: Tensor) -> list[slice]:
@@ -204,12 +212,16 @@ def slices(num: int, size: int) -> list[slice]:
 
 
 def _block_error(index: int, reference: _Runner, candidate: _Runner) -> BlockError:
-    parts = []  # squares of each row: noise, signal, the candidate's own; not read before all are queued
+    parts = []  # norms of each row: noise, signal, the candidate's own; not read before all are queued
     for r_BSH, c_BSH in zip(reference.hidden, candidate.hidden, strict=True):
+        if r_BSH.is_cuda:  # all rows of a batch at once: every call costs time
+            r, c = r_BSH.float(), c_BSH.to(r_BSH.device).float()
+            parts.append(torch.stack([torch.linalg.vector_norm(x, dim=(1, 2)) for x in (c - r, r, c)], dim=1))
+            continue
         for r_SH, c_SH in zip(r_BSH, c_BSH, strict=True):
-            r, c = r_SH.float(), c_SH.to(r_SH.device).float()
-            parts.append(torch.stack([torch.linalg.vector_norm(x) for x in (c - r, r, c)]))
-    noise, signal, own = torch.stack(parts).double().square().sum(0).tolist()
+            r, c = r_SH.float(), c_SH.float()
+            parts.append(torch.stack([torch.linalg.vector_norm(x) for x in (c - r, r, c)])[None])
+    noise, signal, own = torch.cat(parts).double().square().sum(0).tolist()
     if not noise < inf or not signal < inf:
         culprit = reference.name if not signal < inf else candidate.name
         raise NumericsError(f"the hidden states of the {culprit} after block {index} are not finite")
@@ -242,11 +254,15 @@ def _compare_logits(
     device = next(iter(models)).device
     seen = {name: runners[name].entrant.num_rows for name in names}
     num_rows = max(min(seen[pair.reference], seen[pair.other]) for pair in pairs)
+    size = None  # a whole row: on CPU that is fastest, and memory is not what is short
+    if device.startswith("cuda"):
+        vocab_size = heads[names[0]](runners[names[0]].row(0)[:, :1]).shape[-1]
+        size = _positions_at_once(vocab_size, len(names), observe is not None)
     with _workers(device) as pool:
         for row in range(max(seen.values()) if observe is not None else num_rows):
             present = {name: (heads[name], runners[name].row(row)) for name in names if row < seen[name]}
             targets_T = rows.ids_TS[row, 1:].to(device)
-            measured = pool(partial(_measure_chunk, targets_T, pairs), _logit_chunks(present, device))
+            measured = pool(partial(_measure_chunk, targets_T, pairs), _logit_chunks(present, device, size))
             for part, distributions, columns in measured:
                 if observe is not None:
                     observe(distributions, targets_T[part])
@@ -254,15 +270,25 @@ def _compare_logits(
                     tables[name].add(values, rows.documents_TS[row, 1:][part], row)
 
 
-def _logit_chunks(present: Mapping[str, tuple[Head, Tensor]], device: str) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-    """Logits of a few positions of one row at a time, by entrant; the last position has no next token."""
-    first_head, first_BSH = next(iter(present.values()))
-    num = first_BSH.shape[1] - 1
-    if device.startswith("cuda"):
-        for part in slices(num, chunk_size(first_head(first_BSH[:, :1])[0])):
+def _positions_at_once(vocab_size: int, num_models: int, are_observed: bool) -> int:
+    """On a GPU; an observer makes log-probabilities and more of the same size from the logits."""
+    num_bytes = _CHUNK_BYTES["cuda"] if are_observed else _ROW_BYTES // max(1, num_models - 1)
+    return max(1, num_bytes // (4 * vocab_size))
+
+
+def _logit_chunks(
+    present: Mapping[str, tuple[Head, Tensor]], device: str, size: int | None
+) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """Logits of some positions of one row at a time, by entrant; the last position has no next token.
+
+    Args:
+        size: positions at a time; None = all.
+    """
+    num = next(iter(present.values()))[1].shape[1] - 1
+    if size is not None:
+        for part in slices(num, size):
             yield part, {name: head(h_BSH[:, part])[0].to(device) for name, (head, h_BSH) in present.items()}
         return
-    # On CPU a whole row at once is faster, and memory is not what is short.
     logits = {name: head(h_BSH)[0, :-1].to(device) for name, (head, h_BSH) in present.items()}
     for part in position_chunks(next(iter(logits.values()))):
         yield part, {name: logits_TV[part] for name, logits_TV in logits.items()}

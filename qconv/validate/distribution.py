@@ -19,7 +19,7 @@ from qconv.errors import NumericsError
 
 TOP = 5  # tokens whose overlap is the top-k agreement
 _BLOCK = 128
-_PIECE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}  # of one float32 temporary; five of them are in use
+_PIECE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}  # of one float32 temporary; five of them are in use
 
 
 class Distribution:

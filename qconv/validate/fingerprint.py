@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +110,26 @@ def candidate_fingerprint(
     }
 
 
-def file_digests(folder: str | Path) -> dict[str, str]:
+def file_digests(
+    folder: str | Path, stop: threading.Event | None = None, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """SHA-256 (hex) of every file of a model or adapter folder that a reader of it uses, by file name.
 
+    Args:
+        stop: given up as soon as this is set.
+        known: digests by file name that were made while the files were written; these are not read again.
+
     Raises:
-        CheckpointError: neither a model nor an adapter folder, or a malformed one.
+        CheckpointError: neither a model nor an adapter folder, a malformed one, or given up.
     """
     folder = Path(folder)
     is_adapter = (folder / "adapter_config.json").is_file()
     files = _adapter_files(open_adapter_files(folder)) if is_adapter else _model_files(open_checkpoint(folder))
     others = [folder / name for name in _OTHERS if (folder / name).is_file()]
-    return _hash_files([*files, *tokenizer_files(folder), *others])
+    digests = dict(known or {})
+    names = [*files, *tokenizer_files(folder), *others]
+    digests |= _hash_files([file for file in names if file.name not in digests], stop)
+    return {file.name: digests[file.name] for file in names}
 
 
 def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], skip: Collection[str] = ()) -> None:
@@ -224,20 +235,23 @@ def _template_digest(folders: Iterable[str | Path]) -> str | None:
     return None
 
 
-def _hash_files(files: Iterable[Path]) -> dict[str, str]:
+def _hash_files(files: Iterable[Path], stop: threading.Event | None = None) -> dict[str, str]:
     """Digests by file name; files are hashed side by side, which hashlib allows outside the interpreter's lock."""
     paths = list(files)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        return dict(zip([path.name for path in paths], pool.map(_sha256, paths), strict=True))
+        digests = pool.map(partial(_sha256, stop=stop), paths)
+        return dict(zip([path.name for path in paths], digests, strict=True))
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: Path, stop: threading.Event | None = None) -> str:
     try:
         digest = hashlib.sha256()
         # Large pieces: each hand-over of the interpreter lock can hold up the thread that does the work.
         buffer = bytearray(_BUFFER_BYTES)
         with open(file, "rb", buffering=0) as handle:
             while size := handle.readinto(buffer):
+                if stop is not None and stop.is_set():
+                    raise CheckpointError(f"{file}: reading it was given up")
                 digest.update(memoryview(buffer)[:size])
         return digest.hexdigest()
     except OSError as error:

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from qconv.errors import CheckpointError
-from qconv.own_process import import_uncompiled
+from qconv.own_process import import_uncompiled, without_collections
 from qconv.progress import quiet_libraries
 from qconv.skeleton import find_blocks
 from qconv.streaming import BlockModel
+from qconv.timeline import TIMELINE
 from qconv.types import BnbKind
 
 MEMORY_SHARE = 0.6  # of the free device memory that the resident reference may take
@@ -71,12 +72,14 @@ def load_resident(base: Path, adapter: Path | None, kind: BnbKind, is_quantized:
         adapter: PEFT adapter folder, or None.
         kind: how training saw the base.
     """
-    import_uncompiled("bitsandbytes")
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    with TIMELINE.stage("import libraries"), without_collections():
+        import_uncompiled("bitsandbytes")
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if is_quantized else {"quantization_config": bnb_config(base, kind)}
-    with quiet_libraries():
+    # Both libraries make hundreds of thousands of small objects on the way.
+    with quiet_libraries(), without_collections(stays=False):
         model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", device_map={"": device}, **options)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
