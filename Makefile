@@ -28,11 +28,11 @@ $(STAMP): constraints.txt pyproject.toml Makefile
 demo: setup  ## train a small adapter, merge, re-quantize, validate (minutes, CPU)
 	$(BIN)/qconv demo
 
-test: $(VENV)/.eval check  ## setup, then all checks
+test: $(VENV)/.test check  ## setup, then all checks
 
-# lm-evaluation-harness is large, and only the tests of task accuracy need it.
-$(VENV)/.eval: $(STAMP) constraints-eval.txt
-	$(BIN)/python -m pip install --quiet --no-deps --requirement constraints-eval.txt
+# Large, and only some of the tests need it.
+$(VENV)/.test: $(STAMP) constraints-test.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement constraints-test.txt
 	@touch $@
 
 check:  ## format, lint, types, import layers, tests

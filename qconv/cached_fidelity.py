@@ -22,7 +22,7 @@ from qconv.corpus import TokenRows
 from qconv.errors import CheckpointError, UsageError
 from qconv.evaluation import empty_facts, evaluation_rows, reference_tokenizer
 from qconv.fidelity import Fidelity, add_effect, audit_all, measure_fidelity
-from qconv.lineup import TOKENS_PER_BATCH
+from qconv.lineup import rows_per_batch
 from qconv.progress import Progress
 from qconv.report.document import finite
 from qconv.runners import Candidate, Reference, candidate_model
@@ -144,7 +144,9 @@ def measure_cached(
         )
     _check_same(cache, reference, candidate, config)
     model, runs = candidate_model(candidate, candidate.view, device, False, config.engine)
-    entrant = Entrant(name="candidate", model=model, num_rows=len(rows.ids_TS), rows_per_batch=_batch(config))
+    entrant = Entrant(
+        name="candidate", model=model, num_rows=len(rows.ids_TS), rows_per_batch=rows_per_batch(config, device)
+    )
     pair = PairStatistics("total")
     lower_bounds: list[Tensor] = []
 
@@ -272,7 +274,3 @@ def _evaluation(reference: Reference | None, config: ValidationConfig) -> dict[s
         evaluation["dtype"] = str(config_dtype(reference.base.config)).removeprefix("torch.")
         evaluation["trained_on"] = reference.kind
     return evaluation
-
-
-def _batch(config: ValidationConfig) -> int:
-    return max(1, TOKENS_PER_BATCH // config.seq_len)
