@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import qconv.quantize.gptq
 from qconv.errors import NumericsError, SchemeError, UsageError
 from qconv.quantize.gptq import factorise, gptq
 from qconv.quantize.gram import output_error
@@ -83,7 +84,9 @@ def test_codes_are_those_of_algorithm_1(bits: int, symmetric: bool, activation_o
     assert int((q.codes_NK != codes)[~flipped_rows_N].sum()) <= 2  # of 9216
 
 
-def test_factor_is_the_inverse_of_the_one_in_the_paper() -> None:
+@pytest.mark.parametrize("columns_at_once", [1024, 192, 100, 64, 1])
+def test_factor_is_the_inverse_of_the_one_in_the_paper(columns_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qconv.quantize.gptq, "FACTOR_COLUMNS", columns_at_once)
     _, gram_KK = problem()
     order_K = torch.randperm(len(gram_KK), generator=torch.Generator().manual_seed(1))
     factor = factorise(gram_KK, 0.01, "w", order_K)
@@ -94,6 +97,15 @@ def test_factor_is_the_inverse_of_the_one_in_the_paper() -> None:
     assert torch.equal(factor.u_KK, factor.u_KK.triu())
     assert float(factor.shift) == pytest.approx(0.01 * float(gram_KK.diagonal().mean()))
     assert factor.attempts == 1
+
+
+@pytest.mark.parametrize("place", [0, 50, 191])
+def test_a_matrix_that_is_not_positive_is_seen_in_whatever_block(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qconv.quantize.gptq, "FACTOR_COLUMNS", 64)
+    _, gram_KK = problem()
+    gram_KK[place, place] = -20.0 * float(gram_KK.diagonal().mean())
+    with pytest.raises(NumericsError, match="not positive semi-definite"):
+        factorise(gram_KK, 0.01, "w", torch.arange(192))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -45,6 +45,7 @@ DAMPING = 0.03
 MAX_DAMPING = 10.0
 REFINE_PASSES = 1
 STATISTICS_ROWS = 1024
+FACTOR_COLUMNS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +154,6 @@ def _check_inputs(w_NK: Tensor, gram_KK: Tensor, name: str) -> None:
 def factorise(gram_KK: Tensor, damping: float, name: str, order_K: Tensor) -> Factor:
     """The upper triangular factor of the damped Gram matrix, its rows and columns in ``order_K``.
 
-    With J the flip of all columns, ``J H J = L L^T`` gives ``H = U U^T`` for ``U = J L J``: one Cholesky factorisation.
-
     Raises:
         UsageError: damping is not positive.
         NumericsError: not positive definite even with ten times the mean diagonal added.
@@ -164,25 +163,46 @@ def factorise(gram_KK: Tensor, damping: float, name: str, order_K: Tensor) -> Fa
     diagonal_K = gram_KK.diagonal()
     num_live = (diagonal_K != 0).sum()
     mean = torch.where(num_live > 0, diagonal_K.sum() / num_live.clamp_min(1), 1.0)
-    flipped_K = order_K.flip(0)
-    backward_K = torch.arange(len(order_K) - 1, -1, -1, device=order_K.device)
     attempts = 0
     while damping <= MAX_DAMPING:
         attempts += 1
-        flipped_KK = gram_KK[flipped_K[:, None], flipped_K]
-        flipped_KK.diagonal().add_(damping * mean)
-        lower_KK, info = torch.linalg.cholesky_ex(flipped_KK)
-        del flipped_KK
-        # A finite, positive diagonal bounds every other entry of its row.
-        pivots_K = lower_KK.diagonal()
-        if bool((info == 0) & (torch.isfinite(pivots_K) & (pivots_K > 0)).all()):
-            # LAPACK's matrices lie by columns, `sweep` reads rows: flipped and transposed in memory in one step.
-            return Factor(lower_KK[backward_K[:, None], backward_K], damping * mean, damping, attempts)
+        u_KK = gram_KK[order_K[:, None], order_K]
+        u_KK.diagonal().add_(damping * mean)
+        if _factorise_in_place(u_KK):
+            return Factor(u_KK, damping * mean, damping, attempts)
+        del u_KK
         damping *= 10.0
     raise NumericsError(
         f"{name}: the Gram matrix of its inputs is not positive semi-definite: {attempts} factorisations failed, "
         f"the last with damping {damping / 10:g}; the calibration activations overflow, or the matrix is damaged"
     )
+
+
+def _factorise_in_place(h_KK: Tensor) -> bool:
+    """Puts the upper triangular ``u`` with ``h = u u^T`` in the place of ``h``; False if that has no positive diagonal.
+
+    Block by block from the last column, reading the upper triangle alone (Golub and Van Loan 2013, section 4.2.6, from
+    the other end): at K = 14336 a copy for a library's factorisation and its workspace would take 2 GB more.
+    """
+    is_good = torch.ones((), dtype=torch.bool, device=h_KK.device)
+    for stop in range(len(h_KK), 0, -FACTOR_COLUMNS):
+        start = max(0, stop - FACTOR_COLUMNS)
+        # With J the flip of all columns, J H J = L L^T gives H = U U^T for U = J L J.
+        lower_BB, info = torch.linalg.cholesky_ex(h_KK[start:stop, start:stop].flip(0, 1))
+        u_BB = lower_BB.flip(0, 1)
+        # A finite, positive diagonal bounds every other entry of its row.
+        pivots_B = u_BB.diagonal()
+        is_good &= (info == 0) & (torch.isfinite(pivots_B) & (pivots_B > 0)).all()
+        h_KK[start:stop, start:stop] = u_BB
+        if start == 0:
+            break
+        above_AB = torch.linalg.solve_triangular(u_BB.mT, h_KK[:start, start:stop], upper=False, left=False)
+        h_KK[:start, start:stop] = above_AB
+        for top in range(0, start, FACTOR_COLUMNS):
+            bottom = min(top + FACTOR_COLUMNS, start)
+            h_KK[top:bottom, top:start].addmm_(above_AB[top:bottom], above_AB[top:].mT, alpha=-1)
+    h_KK.triu_()
+    return bool(is_good)
 
 
 def _solve(w_NK: Tensor, u_KK: Tensor, order_K: Tensor, grid: Grid, scheme: Scheme, kernels: Kernels) -> Tensor:
