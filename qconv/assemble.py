@@ -6,10 +6,12 @@ tensors, so a scheme that does not fit a linear is refused before any work.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -163,8 +165,8 @@ def write_tensors(
         write_plain(writer, view, layout.storage, outside, device)
         outside = []
     read_ahead(view, list(numbers), is_gpu, window)
-    with _alongside(lambda: write_plain(writer, view, layout.storage, outside, "cpu")):
-        _write_blocks(writer, view, layout, blocks, numbers, device)
+    with _alongside(outside, lambda some: write_plain(writer, view, layout.storage, some, "cpu")) as check:
+        _write_blocks(writer, view, layout, blocks, numbers, device, check)
 
 
 def _write_blocks(
@@ -174,8 +176,9 @@ def _write_blocks(
     blocks: Iterable[QuantizedBlock],
     numbers: dict[str, int],
     device: str,
+    check: Callable[[], None],
 ) -> None:
-    """Writes the tensors in ``numbers`` (name -> block), each block's soon after it was computed."""
+    """Writes the tensors in ``numbers`` (name -> block) block by block as they come, and calls ``check`` after each."""
     for block in blocks:
         with TIMELINE.stage("pack"):
             _write_block(writer, view, layout, block)
@@ -187,19 +190,25 @@ def _write_blocks(
             writer.write(name, to_storage(view, name, view.read(name, device), layout.storage))
             del numbers[name]
         del block  # its memory is free while the next one is computed
+        check()
     write_plain(writer, view, layout.storage, numbers, device)
 
 
 @contextmanager
-def _alongside(task: Callable[[], None]) -> Iterator[None]:
-    """Runs a task in a thread beside the body; raises what it raised when the body is done."""
+def _alongside(names: Iterable[str], task: Callable[[Iterable[str]], None]) -> Iterator[Callable[[], None]]:
+    """Runs a task in a thread beside the body, which gets a function that raises what the task has raised so far.
+
+    When the body fails, the task gets no further names.
+    """
+    stop = threading.Event()
     pool = ThreadPoolExecutor(1, "qconv-outside")
     try:
-        future = pool.submit(task)
-        yield
+        future = pool.submit(task, takewhile(lambda _: not stop.is_set(), names))
+        yield lambda: future.result() if future.done() else None
         with TIMELINE.stage("wait for tensors outside the blocks"):
             future.result()
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 

@@ -69,7 +69,10 @@ def _read_pinned(handle: int, file: Path, offset: int, num_bytes: int) -> Tensor
 def _pread_into(handle: int, buffer: memoryview, offset: int, file: Path) -> None:
     done = 0
     while done < len(buffer):
-        got = os.preadv(handle, [buffer[done : done + (1 << 30)]], offset + done)
+        try:
+            got = os.preadv(handle, [buffer[done : done + (1 << 30)]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read at byte {offset + done} ({error.strerror})") from error
         if got == 0:
             raise CheckpointError(f"{file}: ended at byte {offset + done}; the file was truncated while it was read")
         done += got

@@ -11,7 +11,7 @@ import hashlib
 import threading
 from pathlib import Path
 
-_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 18  # there is one for each file
 
 
 class RunningDigest:

@@ -11,6 +11,8 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,21 +71,25 @@ class WorkFolder:
         try:
             self._seal()
             check_output(self.out, self._overwrite)
-            old = _free_name(self.out, ".old") if self.out.exists() else None
-            if old is not None:
-                self.out.rename(old)
-            try:
-                self.path.rename(self.out)
-            except OSError:
-                if old is not None:
-                    old.rename(self.out)
-                raise
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
+            with _undisturbed():
+                self._put_in_place()
             _fsync(self.out.parent)
-            self._release()
         except OSError as error:
             raise disk_error(self.out, error) from error
+
+    def _put_in_place(self) -> None:
+        old = _free_name(self.out, ".old") if self.out.exists() else None
+        if old is not None:
+            self.out.rename(old)
+        try:
+            self.path.rename(self.out)
+        except OSError:
+            if old is not None:
+                old.rename(self.out)
+            raise
+        self._release()
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
 
     def reject(self) -> Path:
         """Keeps a complete folder that missed a gate, for inspection; ``out`` stays as it was.
@@ -106,8 +112,9 @@ class WorkFolder:
     def discard(self) -> None:
         """Removes what was begun, if it was neither published nor rejected."""
         if self._is_mine:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._release()
+            with _undisturbed():
+                shutil.rmtree(self.path, ignore_errors=True)
+                self._release()
 
     def _seal(self) -> None:
         for file in self.path.iterdir():
@@ -120,6 +127,20 @@ class WorkFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Renaming and removing are short: a ctrl-C in between, often the second one, would leave the rest behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager

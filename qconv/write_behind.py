@@ -28,6 +28,13 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _FALLBACK_SYNC_BYTES = 256 << 20
 
 
+def pwrite_all(handle: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of ``data``: the system may write less at a time. Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done:], offset + done)
+
+
 class WriteBehind:
     """Writes tensors into open files in threads of its own. Any thread may `write`; each may exceed a bound by a piece.
 
@@ -104,9 +111,11 @@ class WriteBehind:
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         with TIMELINE.stage("wait for writer"), self._changed:
-            self._changed.wait_for(lambda: self._error is not None or condition())
+            self._changed.wait_for(lambda: self._error is not None or self._is_closed or condition())
             if self._error is not None:
                 raise self._error
+            if self._is_closed:
+                raise RuntimeError("nothing is written any more")
 
     def _submit(self, task: Callable[[], None], stage: str, num_bytes: int) -> None:
         with self._changed:
@@ -136,9 +145,7 @@ class WriteBehind:
         if copied is not None:
             copied.synchronize()
         data = memoryview(piece.numpy().data)
-        done = 0
-        while done < len(data):
-            done += os.pwrite(handle, data[done:], offset + done)
+        pwrite_all(handle, data, offset)
         self._begin_sync(handle, offset, len(data))
         self._on_written(handle, offset, len(data))
 

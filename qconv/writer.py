@@ -24,7 +24,7 @@ from qconv.running_digest import RunningDigest
 from qconv.timeline import TIMELINE
 from qconv.types import TensorSpec
 from qconv.work_folder import WorkFolder, disk_error
-from qconv.write_behind import WriteBehind
+from qconv.write_behind import WriteBehind, pwrite_all
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SIDE_BYTES = 64 << 20  # room left on the disk for tokenizer, reports and file system overhead
@@ -120,7 +120,7 @@ class CheckpointWriter:
         text += b" " * (-len(text) % 8)
         handle = os.open(self.partial / file_name, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
         self._handles.append(handle)
-        os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
+        pwrite_all(handle, len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(handle, 8 + len(text) + offset)
         self._missing[handle] = offset
         if self._with_digests:
@@ -242,8 +242,10 @@ class CheckpointWriter:
         self._missing.clear()
 
     def _discard(self) -> None:
-        self._close()
-        self._folder.discard()
+        try:
+            self._close()
+        finally:  # also when a second ctrl-C ends the wait for the disk
+            self._folder.discard()
 
 
 def _plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from qconv.errors import CheckpointError, UsageError
 from qconv.types import TensorSpec
 from qconv.work_folder import MARKER, WorkFolder, check_inputs, publishing
+from qconv.write_behind import WriteBehind
 from qconv.writer import CheckpointWriter
 
 SPECS = [TensorSpec(name="a.weight", shape=(4,), dtype=torch.float32)]
@@ -115,3 +119,50 @@ def test_broken_link(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="link to something that does not exist"):
         WorkFolder(tmp_path / "out", overwrite=False)
+
+
+@pytest.mark.parametrize("call", ["rename", "rmtree"])
+def test_an_interrupt_while_an_old_output_is_replaced_leaves_one_whole_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    folder = WorkFolder(out, overwrite=True)
+    folder.begin()
+    (folder.path / "config.json").write_text('{"new": true}')
+    handler = signal.getsignal(signal.SIGINT)
+    if call == "rename":
+        rename = Path.rename
+
+        def interrupted_rename(self: Path, target: Path) -> Path:
+            os.kill(os.getpid(), signal.SIGINT)
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", interrupted_rename)
+    else:
+        rmtree = shutil.rmtree
+
+        def interrupted_rmtree(path: Path, **options: bool) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            rmtree(path, **options)
+
+        monkeypatch.setattr(shutil, "rmtree", interrupted_rmtree)
+    folder.publish()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "config.json").read_text() == '{"new": true}'
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_second_interrupt_during_the_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = WriteBehind.close
+
+    def interrupted_close(self: WriteBehind) -> None:
+        close(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WriteBehind, "close", interrupted_close)
+    spec = TensorSpec(name="x", shape=(4,), dtype=torch.float32)
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", [spec], 10**9):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
