@@ -32,7 +32,15 @@ _SIZES = (
     "vocab_size",
 )
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # values of model_type
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_ROPE_KEYS: Mapping[str, tuple[str, ...]] = {  # values of rope_type, with what each needs
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_OTHER_WAYS = ("_attn_implementation", "attn_implementation", "text_config", "sub_configs")  # of making a model
 
 _last_built: dict[str, nn.Module] = {}
 
@@ -183,14 +191,14 @@ def _family_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | No
         family in _FAMILIES
         and all(isinstance(size, int) and size > 0 for size in sizes)
         and isinstance(rope, Mapping)
-        and rope.get("rope_type", rope.get("type", "default")) in _ROPE_TYPES
+        and _is_usual(config, rope)
     ):
         return None  # or nothing that transformers would take: it says what is wrong
     hidden, inner, _, heads, groups, _ = (int(size) for size in sizes if size is not None)
     width = config.get("head_dim")
-    if width is None and family != "qwen3":  # whose default is a number
-        width = hidden // heads
-    if not isinstance(width, int):
+    if width is None and (family in ("llama", "mistral") or (family == "qwen2" and "head_dim" not in config)):
+        width = hidden // heads  # the default of the others is a number
+    if not isinstance(width, int) or width <= 0 or width % 2 or hidden % heads:
         return None
     linears: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (heads * width, hidden),
@@ -214,6 +222,23 @@ def _family_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | No
         **{f"{name}.weight": shape for name, shape in {**linears, **norms}.items()},
         **{f"{name}.bias": linears[name][:1] for name in biased},
     }
+
+
+def _is_usual(config: Mapping[str, Any], rope: Mapping[str, Any]) -> bool:
+    """Whether nothing is out of the ordinary in what transformers looks at beside the sizes."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    pad, vocabulary = config.get("pad_token_id"), config["vocab_size"]
+    numbers = [config.get(key, 1.0) for key in ("rms_norm_eps", "attention_dropout", "rope_theta")]
+    flags = [config.get(key, False) for key in ("attention_bias", "mlp_bias")]
+    return (
+        isinstance(kind, str)
+        and all(key in rope for key in _ROPE_KEYS.get(kind, ("(not known)",)))
+        and config.get("hidden_act", "silu") == "silu"
+        and (pad is None or (isinstance(pad, int) and -vocabulary <= pad < vocabulary))
+        and all(isinstance(number, int | float) for number in numbers)
+        and all(isinstance(flag, bool) for flag in flags)
+        and config.keys().isdisjoint(_OTHER_WAYS)
+    )
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:

@@ -16,12 +16,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import IO, Any
 
 _SAMPLE_MS = 200
 OUTSIDE = "(between stages)"
@@ -40,7 +41,8 @@ class Timeline:
         self._marks: list[tuple[str, Any]] = []  # stage that the GPU is charged to from this event on
         self._peaks: Counter[str] = Counter()  # most bytes that tensors took on the GPU, by stage
         self._current = OUTSIDE
-        self._sampler: subprocess.Popen[str] | None = None
+        self._sampler: subprocess.Popen[bytes] | None = None
+        self._sampled: IO[str] | None = None
 
     @property
     def is_on(self) -> bool:
@@ -50,9 +52,12 @@ class Timeline:
         """Begins to measure; the seconds of the process until now count as start-up."""
         self._is_on = True
         self._start = time.monotonic() - _process_seconds()
-        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"-lms={_SAMPLE_MS}"]
+        query = ["nvidia-smi", "--query-gpu=uuid,utilization.gpu", "--format=csv,noheader,nounits"]
+        self._sampled = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill
         try:
-            self._sampler = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self._sampler = subprocess.Popen(
+                [*query, f"-lms={_SAMPLE_MS}"], stdout=self._sampled, stderr=subprocess.DEVNULL
+            )
         except OSError:  # no NVIDIA driver here
             self._sampler = None
 
@@ -128,17 +133,32 @@ class Timeline:
         seconds: Counter[str] = Counter()
         if not self._marks:
             return seconds
-        self._marks[-1][1].synchronize()
-        for (stage, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            seconds[stage] += begin.elapsed_time(end) / 1e3
+        with suppress(RuntimeError):  # a GPU that failed has no times; the error is told elsewhere
+            self._marks[-1][1].synchronize()
+            for (stage, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+                seconds[stage] += begin.elapsed_time(end) / 1e3
         return seconds
 
     def _samples(self) -> list[float]:
         if self._sampler is None:
             return []
         self._sampler.terminate()
-        text, _ = self._sampler.communicate()
-        return [float(word) for word in text.split() if word.isdigit()]
+        self._sampler.wait()
+        assert self._sampled is not None
+        self._sampled.seek(0)
+        lines = [line.replace(",", " ").split() for line in self._sampled]
+        self._sampled.close()
+        found = [(words[0], float(words[1])) for words in lines if len(words) == 2 and words[1].isdigit()]
+        ours = _uuid_of_gpu()
+        return [value for uuid, value in found if ours is None or ours in uuid]
+
+
+def _uuid_of_gpu() -> str | None:
+    """Of the current CUDA device, as the driver spells it behind a prefix; None where no GPU was used."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", "")) or None
 
 
 def _pool_of(thread: str) -> str:

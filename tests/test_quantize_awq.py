@@ -239,7 +239,7 @@ def test_gpu_search_waits_once_and_leaves_tf32_as_it_was() -> None:
     w_list = [w.cuda() for w in weights]
     scheme = Scheme(group_size=64)
     search_scale(w_list, gram_KK, mean_abs_K, scheme)
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cuda.matmul.fp32_precision
     torch.cuda.set_sync_debug_mode("error")  # the one wait is `tolist` at the end: nothing before it may raise
     try:
         with pytest.raises(RuntimeError, match="synchroniz") as raised:
@@ -247,4 +247,4 @@ def test_gpu_search_waits_once_and_leaves_tf32_as_it_was() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert "tolist" in str(raised.traceback[-1].statement)
-    assert torch.backends.cuda.matmul.allow_tf32 == before
+    assert torch.backends.cuda.matmul.fp32_precision == before

@@ -258,10 +258,10 @@ def check_sweep_rounds_ties_as_the_reference(scheme: Scheme) -> None:
 
 
 def check_sweep_with_tf32_between_blocks() -> None:
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cuda.matmul.fp32_precision
     problem = Problem(SYMMETRIC, is_descent=False, num_columns=17 if INTERPRETED else COLUMNS)
     codes_KN = problem.sweep(tf32=True)
-    assert torch.backends.cuda.matmul.allow_tf32 == before
+    assert torch.backends.cuda.matmul.fp32_precision == before
     distance_KN = problem.distance(codes_KN)
     assert float(distance_KN.max()) <= 0.5 + 2e-2
     assert float((distance_KN > 0.5 + 1e-3).float().mean()) < 1e-2

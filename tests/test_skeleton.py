@@ -75,6 +75,12 @@ def test_of_other_families_transformers_is_asked(random_model: Callable[..., Pat
         ({"hidden_size": "wide"}, {}),
         ({"num_key_value_heads": None}, {}),
         ({"rope_scaling": {"rope_type": "nonesuch"}, "rope_parameters": None}, {}),
+        ({"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, {}),
+        ({"hidden_act": "nonesuch"}, {}),
+        ({"pad_token_id": 10**6}, {}),
+        ({"attention_dropout": None}, {}),
+        ({"mlp_bias": None}, {}),
+        ({"text_config": {}}, {}),
     ],
     ids=str,
 )

@@ -15,9 +15,12 @@ def tf32(enabled: bool = True) -> Iterator[None]:
     Sums stay float32. Does nothing on a CPU. For products that correct or rank something, where a relative error of
     2^-11 per term moves only what is tied anyway; nowhere else.
     """
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = enabled
+    matmul = torch.backends.cuda.matmul
+    is_new = hasattr(matmul, "fp32_precision")  # PyTorch 2.9, which does not let its two settings be mixed
+    name, on, off = ("fp32_precision", "tf32", "ieee") if is_new else ("allow_tf32", True, False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, on if enabled else off)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(matmul, name, before)
