@@ -25,6 +25,7 @@ from torch import Tensor
 from qconv.errors import CheckpointError
 from qconv.read_ahead import ReadAhead
 from qconv.read_bytes import read_to_gpu, read_to_host
+from qconv.suggest import did_you_mean_path
 from qconv.timeline import TIMELINE
 from qconv.types import TensorSpec
 
@@ -206,7 +207,8 @@ def resolve_folder(source: str | Path, revision: str | None = None) -> Path:
     if folder.exists():
         raise CheckpointError(f"{folder}: expected a folder or a hub id (org/name), found a file")
     if not _HUB_ID.fullmatch(str(source)):
-        raise CheckpointError(f"{source}: no such folder, and not a hub id of the form org/name")
+        hint = did_you_mean_path(folder)
+        raise CheckpointError(f"{source}: no such folder, and not a hub id of the form org/name{hint}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -214,7 +216,7 @@ def resolve_folder(source: str | Path, revision: str | None = None) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"{source}: no such local folder, and the hub did not deliver it ({type(error).__name__}: {error}); "
-            "check the spelling, the network, and HF_TOKEN for gated models"
+            f"check the spelling, the network, and HF_TOKEN for gated models{did_you_mean_path(folder)}"
         ) from error
 
 

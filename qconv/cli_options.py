@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from qconv.cli_parsing import Choice, devices, files, gates
 from qconv.config import BNB_KINDS, PLAIN_DTYPES
 from qconv.timeline import TIMELINE
 
@@ -27,7 +28,14 @@ run_options = options(
     click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr."),
     click.option("-v", "--verbose", is_flag=True, help="More on stderr: each GPTQ solve, each training step."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one."),
+    click.option("--log-json", is_flag=True, help="Each message on stderr is a line of JSON, for log collectors."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        shell_complete=devices,
+        help="cpu, cuda, or auto: cuda where there is one.",
+    ),
     click.option(
         "--profile",
         is_flag=True,
@@ -39,25 +47,34 @@ run_options = options(
 output_options = options(
     click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist."),
     click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete."),
-    click.option(
-        "--dtype", type=click.Choice(PLAIN_DTYPES), help="Dtype of what is not quantized [default: the base's]."
-    ),
+    click.option("--dtype", type=Choice(PLAIN_DTYPES), help="Dtype of what is not quantized [default: the base's]."),
     click.option("--max-shard-size", default="5GB", show_default=True, help="Largest shard file."),
     click.option("--revision", help="Branch, tag or commit, when the base is a hub id."),
 )
 quantize_options = options(
-    click.option("--algorithm", type=click.Choice(["gptq", "awq", "rtn", "fp8"]), help="[default: the target's own]"),
-    click.option("--bits", type=int, help="4 or 8 [default: 4; fp8 is 8]"),
+    click.option(
+        "--algorithm",
+        type=Choice(["gptq", "awq", "rtn", "fp8"]),
+        help="How codes are chosen [default: the target's own]",
+    ),
+    click.option("--bits", type=int, help="Bits of a weight, 4 or 8 [default: 4; fp8 is 8]"),
     click.option(
         "--group-size", type=int, help="Inputs per scale, -1 = row [default: largest of 128, 64, 32 that divides]"
     ),
-    click.option("--sym/--asym", "symmetric", default=None, help="[default: sym; awq: asym]"),
+    click.option(
+        "--sym/--asym", "symmetric", default=None, help="Without or with zero points [default: sym; awq: asym]"
+    ),
     click.option("--desc-act", is_flag=True, help="gptq: groups in activation order, with a stored group index."),
     click.option(
         "--damping", default=0.03, show_default=True, help="gptq: damping, fraction of the mean Gram diagonal."
     ),
     click.option(
-        "--calibration", default="default", show_default=True, help=".txt or .jsonl file, or the embedded default."
+        "--calibration",
+        multiple=True,
+        default=["default"],
+        show_default=True,
+        shell_complete=files,
+        help=".txt, .jsonl, .json or .parquet, org/name[:split], or the embedded default; :weight behind. Repeatable.",
     ),
     click.option("--samples", default=128, show_default=True, help="Calibration rows."),
     click.option("--seq-len", default=512, show_default=True, help="Tokens per calibration row."),
@@ -66,12 +83,21 @@ quantize_options = options(
 )
 validate_options = options(
     click.option(
-        "--eval-data", default="default-eval", show_default=True, help="Held-out .txt or .jsonl, or the default."
+        "--eval-data",
+        default="default-eval",
+        show_default=True,
+        shell_complete=files,
+        help="Held-out .txt or .jsonl, or the default.",
     ),
     click.option("--eval-tokens", default=16384, show_default=True, help="Tokens to evaluate."),
     click.option("--eval-seq-len", default=512, show_default=True, help="Tokens per evaluated row."),
     click.option(
-        "--gate", "gates", multiple=True, metavar="RULE", help="e.g. kl_p99<=0.5, merge.kl_mean<=5x floor. Repeatable."
+        "--gate",
+        "gates",
+        multiple=True,
+        metavar="RULE",
+        shell_complete=gates,
+        help="e.g. kl_p99<=0.5, merge.kl_mean<=5x floor. Repeatable.",
     ),
     click.option("--max-kl", type=float, help="Short for --gate kl_mean<=X (nats per token)."),
     click.option("--min-effect", type=float, help="Short for --gate adapter_effect_retained>=X (0..1)."),
@@ -82,12 +108,16 @@ validate_options = options(
     ),
     click.option(
         "--attribution",
-        type=click.Choice(["auto", "always", "never"]),
+        type=Choice(["auto", "always", "never"]),
         default="auto",
         show_default=True,
         help="Which block and linear costs how much; auto: when a gate does not pass.",
     ),
-    click.option("--prompts", help="Compare greedy answers: default, a .txt (one a line) or a .jsonl with prompt."),
+    click.option(
+        "--prompts",
+        shell_complete=files,
+        help="Compare greedy answers: default, a .txt (one a line) or a .jsonl with prompt.",
+    ),
     click.option("--new-tokens", default=64, show_default=True, help="Tokens of each answer."),
     click.option("--tasks", multiple=True, help="lm-evaluation-harness task, or its YAML file. Repeatable."),
     click.option("--task-folder", type=click.Path(path_type=Path), help="Folder with local task definitions."),
@@ -96,8 +126,28 @@ validate_options = options(
         "--report", "report_dir", type=click.Path(path_type=Path), help="Folder for JSON, Markdown, JUnit and HTML."
     ),
 )
+train_options = options(
+    click.option("--rank", default=16, show_default=True, help="LoRA rank r."),
+    click.option("--alpha", default=32, show_default=True, help="LoRA alpha; the scale is alpha / r."),
+    click.option("--learning-rate", default=2e-4, show_default=True, help="Peak learning rate of AdamW."),
+    click.option(
+        "--schedule",
+        default="constant",
+        show_default=True,
+        type=Choice(["constant", "cosine"]),
+        help="What follows the warm-up of the learning rate.",
+    ),
+    click.option("--dropout", default=0.0, show_default=True, help="LoRA dropout."),
+    click.option("--steps", default=200, show_default=True, help="Optimizer steps."),
+    click.option("--batch-size", default=4, show_default=True, help="Rows per forward pass."),
+    click.option("--gradient-accumulation", default=1, show_default=True, help="Forward passes per step."),
+    click.option("--quantize", type=Choice(BNB_KINDS), help="How a 16-bit base is loaded [default: nf4-dq]."),
+    click.option("--seq-len", default=512, show_default=True, help="Tokens per row."),
+    click.option("--seed", default=0, show_default=True, help="Seed of the adapter's start and the order of the text."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, also for an error.")
 trained_on_option = click.option(
     "--trained-on",
-    type=click.Choice(BNB_KINDS),
+    type=Choice(BNB_KINDS),
     help="How training saw a 16-bit base; needed unless the adapter carries qconv's record.",
 )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -358,7 +360,7 @@ def test_text_that_is_missing_or_too_short_is_refused(
     run.refused(3, ["unknown text source"], *inputs, "--calibration", "wikitext")
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
-    run.refused(3, ["8 rows of 64 tokens need 512 tokens"], *inputs, "--calibration", short)
+    run.refused(3, ["4 rows of 64 tokens need 256 tokens"], *inputs, "--calibration", short)
     run.refused(3, ["8 rows of 64 tokens need 512 tokens"], "merge", tiny_nf4, tiny_adapter, "--eval-data", short)
 
 
@@ -393,7 +395,7 @@ USAGE: dict[str, tuple[list[str], list[str]]] = {
     "target": (["--requant", "gguf"], ["gguf", "gptq", "awq", "w4a16", "fp8"]),
     "algorithm": (["--requant", "fp8", "--algorithm", "gptq"], ["fp8 takes --algorithm fp8, got gptq"]),
     "bits": (["--requant", "awq", "--bits", "8"], ["awq has --bits 4, got 8"]),
-    "group size of fp8": (["--requant", "fp8", "--group-size", "64"], ["per channel and symmetric"]),
+    "group size of fp8": (["--requant", "fp8", "--group-size", "64"], ["fp8 has one scheme: no --group-size"]),
     "shard size": (["--max-shard-size", "big"], ["a size such as 5GB", "big"]),
     "tiny shards": (["--max-shard-size", "10k"], ["at least 1MB"]),
     "tokens": (["--eval-tokens", "8"], ["--eval-tokens >= --eval-seq-len"]),
@@ -660,7 +662,7 @@ def test_base_from_another_architecture_is_refused(
 
 
 OUTPUT = {"-o", "--out", "--overwrite", "--max-shard-size", "--revision"}
-RUN = {"-q", "--quiet", "-v", "--verbose", "--debug", "--device", "--profile"}
+RUN = {"-q", "--quiet", "-v", "--verbose", "--debug", "--device", "--profile", "--log-json"}
 QUANTIZE = {
     "--algorithm",
     "--bits",
@@ -694,21 +696,23 @@ TRAIN = {
 SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "merge": (
         ["base", "adapter"],
-        {"--requant", "--trained-on", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN,
+        {"--requant", "--trained-on", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json"},
     ),
-    "quantize": (["model"], {"--to", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN),
-    "convert": (["model"], {"--to"} | OUTPUT | RUN),
+    "quantize": (["model"], {"--to", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json"}),
+    "convert": (["model"], {"--to", "--json"} | OUTPUT | RUN),
     "validate": (
         [],
         {"--reference", "--adapter", "--candidate", "--candidate-adapter", "--reference-cache", "--engine"}
-        | {"--trained-on", "--seed"}
+        | {"--trained-on", "--seed", "--json"}
         | VALIDATE
         | RUN,
     ),
     "report": (["reports"], {"--format", "-o", "--out", "--debug"}),
-    "train": (["base", "data"], TRAIN | (OUTPUT - {"--max-shard-size"}) | RUN),
+    "train": (["base", "data"], TRAIN | (OUTPUT - {"--max-shard-size"}) | RUN | {"--json"}),
     "inspect": (["path"], {"--json", "--debug"}),
     "demo": ([], {"-o", "--out", "--requant", "--steps"} | RUN),
+    "doctor": ([], {"--json", "--debug"}),
+    "completion": (["shell"], set()),
 }
 
 
@@ -722,12 +726,21 @@ def test_surface_of_the_command_line() -> None:
     assert found == SURFACE
 
 
-def test_every_option_is_explained() -> None:
-    for name, command in cli.commands.items():
-        assert command.help, name
+def test_every_option_is_explained_and_every_command_has_an_example() -> None:
+    """The examples are command lines that click takes."""
+    for name, command in {"": cli, **cli.commands}.items():
         for parameter in command.params:
-            if isinstance(parameter, click.Option) and name not in ("train", "demo"):
+            if isinstance(parameter, click.Option):
                 assert parameter.help, (name, parameter.name)
+                assert not parameter.help.startswith("["), (name, parameter.name)  # more than its default
+        examples = re.findall(r"^\s*(?:eval \"\$\()?(qconv .*)", command.help or "", re.MULTILINE)
+        assert examples, name
+        for example in examples:
+            words = shlex.split(re.split(r"\)\"|[>#]\s| {3,}", example)[0])
+            found, other, arguments = cli.resolve_command(click.Context(cli), words[1:])
+            assert other is not None, example
+            assert name in ("", found), example
+            other.make_context(found, arguments, parent=click.Context(cli))  # raises where it does not parse
 
 
 def test_embedded_texts_are_disjoint() -> None:

@@ -1,0 +1,84 @@
+"""What a command answers: text or one JSON document on stdout, and on stderr why it failed or what comes next."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from qconv import errors
+from qconv.progress import log_line
+
+# A gate that does not pass is an answer, and its document is out when it is raised.
+_ANSWERED = (errors.EXIT_GATE_FAILED, errors.EXIT_GATE_INCONCLUSIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Attributes:
+    text: for people.
+    document: for machines, with ``--json``.
+    failure: raised once the answer is out, as when a gate failed.
+    following: the command lines that somebody may want next.
+    """
+
+    text: str
+    document: Mapping[str, Any]
+    failure: errors.QconvError | None = None
+    following: tuple[str, ...] = ()
+
+
+def answers(command: Callable[..., Answer]) -> Callable[..., None]:
+    """Shows what a command answers; under ``--json`` nothing but the document reaches stdout."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        as_json = options["as_json"]
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print there
+            answer = command(**options)
+        if as_json:
+            code = errors.EXIT_DONE if answer.failure is None else answer.failure.exit_code
+            _show_document(dict(answer.document) | {"exit_code": code})
+        else:
+            click.echo(answer.text)
+        if answer.failure is not None:
+            raise answer.failure
+        if not as_json and not options["quiet"] and sys.stderr.isatty():
+            for line in answer.following:
+                click.echo(f"next        {line}", err=True)
+
+    return run
+
+
+def _show_document(document: Mapping[str, Any]) -> None:
+    from qconv.report.document import finite
+
+    click.echo(json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@dataclass(frozen=True)
+class Complaints:
+    """How a run says that it failed: in words on stderr, there as a line of JSON, and as the document on stdout.
+
+    Attributes: as_json: ``--json`` was asked for. in_lines: ``--log-json`` was asked for.
+    """
+
+    as_json: bool
+    in_lines: bool
+
+    def tell(self, kind: str, message: str, exit_code: int, *, words: str | Callable[[], None]) -> None:
+        """``words``: the message as people read it, or what shows it."""
+        if self.as_json and exit_code not in _ANSWERED:
+            _show_document({"error": {"kind": kind, "message": message, "exit_code": exit_code}})
+        if self.in_lines:
+            click.echo(log_line("error", kind=kind, message=message, exit_code=exit_code), err=True, nl=False)
+        elif callable(words):
+            words()
+        else:
+            click.echo(words, err=True)

@@ -1,0 +1,155 @@
+"""From the options of a command to the job that one function runs."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from qconv import errors
+from qconv.config import (
+    CalibrationConfig,
+    MergeJob,
+    QuantizationConfig,
+    TrainConfig,
+    ValidateJob,
+    ValidationConfig,
+    parse_size,
+)
+from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
+from qconv.progress import Progress
+
+
+def merge_job(
+    base: str, adapter: str | None, target: str | None, validate_it: bool, options: dict[str, Any]
+) -> MergeJob:
+    quantization = None
+    if target is not None:
+        names = ("algorithm", "bits", "group_size", "symmetric", "desc_act", "damping")
+        quantization = QuantizationConfig(target=target, **{name: options[name] for name in names})
+    elif options["desc_act"] or any(options[k] is not None for k in ("algorithm", "bits", "group_size", "symmetric")):
+        raise errors.UsageError("--algorithm, --bits, --group-size, --sym/--asym and --desc-act belong to --requant")
+    names = ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks")
+    asked = [name for name in names if options[name] not in (None, ())]
+    if not validate_it and asked:
+        raise errors.UsageError(
+            "--no-validate leaves nothing to gate: drop it, or drop "
+            + ", ".join("--gate" if name == "gates" else f"--{name.replace('_', '-')}" for name in asked)
+        )
+    return MergeJob(
+        base=base,
+        adapter=adapter,
+        out=options["out"],
+        trained_on=options.get("trained_on"),
+        dtype=options["dtype"],
+        max_shard_bytes=parse_size(options["max_shard_size"]),
+        quantization=quantization,
+        calibration=CalibrationConfig(
+            sources=tuple(options["calibration"]),
+            samples=options["samples"],
+            seq_len=options["seq_len"],
+            seed=options["seed"],
+        ),
+        validation=validation_config(options) if validate_it else None,
+        device=options["device"],
+        overwrite=options["overwrite"],
+        gpu_memory_limit=None if options["gpu_memory"] is None else parse_size(options["gpu_memory"]),
+        revision=options["revision"],
+        report_dir=options["report_dir"],
+    )
+
+
+def validation_config(options: dict[str, Any]) -> ValidationConfig:
+    rules = [parse_rule(text) for text in options["gates"]]
+    if options["max_kl"] is not None:
+        rules.append(Rule(metric="kl_mean", upper=True, limit=options["max_kl"], origin="flag"))
+    if options["min_effect"] is not None:
+        rules.append(Rule(metric="adapter_effect_retained", upper=False, limit=options["min_effect"], origin="flag"))
+    return ValidationConfig(
+        source=options["eval_data"],
+        tokens=options["eval_tokens"],
+        seq_len=options["eval_seq_len"],
+        seed=options["seed"],
+        rules=tuple(rules),
+        policy=Policy() if options["policy"] is None else load_policy(options["policy"]),
+        defaults=not options["no_default_gates"],
+        control_tokens=options["control_tokens"],
+        attribution=options["attribution"],
+        engine=options.get("engine", "qconv"),
+        prompts=options["prompts"],
+        new_tokens=options["new_tokens"],
+        tasks=options["tasks"],
+        task_folder=options["task_folder"],
+        task_limit=options["task_limit"],
+    )
+
+
+def convert_job(model: str, dtype: str, options: dict[str, Any]) -> MergeJob:
+    return MergeJob(
+        base=model,
+        out=options["out"],
+        dtype=dtype,
+        max_shard_bytes=parse_size(options["max_shard_size"]),
+        validation=None,
+        device=options["device"],
+        overwrite=options["overwrite"],
+        revision=options["revision"],
+    )
+
+
+def validate_job(
+    reference: str | None, adapter: str | None, candidate: str | None, options: dict[str, Any]
+) -> ValidateJob:
+    return ValidateJob(
+        reference=reference,
+        candidate=candidate,
+        adapter=adapter,
+        candidate_adapter=options["candidate_adapter"],
+        trained_on=options["trained_on"],
+        reference_cache=options["reference_cache"],
+        validation=validation_config(options),
+        device=options["device"],
+        report_dir=options["report_dir"],
+    )
+
+
+def train_config(base: str, data: str, options: dict[str, Any]) -> TrainConfig:
+    about_the_run = ("quiet", "verbose", "debug", "as_json", "log_json")
+    return TrainConfig(
+        base=base, data=data, **{name: value for name, value in options.items() if name not in about_the_run}
+    )
+
+
+def progress_of(options: dict[str, Any]) -> Progress:
+    """What a run says meanwhile: nothing beside ``--json``, unless lines of JSON were asked for too."""
+    in_lines = options["log_json"]
+    if options["quiet"] or (options.get("as_json") and not in_lines):
+        return Progress(verbosity=0)
+    return Progress(verbosity=2 if options["verbose"] else 1, as_json=in_lines)
+
+
+def following_a_merge(job: MergeJob) -> tuple[str, ...]:
+    """What to do with the folder that was made: validate it if that was left out, and serve it."""
+    if job.quantization is None and job.adapter is None:
+        return ()
+    lines = []
+    if job.validation is None:
+        words = ["qconv", "validate", "--reference", job.base]
+        words += ["--adapter", job.adapter] if job.adapter is not None else []
+        words += ["--trained-on", job.trained_on] if job.trained_on is not None else []
+        lines.append(shlex.join([*words, "--candidate", str(job.out)]))
+    target = job.quantization
+    if target is None or not (target.target == "gptq" and target.symmetric is False):  # that one vLLM does not take
+        lines.append(shlex.join(["vllm", "serve", str(job.out)]))
+    return tuple(lines)
+
+
+def following_a_training(config: TrainConfig) -> tuple[str, ...]:
+    return (shlex.join(["qconv", "merge", config.base, str(config.out), "--requant", "w4a16", "-o", "OUT"]),)
+
+
+def following_a_validation(job: ValidateJob) -> tuple[str, ...]:
+    """A cache that was only written is there to judge something with."""
+    if job.candidate is not None or job.reference_cache is None:
+        return ()
+    words = ["qconv", "validate", "--reference-cache", str(job.reference_cache), "--candidate", "FOLDER"]
+    return (shlex.join(words),)
