@@ -1,47 +1,36 @@
-"""Text for calibration, training and evaluation, and the token rows that are cut from it.
-
-The embedded text is in the public domain: Moby-Dick (1851), chapters 1 to 100, and addresses of
-United States presidents to Congress. Chapters 86 to 100 and the last three addresses evaluate; the
-rest calibrates and trains, less the paragraphs of older addresses that the last three quote.
+"""Token rows, cut from documents for calibration, training and evaluation.
 
 Documents are taken in a systematic sample (Cochran 1977, Sampling Techniques, chapter 8): whatever
 is needed comes evenly from all parts of the list, so a small sample of the embedded text has both
 prose and speeches, and one of a file sorted by topic has all topics. The seed moves the sample.
-Left out: chat templates (text is used as it stands) and streaming of data sets larger than memory.
+`text_sources` reads the documents, `mixture` takes rows from several sources by weight.
+Left out: streaming of data sets larger than memory.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import lzma
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconv.errors import CalibrationError, CheckpointError
 from qconv.side_files import VOCABULARY_FILES
+from qconv.text_sources import Documents as Documents
+from qconv.text_sources import digest_texts
+from qconv.text_sources import load_documents as load_documents
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-DOCUMENT_CHARACTERS = 4000  # paragraphs are merged up to this: about a thousand tokens
 SHARED_CHARACTERS = 128  # a run of text this long is taken as copied, not as a common phrase
 SHARED_STRIDE = 32
-EMBEDDED: dict[str, tuple[str, ...]] = {
-    "default": ("prose-calibration", "speeches-calibration"),
-    "default-eval": ("prose-evaluation", "speeches-evaluation"),
-    "default-prose": ("prose-calibration",),
-    "default-prose-eval": ("prose-evaluation",),
-}
 _GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples modulo 1 fill the interval most evenly
-_SOURCES = f"{', '.join(EMBEDDED)}, a .txt file, or a .jsonl file with a text field"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,39 +46,6 @@ class TokenRows:
     documents_TS: Tensor
 
 
-def load_documents(source: str) -> list[str]:
-    """The documents of a source, in its own order; none is empty.
-
-    Args:
-        source: ``"default"`` or ``"default-prose"`` (calibration and training),
-            ``"default-eval"`` or ``"default-prose-eval"`` (evaluation), or a path. In a ``.txt`` file
-            blank lines separate paragraphs, and following paragraphs are merged while the document
-            stays within 4000 characters (a longer paragraph is a document of its own). In a
-            ``.jsonl`` file each line is an object whose ``text`` is one document; blank ones are
-            passed over.
-
-    Raises:
-        CalibrationError: an unknown source, or a file that is missing, not UTF-8, malformed or empty.
-    """
-    if source in EMBEDDED:
-        return [document for name in EMBEDDED[source] for document in _read_embedded(name)]
-    file = Path(source)
-    if file.suffix not in (".txt", ".jsonl"):
-        raise CalibrationError(f"{source}: unknown text source; expected {_SOURCES}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise CalibrationError(f"{source}: no such file; expected {_SOURCES}") from None
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{source}: expected UTF-8 text, found {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise CalibrationError(f"{source}: cannot be read ({error.strerror})") from error
-    documents = list(_jsonl_texts(text, source)) if file.suffix == ".jsonl" else list(_merge_paragraphs(text))
-    if not documents:
-        raise CalibrationError(f"{source}: has no text; expected {_SOURCES}")
-    return documents
-
-
 def pack_rows(
     documents: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -101,9 +57,14 @@ def pack_rows(
     """``num_samples`` rows of ``seq_len`` tokens, cut from documents in a seeded systematic order.
 
     Each document is tokenized whole, with the special tokens that the tokenizer adds by itself (a
-    BOS in front, for most Llamas), and closed with EOS where the tokenizer has one. The stream is cut
+    BOS in front, for most Llamas; text that starts with its own gets no second one), and closed with EOS
+    where the tokenizer has one. What a chat template has rendered gets neither: it has the special tokens
+    that it is to have, and its tokens are those of ``apply_chat_template``. The stream is cut
     into rows without padding, so a row may start and end within a document. The tokenizer object
     stays as it is: tokenizing with transformers changes the truncation that it would save, hence a copy.
+
+    Args:
+        documents: `Documents` say whether a template rendered them; other sequences are plain text.
 
     Raises:
         CalibrationError: the documents have fewer than ``num_samples * seq_len`` tokens (with
@@ -118,18 +79,18 @@ def pack_rows(
     tokenizer.model_max_length = int(1e30)  # rows are cut here; a warning about long documents would mislead
     stream: list[int] = []
     origins: list[int] = []
+    rendered = isinstance(documents, Documents) and documents.rendered
     for index in _systematic_order(len(documents), seed):
-        ids = list(tokenizer(documents[index], truncation=False, padding=False)["input_ids"])
-        if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
-            ids.append(tokenizer.eos_token_id)
+        ids = _tokenize(documents[index], tokenizer, rendered)
         stream += ids
         origins += [index] * len(ids)
         if len(stream) >= need:
             break
     num_rows = min(num_samples, len(stream) // seq_len)
     if num_rows < num_samples and not (allow_fewer and num_rows):
+        source = f"{documents.source}: " if isinstance(documents, Documents) else ""
         raise CalibrationError(
-            f"{num_samples} rows of {seq_len} tokens need {need} tokens, the text has {len(stream)}: "
+            f"{source}{num_samples} rows of {seq_len} tokens need {need} tokens, the text has {len(stream)}: "
             f"ask for at most {num_rows} rows of this length, or give more text"
         )
     cut = num_rows * seq_len
@@ -153,14 +114,10 @@ def pack_tokens(
 
 def calibration_digest(content: Sequence[str] | Tensor) -> str:
     """SHA-256 (hex) of documents, or of token rows with their shape; equal text gives an equal digest."""
-    digest = hashlib.sha256()
     if isinstance(content, Sequence):
-        for document in content:
-            data = document.encode()
-            digest.update(f"{len(data)}:".encode() + data)
-    else:
-        digest.update(f"{tuple(content.shape)}:".encode())
-        digest.update(content.cpu().contiguous().numpy().astype("<i8").tobytes())
+        return digest_texts(content)
+    digest = hashlib.sha256(f"{tuple(content.shape)}:".encode())
+    digest.update(content.cpu().contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -169,15 +126,19 @@ def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str]) -> Non
 
     Runs of text are compared with white space collapsed. Any shared run of 159 characters is found
     (128-character windows, every 32nd of the evaluation text against every one of the calibration
-    text); none below 128 characters counts. Documents shorter than a window are compared whole.
+    text); none below 128 characters counts. Documents shorter than a window are compared whole. Of
+    `Documents` the bodies are compared: two sets of conversations share the words of a chat template
+    or of Alpaca's prompt, and need share nothing else.
 
     Raises:
         CalibrationError: text is shared; quotes it.
     """
     import numpy as np
 
-    left = [" ".join(document.split()) for document in calibration]
-    right = [" ".join(document.split()) for document in evaluation]
+    left, right = (
+        [" ".join(text.split()) for text in (side.bodies if isinstance(side, Documents) else side)]
+        for side in (calibration, evaluation)
+    )
     whole = set(left).intersection(right) - {""}
     if whole:
         raise _shared_text(min(whole))
@@ -217,58 +178,16 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_embedded(name: str) -> Iterator[str]:
-    data = files("qconv").joinpath("data", f"{name}.txt.xz").read_bytes()
-    for chapter in lzma.decompress(data).decode("utf-8").split("\n\n\n"):
-        yield from _merge_paragraphs(chapter)
-
-
-def _merge_paragraphs(text: str) -> Iterator[str]:
-    document = ""
-    for paragraph in _paragraphs(text):
-        if document and len(document) + 2 + len(paragraph) > DOCUMENT_CHARACTERS:
-            yield document
-            document = ""
-        document += ("\n\n" if document else "") + paragraph
-    if document:
-        yield document
-
-
-def _paragraphs(text: str) -> Iterator[str]:
-    lines: list[str] = []
-    for line in [*text.splitlines(), ""]:
-        if line.strip():
-            lines.append(line.rstrip())
-        elif lines:
-            yield "\n".join(lines)
-            lines = []
-
-
-def _jsonl_texts(content: str, source: str) -> Iterator[str]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{source}, line {number}"
-        try:
-            row: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{where}: expected a JSON object, found broken JSON ({error})") from error
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            found = f"{type(text).__name__} there" if isinstance(row, dict) and "text" in row else "none"
-            raise CalibrationError(f'{where}: expected an object with a string under "text", found {found}')
-        if not _is_unicode(text):
-            raise CalibrationError(f"{where}: the text has half of a surrogate pair, which no tokenizer takes")
-        if text.strip():
-            yield text
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, rendered: bool) -> list[int]:
+    """Token ids of one document, special tokens included."""
+    ids = list(tokenizer(text, add_special_tokens=not rendered, truncation=False, padding=False)["input_ids"])
+    if rendered:
+        return ids
+    if len(ids) > 1 and tokenizer.bos_token_id is not None and ids[0] == ids[1] == tokenizer.bos_token_id:
+        del ids[0]  # text that was rendered before it was stored
+    if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    return ids
 
 
 def _systematic_order(count: int, seed: int) -> list[int]:

@@ -50,7 +50,7 @@ def run_demo(out: Path, target: str, steps: int, device: str, progress: Progress
             adapter=str(adapter),
             out=result,
             quantization=QuantizationConfig(target=target),
-            calibration=CalibrationConfig(source="default-prose", samples=32, seq_len=512),
+            calibration=CalibrationConfig(sources=("default-prose",), samples=32, seq_len=512),
             validation=ValidationConfig(source="default-prose-eval", tokens=8192),
             device=device,
         ),

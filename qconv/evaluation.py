@@ -9,7 +9,7 @@ import torch
 
 from qconv import corpus
 from qconv.config import ValidationConfig
-from qconv.corpus import TokenRows
+from qconv.corpus import Documents, TokenRows
 from qconv.errors import CheckpointError
 from qconv.runners import Candidate, Reference
 from qconv.side_files import VOCABULARY_FILES, tokenizer_folder
@@ -19,15 +19,15 @@ from qconv.types import Checkpoint
 PAIRS = ("total", "merge", "requantization", "base_without_adapter", "floor")
 
 
-def evaluation_rows(folder: Path, config: ValidationConfig) -> tuple[TokenRows, list[str]]:
+def evaluation_rows(folder: Path, config: ValidationConfig) -> tuple[TokenRows, Documents]:
     """Held-out rows through the tokenizer of a folder, and the documents that they are cut from.
 
     Raises:
-        CalibrationError: text that is missing or too short.
+        CalibrationError: text that is missing or too short, or conversations without a chat template.
         CheckpointError: no tokenizer.
     """
-    documents = corpus.load_documents(config.source)
     tokenizer = corpus.load_tokenizer(folder)
+    documents = corpus.load_documents(config.source, tokenizer)
     return corpus.pack_rows(documents, tokenizer, config.rows, config.seq_len, config.seed), documents
 
 

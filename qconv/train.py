@@ -11,7 +11,8 @@ peft's `prepare_model_for_kbit_training` would raise that to float32, and the mo
 would not be the one that is merged, measured and served. Dropout is 0 by default for the same
 reason, and so that one seed gives one adapter on one machine.
 
-Left out: chat templates and loss on answers alone, several processes, resuming, evaluation.
+Left out: loss on answers alone (conversations are rendered and trained on whole), several processes,
+resuming, evaluation.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainResult:
     base_config = read_json(folder / "config.json", "a model folder has a config.json")
     kind = _training_kind(config, base_config, folder)
     tokenizer = load_tokenizer(folder)
-    documents = load_documents(config.data)
+    documents = load_documents(config.data, tokenizer)
+    progress.say(documents.summary())
     num_rows = config.steps * config.batch_size * config.gradient_accumulation
     rows_BT = pack_tokens(documents, tokenizer, num_rows, config.seq_len, config.seed, allow_fewer=True)
     _check_vocabulary(rows_BT, base_config, folder)

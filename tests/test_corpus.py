@@ -1,9 +1,10 @@
-"""Text sources, the split between calibration and evaluation, and packing into token rows."""
+"""The split between calibration and evaluation, and packing into token rows."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,103 +12,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qconv.corpus import (
-    EMBEDDED,
+    Documents,
     calibration_digest,
     check_disjoint,
     load_documents,
     load_tokenizer,
+    pack_rows,
     pack_tokens,
 )
 from qconv.errors import CalibrationError, CheckpointError
 from qconv.side_files import tokenizer_files
 from tests.conftest import TINY_LLAMA
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}"
+)
+
 
 def test_default_split_shares_no_text() -> None:
     check_disjoint(load_documents("default"), load_documents("default-eval"))
-
-
-def test_default_has_prose_and_speeches_and_evaluation_has_the_later_chapters() -> None:
-    text = "\n".join(load_documents("default"))
-    held_out = "\n".join(load_documents("default-eval"))
-    assert "Call me Ishmael" in text
-    assert "Fellow-Citizens of the Senate and House of Representatives" in text
-    for number in range(1, 101):
-        assert (f"CHAPTER {number}. " in text) == (number <= 85)
-        assert (f"CHAPTER {number}. " in held_out) == (number > 85)
-    assert len(text) > 2_900_000
-    assert len(held_out) > 400_000
-
-
-@pytest.mark.parametrize("source", EMBEDDED)
-def test_embedded_documents_are_never_empty_nor_long(source: str) -> None:
-    lengths = [len(document) for document in load_documents(source)]
-    assert min(lengths) > 0
-    assert max(lengths) <= 4000
-
-
-def test_prose_sources_are_the_prose_part_of_the_default() -> None:
-    assert load_documents("default")[: len(load_documents("default-prose"))] == load_documents("default-prose")
-    assert "CHAPTER 86. " in load_documents("default-prose-eval")[0]
-
-
-def test_txt_paragraphs_are_merged_up_to_4000_characters(tmp_path: Path) -> None:
-    paragraphs = ["a" * 1500, "b" * 1500, "c" * 1500, "d" * 5000, "e"]
-    file = tmp_path / "text.txt"
-    file.write_text("\n\n \n".join(paragraphs) + "\r\n")
-    a, b, c, d, e = paragraphs
-    assert load_documents(str(file)) == [a + "\n\n" + b, c, d, e]
-
-
-def test_jsonl_gives_each_text_as_it_stands(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    texts = ["one\n\ntwo", " three ", "a line separator \u2028 inside"]
-    file.write_text("\n".join(json.dumps({"text": t, "id": 1}, ensure_ascii=False) for t in [*texts, "  "]) + "\n\n")
-    assert load_documents(str(file)) == texts
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ('{"text": "cut', "broken JSON"),
-        ("[1, 2]", "an object"),
-        ('{"content": "x"}', "found none"),
-        ('{"text": 7}', "found int"),
-        ('{"text": null}', "found NoneType"),
-        ('{"text": "\\ud800"}', "surrogate"),
-    ],
-)
-def test_bad_jsonl_row_is_named(tmp_path: Path, line: str, words: str) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(CalibrationError, match=words) as caught:
-        load_documents(str(file))
-    assert f"{file}, line 2" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("empty.txt", b" \n\n", "no text"),
-        ("empty.jsonl", b"", "no text"),
-        ("latin.txt", "caf\xe9 au lait".encode("latin-1"), "UTF-8.*byte 3"),
-        ("text.csv", b"a,b", "unknown text source"),
-        ("missing.txt", None, "no such file"),
-    ],
-)
-def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
-    file = tmp_path / name
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(CalibrationError, match=words) as caught:
-        load_documents(str(file))
-    assert str(file) in str(caught.value)
-
-
-def test_a_folder_is_not_a_text(tmp_path: Path) -> None:
-    (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(CalibrationError, match="cannot be read"):
-        load_documents(str(tmp_path / "folder.txt"))
 
 
 def test_packing_one_document_is_tokenizing_it() -> None:
@@ -135,14 +62,19 @@ def test_packing_uses_each_document_once_and_ends_it_with_eos() -> None:
     assert sorted(found) == expected
 
 
-def test_packing_adds_bos_where_the_tokenizer_does() -> None:
+def _bos_tokenizer() -> PreTrainedTokenizerBase:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = load_tokenizer(TINY_LLAMA)
-    plain = pack_tokens(["one", "two"], tokenizer, 1, 4, seed=0).flatten().tolist()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
+    return tokenizer
+
+
+def test_packing_adds_bos_where_the_tokenizer_does() -> None:
+    plain = pack_tokens(["one", "two"], load_tokenizer(TINY_LLAMA), 1, 4, seed=0).flatten().tolist()
+    tokenizer = _bos_tokenizer()
     first = pack_tokens(["one", "two"], tokenizer, 1, 6, seed=0).flatten().tolist()
     assert tokenizer.bos_token_id not in plain
     assert [first[0], first.count(tokenizer.bos_token_id)] == [tokenizer.bos_token_id, 2]
@@ -160,6 +92,28 @@ def test_packing_leaves_the_tokenizer_as_it_is(tmp_path: Path) -> None:
     for file in sorted((tmp_path / "before").iterdir()):
         assert (tmp_path / "after" / file.name).read_bytes() == file.read_bytes()
     assert '"max_length": 16' in (tmp_path / "after" / "tokenizer.json").read_text()
+
+
+def test_what_a_template_rendered_gets_no_special_tokens(tmp_path: Path) -> None:
+    tokenizer = _bos_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    chats = [[{"role": "user", "content": f"Who sails ship {n}?"}] for n in range(5)]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    expected = [tokenizer.apply_chat_template(chat)["input_ids"] for chat in chats]
+    rows = pack_rows(load_documents(str(file), tokenizer), tokenizer, 1, sum(map(len, expected)), seed=4)
+    ids, origins = rows.ids_TS[0], rows.documents_TS[0]
+    assert [ids[origins == index].tolist() for index in range(5)] == expected
+    assert ids.tolist().count(tokenizer.bos_token_id) == 5
+
+
+def test_text_with_its_own_bos_gets_no_second() -> None:
+    tokenizer = _bos_tokenizer()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    word = tokenizer("sea", add_special_tokens=False)["input_ids"]
+    for text in ("sea", "<s>sea", "sea</s>", "<s>sea</s>"):
+        row = pack_tokens([text], tokenizer, 1, len(word) + 2, seed=0)
+        assert row.flatten().tolist() == [bos, *word, eos]
 
 
 def test_the_seed_decides_the_rows() -> None:
@@ -218,6 +172,30 @@ def test_a_copied_run_is_found_wherever_it_lies(start: int, place: int, length: 
         return
     with pytest.raises(CalibrationError, match="share text"):
         check_disjoint([source], [held_out[:place] + run.replace(" ", "\n") + held_out[place:]])
+
+
+@pytest.mark.parametrize("shape", ["chat", "alpaca"])
+def test_templates_and_fixed_prompts_are_not_shared_text(tmp_path: Path, shape: str) -> None:
+    tokenizer = load_tokenizer(TINY_LLAMA)
+    tokenizer.chat_template = "Instructions that are the same for all. " * 8 + CHAT_TEMPLATE
+    shared = "One run of words that is long enough to be found by its windows. " * 4
+
+    def source(name: str, *texts: str) -> Documents:
+        rows = [
+            {"messages": [{"role": "system", "content": "Be kind. " * 40}, {"role": "user", "content": text}]}
+            if shape == "chat"
+            else {"instruction": text, "input": "the sea", "output": "It is so."}
+            for text in texts
+        ]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        return load_documents(str(tmp_path / name), tokenizer)
+
+    left, right = source("left.jsonl", "Who sails?", shared), source("right.jsonl", "Who swims?")
+    check_disjoint(left, right)
+    with pytest.raises(CalibrationError, match="share text"):
+        check_disjoint(left.texts, right.texts)
+    with pytest.raises(CalibrationError, match="share text"):
+        check_disjoint(left, source("copied.jsonl", "Who swims? " + shared))
 
 
 def test_common_phrases_are_not_shared_text() -> None:
