@@ -49,7 +49,7 @@ def main() -> None:
                 adapter=str(adapter),
                 out=arguments.out / "candidate",
                 quantization=QuantizationConfig(target=target) if target else None,
-                calibration=CalibrationConfig(source="default-prose", samples=arguments.samples, seq_len=512),
+                calibration=CalibrationConfig(sources=("default-prose",), samples=arguments.samples, seq_len=512),
                 validation=ValidationConfig(source="default-prose-eval", tokens=arguments.tokens),
                 device=device,
                 overwrite=True,

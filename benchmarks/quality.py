@@ -26,7 +26,7 @@ from qconv.config import (
 )
 from qconv.progress import Progress, quiet_libraries
 
-CALIBRATION = CalibrationConfig(source="default-prose", samples=32, seq_len=512)
+CALIBRATION = CalibrationConfig(sources=("default-prose",), samples=32, seq_len=512)
 
 
 class Bench:

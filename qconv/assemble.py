@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qconv.config import QuantizationConfig
-from qconv.convert import FORMATS
+from qconv.convert import FORMATS, Bnb4bit, encode_linear, meta_linear
 from qconv.errors import CheckpointError, SchemeError
 from qconv.plain_tensors import is_plain_float, to_storage, write_plain
 from qconv.progress import Progress
@@ -33,6 +33,7 @@ PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A dtype under its old name, the source's quantization, and code files that do not travel.
 _DROPPED = ("torch_dtype", "quantization_config", "auto_map")
 CPU_WINDOW_BYTES, GPU_WINDOW_BYTES = 32 << 20, 512 << 20  # of stored tensors that are read ahead
+BNB_FORMATS = {fmt.name: fmt for fmt in (Bnb4bit("nf4-dq"),)}
 _CONFIG_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -102,6 +103,8 @@ def _plan_quantized(
     if not linears:
         raise SchemeError(f"{view.location}: the model has no linear layer in its decoder blocks that can be quantized")
     target = TARGETS[quantization.target]
+    if target.format in BNB_FORMATS:
+        return _plan_bnb(view, BNB_FORMATS[target.format], linears, storage, config)
     format_ = FORMATS[target.format]
     specs_in = view.specs()
     scheme = quantization.scheme_for([specs_in[name].shape[1] for name in linears], view.location)
@@ -134,6 +137,32 @@ def _plan_quantized(
     )
 
 
+def _plan_bnb(
+    view: Checkpoint, fmt: Bnb4bit, linears: Collection[str], storage: torch.dtype, config: dict[str, Any]
+) -> Layout:
+    specs: list[TensorSpec] = []
+    for name in _in_order(view):
+        spec = view.specs()[name]
+        if name not in linears:
+            specs.append(_stored_spec(spec, storage))
+            continue
+        module = name.removesuffix(".weight")
+        n, k = spec.shape
+        fmt.check_shapes(module, n, k)
+        packed = fmt.pack(meta_linear(n, k, fmt.kind, storage), module)
+        specs += [TensorSpec(name=key, shape=tuple(t.shape), dtype=t.dtype) for key, t in packed.items()]
+    config["quantization_config"] = fmt.quantization_config(storage, other_linears(view, linears))
+    return Layout(
+        specs=specs,
+        storage=storage,
+        quantized=frozenset(linears),
+        scheme=None,
+        format=fmt.name,
+        config=config,
+        extra_files={},
+    )
+
+
 def write_tensors(
     writer: CheckpointWriter,
     view: Checkpoint,
@@ -158,6 +187,10 @@ def write_tensors(
         read_ahead(view, names, is_gpu, window)
         write_plain(writer, view, layout.storage, progress.track(names, "write", len(names)), device)
         return
+    if layout.format in BNB_FORMATS:
+        read_ahead(view, names, is_gpu, window)
+        _write_bnb(writer, view, layout, progress.track(names, "write", len(names)), device)
+        return
     # Block by block, what is not quantized too: a file of weights is then complete soon after it was begun.
     numbers = {name: number for name in names if (number := _block_number(name)) is not None}
     outside = [name for name in names if name not in numbers]
@@ -167,6 +200,22 @@ def write_tensors(
     read_ahead(view, list(numbers), is_gpu, window)
     with _alongside(outside, lambda some: write_plain(writer, view, layout.storage, some, "cpu")) as check:
         _write_blocks(writer, view, layout, blocks, numbers, device, check)
+
+
+def _write_bnb(writer: CheckpointWriter, view: Checkpoint, layout: Layout, names: Iterable[str], device: str) -> None:
+    """Each linear is encoded as it is written: nothing has to be chosen."""
+    assert layout.format is not None
+    fmt = BNB_FORMATS[layout.format]
+    for name in names:
+        if name not in layout.quantized:
+            write_plain(writer, view, layout.storage, [name], device)
+            continue
+        module = name.removesuffix(".weight")
+        # Rules of the library's CUDA kernels: the model is served there.
+        linear = encode_linear(view.read(name, device), fmt.kind, layout.storage, f"{view.location}: {name}", "cuda")
+        fmt.check(linear, module)
+        for key, tensor in fmt.pack(linear, module).items():
+            writer.write(key, tensor)
 
 
 def _write_blocks(
@@ -241,12 +290,12 @@ def _stored_spec(spec: TensorSpec, storage: torch.dtype) -> TensorSpec:
 
 
 def _meta_linear(n: int, k: int, scheme: Scheme, desc_act: bool) -> QuantizedLinear:
-    groups = scheme.num_groups(k)
+    scales_shape = scheme.scales_shape(n, k)
     code_dtype = torch.float8_e4m3fn if scheme.kind == "float" else torch.uint8
     return QuantizedLinear(
         codes_NK=torch.empty(n, k, dtype=code_dtype, device="meta"),
-        scales_NG=torch.empty(n, groups, device="meta"),
-        zeros_NG=None if scheme.symmetric else torch.empty(n, groups, dtype=torch.uint8, device="meta"),
+        scales_NG=torch.empty(scales_shape, device="meta"),
+        zeros_NG=None if scheme.symmetric else torch.empty(scales_shape, dtype=torch.uint8, device="meta"),
         group_index_K=torch.empty(k, dtype=torch.int32, device="meta") if desc_act else None,
         scheme=scheme,
     )

@@ -49,8 +49,8 @@ class QuantizationConfig:
             raise UsageError(f"{self.target} takes --algorithm {' or '.join(target.algorithms)}, got {self.algorithm}")
         if self.bits is not None and self.bits not in target.bits:
             raise UsageError(f"{self.target} has --bits {' or '.join(map(str, target.bits))}, got {self.bits}")
-        if target.is_float and (self.group_size is not None or self.symmetric is not None or self.desc_act):
-            raise UsageError(f"{self.target} is per channel and symmetric: no --group-size, --sym/--asym or --desc-act")
+        if target.symmetric is None and (self.group_size is not None or self.symmetric is not None or self.desc_act):
+            raise UsageError(f"{self.target} has one scheme: no --group-size, --sym/--asym or --desc-act")
         if self.desc_act and not (target.format == "gptq" and self.resolved_algorithm == "gptq"):
             raise UsageError("--desc-act belongs to --requant gptq with the gptq algorithm (a stored group index)")
         if self.group_size is not None and self.group_size != -1 and self.group_size < 8:
@@ -73,8 +73,8 @@ class QuantizationConfig:
             SchemeError: the group size does not divide every K; names the sizes that would.
         """
         target = TARGETS[self.target]
-        if target.is_float:
-            return Scheme(kind="float", bits=8, group_size=-1, symmetric=True, dynamic_activations=True)
+        if target.scheme is not None:
+            return target.scheme
         widths = sorted(set(in_features))
         fitting = [g for g in GROUP_SIZES if all(k % g == 0 for k in widths)]
         size = self.group_size
@@ -100,9 +100,9 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """Text that statistics are gathered on: ``source`` as `corpus.load_documents` reads it."""
+    """Text that statistics are gathered on: ``sources`` as `mixture.load_mixture` reads them."""
 
-    source: str = "default"
+    sources: tuple[str, ...] = ("default",)
     samples: int = 128
     seq_len: int = 512
     seed: int = 0

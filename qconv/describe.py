@@ -37,6 +37,7 @@ def _describe_model(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
         scheme = view.scheme
         facts["scheme"] = (
             f"{scheme.kind}{scheme.bits}, group size {scheme.group_size}, "
+            f"{f'blocks of {scheme.block_rows} rows, ' if scheme.block_rows > 1 else ''}"
             f"{'symmetric' if scheme.symmetric else 'asymmetric'}"
         )
     facts["quantized linears"] = len(view.quantized_modules)

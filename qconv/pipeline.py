@@ -20,6 +20,7 @@ from qconv.evaluation import check_vocabulary, evaluation_rows, reference_tokeni
 from qconv.fidelity import Fidelity, measure_fidelity
 from qconv.gating import check_rules, rules_for
 from qconv.inputs import load_candidate, load_reference, resolve_device
+from qconv.mixture import load_mixture, pack_mixture
 from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run_tasks
 from qconv.progress import QUIET, Progress
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
@@ -53,7 +54,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Outcome:
         adapter_folder = resolve_folder(job.adapter) if job.adapter else None
         tokenizer = tokenizer_folder(source.folder, adapter_folder)
         _check_before_work(job, reference, merged, tokenizer)
-        calibration = _calibration_rows(job, merged, tokenizer)
+        calibration = _calibration_rows(job, merged, tokenizer, progress)
     for line in describe_plan(job, reference, layout):
         progress.say(line)
     counts: Counter[str] = Counter()
@@ -217,15 +218,19 @@ def _stored_blocks(job: MergeJob, view: Checkpoint, device: str) -> StoredBlocks
     return None if runs else StoredBlocks.of(view, device)
 
 
-def _calibration_rows(job: MergeJob, view: Checkpoint, folder: Path) -> torch.Tensor | None:
+def _calibration_rows(job: MergeJob, view: Checkpoint, folder: Path, progress: Progress) -> torch.Tensor | None:
     if job.quantization is None or not job.quantization.needs_calibration:
         return None
     config = job.calibration
-    documents = corpus.load_documents(config.source)
-    if job.validation is not None:
-        corpus.check_disjoint(documents, corpus.load_documents(job.validation.source))
     tokenizer = corpus.load_tokenizer(folder)
-    rows_TS = corpus.pack_tokens(documents, tokenizer, config.samples, config.seq_len, config.seed)
+    text = load_mixture(config.sources, tokenizer)
+    for line in text.summary().splitlines():
+        progress.say(line)
+    if job.validation is not None:
+        held_out = corpus.load_documents(job.validation.source, tokenizer)
+        for part in text.parts:
+            corpus.check_disjoint(part, held_out)
+    rows_TS = pack_mixture(text, tokenizer, config.samples, config.seq_len, config.seed).ids_TS
     check_vocabulary(rows_TS, view, folder)
     return rows_TS
 

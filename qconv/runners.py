@@ -16,7 +16,7 @@ from qconv.assemble import config_dtype
 from qconv.checkpoint import SafetensorsCheckpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.merge import merge
-from qconv.quantize.fp8 import fake_quantize_per_token
+from qconv.quantize.int8 import fake_quantize_inputs
 from qconv.skeleton import block_linears
 from qconv.streaming import BlockModel, Decorate, StreamedModel
 from qconv.types import Adapter, BnbKind, Checkpoint
@@ -107,7 +107,8 @@ def candidate_model(
     how = "decoded by qconv" + (", adapter unmerged" if candidate.adapter else "")
     inputs = _input_quantization(candidate.view)
     if inputs is not None:
-        how += ", inputs of quantized linears rounded to float8 as engines do"
+        kind = "int8" if candidate.view.scheme and candidate.view.scheme.kind == "int" else "float8"
+        how += f", inputs of quantized linears rounded to {kind} as engines do"
     return streamed(view, candidate.adapter, inputs, device, keep), how
 
 
@@ -130,14 +131,15 @@ def streamed(
 
 
 def _input_quantization(view: DequantizedCheckpoint) -> Decorate | None:
-    """Engines quantize the inputs of FP8 linears per token at run time; so does a model that is run here."""
-    if view.scheme is None or not view.scheme.dynamic_activations:
+    """Engines quantize the inputs of W8A8 linears per token at run time; so does a model that is run here."""
+    scheme = view.scheme
+    if scheme is None or not scheme.dynamic_activations:
         return None
     modules = frozenset(view.quantized_modules)
 
     def decorate(prefix: str, block: nn.Module) -> None:
         for name, linear in block_linears(block).items():
             if prefix + name in modules:
-                linear.register_forward_pre_hook(lambda _, args: (fake_quantize_per_token(args[0]), *args[1:]))
+                linear.register_forward_pre_hook(lambda _, args: (fake_quantize_inputs(args[0], scheme), *args[1:]))
 
     return decorate

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Algorithm = Literal["rtn", "gptq", "awq", "fp8"]
+from qconv.types import Scheme
+
+Algorithm = Literal["rtn", "gptq", "awq", "fp8", "int8", "bnb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +21,7 @@ class Target:
     bits: tuple[int, ...]
     symmetric: bool | None  # the default; None where the choice does not exist
     readers: str
-
-    @property
-    def is_float(self) -> bool:
-        return self.algorithms == ("fp8",)
+    scheme: Scheme | None = None  # the only one that the format holds
 
 
 TARGETS: Mapping[str, Target] = {
@@ -57,5 +56,32 @@ TARGETS: Mapping[str, Target] = {
         bits=(8,),
         symmetric=None,
         readers="vLLM, SGLang, transformers + compressed-tensors",
+        scheme=Scheme(kind="float", bits=8, group_size=-1, dynamic_activations=True),
+    ),
+    "fp8-block": Target(
+        name="fp8-block",
+        format="fp8-block",
+        algorithms=("fp8",),
+        bits=(8,),
+        symmetric=None,
+        readers="vLLM, SGLang, transformers (a GPU, or decoded while loading)",
+        scheme=Scheme(kind="float", bits=8, group_size=128, block_rows=128, dynamic_activations=True),
+    ),
+    "int8": Target(
+        name="int8",
+        format="int-quantized",
+        algorithms=("int8",),
+        bits=(8,),
+        symmetric=None,
+        readers="vLLM, SGLang, transformers + compressed-tensors",
+        scheme=Scheme(bits=8, group_size=-1, dynamic_activations=True),
+    ),
+    "nf4": Target(
+        name="nf4",
+        format="bnb-nf4-dq",
+        algorithms=("bnb",),
+        bits=(4,),
+        symmetric=None,
+        readers="transformers + bitsandbytes, vLLM",
     ),
 }

@@ -9,7 +9,7 @@ G = number of quantization groups along K, R = adapter rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -92,9 +92,11 @@ class Scheme:
         symmetric: no stored zero point; integer codes are centred on ``2**(bits - 1)``.
         activation_order: columns were quantized in order of decreasing activation power
             (GPTQ "act-order"); groups are then either static or named by a group index.
-        dynamic_activations: the engine quantizes inputs to float8 per token at run time.
+        dynamic_activations: the engine quantizes inputs at run time to 8 bits of the same kind, per token and
+            ``group_size`` features (-1 = all of a token).
         min_zero: smallest zero point of an asymmetric scheme; 1 for the GPTQ v1 layout, which stores
             zero - 1 and whose readers disagree on what a stored -1 means.
+        block_rows: output features that share a scale; more than 1 for ``"float"`` blocks with a group size.
     """
 
     kind: Literal["int", "float"] = "int"
@@ -104,6 +106,7 @@ class Scheme:
     activation_order: bool = False
     dynamic_activations: bool = False
     min_zero: Literal[0, 1] = 0
+    block_rows: int = 1
 
     def __post_init__(self) -> None:
         if self.kind == "float" and (self.bits != 8 or not self.symmetric):
@@ -112,6 +115,11 @@ class Scheme:
             raise SchemeError(f"integer schemes have 2, 3, 4 or 8 bits, got {self.bits}")
         if self.group_size != -1 and self.group_size <= 0:
             raise SchemeError(f"group size must be positive, or -1 for one group per row, got {self.group_size}")
+        if self.block_rows != 1 and (self.block_rows < 1 or self.kind != "float" or self.group_size == -1):
+            raise SchemeError(
+                f"rows share a scale in float8 blocks only, got block_rows={self.block_rows} kind={self.kind} "
+                f"group_size={self.group_size}"
+            )
 
     @property
     def max_code(self) -> int:
@@ -125,6 +133,10 @@ class Scheme:
     def num_groups(self, in_features: int) -> int:
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)
 
+    def scales_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Of ``scales_NG`` for a weight ``[N, K]``."""
+        return -(-out_features // self.block_rows), self.num_groups(in_features)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedLinear:
@@ -136,7 +148,8 @@ class QuantizedLinear:
         codes_NK: ``[N, K]``; uint8 in ``0 .. 2**bits - 1`` for integer schemes (always unsigned,
             also when symmetric), float8_e4m3fn for float schemes.
         scales_NG: ``[N, G]`` float32, holding values that are exact in both float16 and bfloat16
-            (see `quantize/grid.py`), so that no reader's cast changes them.
+            (see `quantize/grid.py`), so that no reader's cast changes them. With ``scheme.block_rows`` above 1
+            ``[ceil(N / block_rows), G]``, any float32 values: such formats store float32.
         zeros_NG: ``[N, G]`` uint8 zero points, or None when the scheme is symmetric.
         group_index_K: ``[K]`` int32, the group of each input feature, or None for ``k // group_size``.
         scheme: what the codes mean.
@@ -148,6 +161,19 @@ class QuantizedLinear:
     group_index_K: Tensor | None
     scheme: Scheme
 
+    def rows(self, rows: slice) -> QuantizedLinear:
+        """Some rows, with a scale for each; where ``rows`` begins and ends need not fit blocks."""
+        import torch
+
+        zeros = None if self.zeros_NG is None else self.zeros_NG[rows]
+        scales, scheme = self.scales_NG, self.scheme
+        if scheme.block_rows == 1:
+            scales = scales[rows]
+        else:
+            picked = torch.arange(*rows.indices(len(self.codes_NK)), device=scales.device) // scheme.block_rows
+            scales, scheme = scales[picked], replace(scheme, block_rows=1)
+        return replace(self, codes_NK=self.codes_NK[rows], scales_NG=scales, zeros_NG=zeros, scheme=scheme)
+
     def dequantize(self) -> Tensor:
         """The weight ``[N, K]`` in float32: ``(code - zero) * scale`` of the column's group."""
         import torch
@@ -156,6 +182,8 @@ class QuantizedLinear:
         w_NK = self.codes_NK.to(torch.float32, memory_format=torch.contiguous_format)
         n, k = w_NK.shape
         scales, zeros = self.scales_NG.float(), None if self.zeros_NG is None else self.zeros_NG.float()
+        if self.scheme.block_rows > 1:
+            scales = scales.repeat_interleave(self.scheme.block_rows, dim=0)[:n]
         size = k if scales.shape[1] == 1 else self.scheme.group_size
         target = w_NK
         if self.group_index_K is None and k == scales.shape[1] * size:

@@ -52,7 +52,7 @@ class Variant:
 def all_variants() -> Iterator[Variant]:
     """Everything that `TARGETS` permits."""
     for target in TARGETS.values():
-        choices = [None] if target.is_float else [True, False]
+        choices = [None] if target.symmetric is None else [True, False]
         for algorithm, bits, symmetric in itertools.product(target.algorithms, target.bits, choices):
             yield Variant(target.name, algorithm, bits, symmetric)
             if target.format == "gptq" and algorithm == "gptq":
@@ -89,7 +89,7 @@ def job(factory: pytest.TempPathFactory, out: Path, base: Path, adapter: Path | 
     """A job on a few hundred tokens."""
     calibration, evaluation = small_texts(factory)
     options: dict[str, Any] = {
-        "calibration": CalibrationConfig(source=str(calibration), samples=8, seq_len=SEQ_LEN),
+        "calibration": CalibrationConfig(sources=(str(calibration),), samples=8, seq_len=SEQ_LEN),
         "validation": ValidationConfig(
             source=str(evaluation), tokens=EVAL_TOKENS, seq_len=SEQ_LEN, control_tokens=EVAL_TOKENS, defaults=False
         ),

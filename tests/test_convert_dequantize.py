@@ -8,14 +8,14 @@ from qconv.convert import FORMATS, DequantizedCheckpoint, dequantize
 from qconv.errors import CheckpointError
 from qconv.types import Scheme
 from tests.test_convert_bnb import TINY, save_folder, stored, uneven
-from tests.test_convert_formats import FP8, assert_same, random_linear
+from tests.test_convert_formats import W8A8, assert_same, random_linear
 
 MODULES = ("model.layers.0.up", "model.layers.0.down")
 
 
 def schemes(name):
-    if name == "float-quantized":
-        return [FP8]
+    if name in W8A8:
+        return [W8A8[name]]
     return [Scheme(bits=4, group_size=32, symmetric=symmetric) for symmetric in (True, False)]
 
 
@@ -135,8 +135,8 @@ def test_dequantizing_twice_changes_nothing(tmp_path):
 PLAIN = {"a.weight": torch.ones(2, 2)}
 INT8 = {"a.weight": torch.ones(2, 2, dtype=torch.int8)}
 REFUSED = {
-    "fp8": (PLAIN, {"quant_method": "fp8"}, "quantized with 'fp8', which is not read; read are bitsandbytes"),
-    "hqq": (PLAIN, {"quant_method": "hqq"}, "'hqq'"),
+    "fp8": (PLAIN, {"quant_method": "fp8"}, "read are weights in blocks, .*found None"),
+    "hqq": (PLAIN, {"quant_method": "hqq"}, "quantized with 'hqq', which is not read; read are bitsandbytes"),
     "mxfp4": (PLAIN, {"quant_method": "mxfp4"}, "'mxfp4'"),
     "gguf": (PLAIN, {"quant_method": "gguf"}, "'gguf'"),
     "int8 of bitsandbytes": (

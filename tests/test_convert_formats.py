@@ -16,13 +16,16 @@ from qconv.types import QuantizedLinear, Scheme
 INT_FORMATS = ("gptq", "gptq_v2", "awq", "pack-quantized")
 BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "awq": (4,), "pack-quantized": (4, 8)}
 FP8 = Scheme(kind="float", bits=8, group_size=-1, dynamic_activations=True)
+INT8 = Scheme(bits=8, group_size=-1, dynamic_activations=True)
+BLOCKS = Scheme(kind="float", bits=8, group_size=128, block_rows=128, dynamic_activations=True)
+W8A8 = {"float-quantized": FP8, "int-quantized": INT8, "fp8-block": BLOCKS}
 
 
 def random_linear(scheme, n, k, seed=0, group_index=False, lowest_zero=0):
     generator = torch.Generator().manual_seed(seed)
     groups = scheme.num_groups(k)
     # Eight-bit mantissas within float16's normal range are exact in float16 and bfloat16.
-    scales = (torch.rand(n, groups, generator=generator) * 0.1 + 1e-3).to(torch.bfloat16).float()
+    scales = (torch.rand(scheme.scales_shape(n, k), generator=generator) * 0.1 + 1e-3).to(torch.bfloat16).float()
     if scheme.kind == "float":
         codes = (torch.randn(n, k, generator=generator) * 100).to(torch.float8_e4m3fn)
         return QuantizedLinear(codes_NK=codes, scales_NG=scales, zeros_NG=None, group_index_K=None, scheme=scheme)
@@ -282,8 +285,9 @@ def test_nan_float8_codes_are_refused():
 
 def stored(name, symmetric=True, group_index=False):
     scheme = Scheme(bits=4, group_size=32, symmetric=symmetric, activation_order=group_index)
-    scheme = FP8 if name == "float-quantized" else scheme
-    q = random_linear(scheme, 32, 64, group_index=group_index, lowest_zero=1)
+    scheme = W8A8.get(name, scheme)
+    n = 129 if name == "fp8-block" else 32  # one row less is one block less
+    q = random_linear(scheme, n, 64, group_index=group_index, lowest_zero=1)
     return FORMATS[name].pack(q, "layer", torch.float16), scheme
 
 
@@ -311,7 +315,7 @@ def test_every_misshapen_tensor_is_named(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_infinite_scales_are_refused(name):
     tensors, scheme = stored(name)
-    scales = next(key for key in tensors if key.endswith("scale") or key.endswith("scales"))
+    scales = next(key for key in tensors if key.endswith(("scale", "scales", "scale_inv")))
     tensors[scales] = torch.full_like(tensors[scales], float("inf"))
     with pytest.raises(NumericsError, match="a scale of module 'layer' is NaN or infinite"):
         FORMATS[name].unpack(tensors, "layer", scheme)

@@ -29,7 +29,7 @@ def run(base: Path, adapter: Path, out: Path, device: str, target: str | None, *
         adapter=str(adapter),
         out=out,
         quantization=QuantizationConfig(target=target) if target else None,
-        calibration=CalibrationConfig(source="default", samples=16, seq_len=128),
+        calibration=CalibrationConfig(sources=("default",), samples=16, seq_len=128),
         validation=ValidationConfig(tokens=8192, seq_len=128),
         device=device,
         **options,

@@ -201,20 +201,27 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
         "tensors replaced whole": 0,
         "notes": [],
     }
-    is_float = variant.target == "fp8"
-    default = TARGETS[variant.target].symmetric
-    facts = {
+    scheme, default = TARGETS[variant.target].scheme, TARGETS[variant.target].symmetric
+    symmetric = default if variant.symmetric is None else variant.symmetric
+    if variant.target == "nf4":
+        numbers = {}
+    else:
+        numbers = {
+            "group_size": 128 if scheme is None else scheme.group_size,
+            "symmetric": symmetric if scheme is None else True,
+        }
+    if scheme is not None and scheme.block_rows > 1:
+        numbers["block_rows"] = scheme.block_rows
+    facts = numbers | {
         "format": TARGETS[variant.target].format,
         "algorithm": variant.algorithm,
         "bits": variant.bits,
-        "group_size": -1 if is_float else 128,
-        "symmetric": True if is_float else default if variant.symmetric is None else variant.symmetric,
         "linears quantized": NUM_LINEARS,
         "read by": TARGETS[variant.target].readers,
         "notes on readers": stages["quantization"]["notes on readers"],
     }
     assert stages["quantization"].items() >= facts.items()
-    asymmetric_gptq = variant.target == "gptq" and not facts["symmetric"]
+    asymmetric_gptq = variant.target == "gptq" and not symmetric
     assert any("vLLM releases refuse" in note for note in facts["notes on readers"]) == asymmetric_gptq
     counts = {key: value for key, value in stages["quantization"].items() if key not in facts}
     if variant.algorithm == "gptq":
@@ -236,7 +243,8 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
     kl = fidelity["total"]["kl"]
     low, high = kl["interval_95"]
     assert 0 < low < kl["mean"] < high
-    limit = 5e-4 if variant.bits == 8 and not is_float else 0.006 if is_float else 0.025
+    rounds_inputs = scheme is not None and scheme.dynamic_activations
+    limit = 5e-4 if variant.bits == 8 and not rounds_inputs else 0.006 if rounds_inputs else 0.025
     assert kl["mean"] < limit
     assert [block["block"] for block in fidelity["blocks"]] == [0, 1, 2, 3]
     assert fidelity["adapter_effect_retained"]["value"] == pytest.approx(
@@ -244,7 +252,12 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
     )
     markdown = (out / "qconv-report.md").read_text()
     assert f"{kl['mean']:.3g}"[:5] in markdown
-    assert [finding for finding in report["findings"] if finding["severity"] == "error"] == []
+    errors = {finding["code"] for finding in report["findings"] if finding["severity"] == "error"}
+    if variant.target == "nf4":  # rounded to the blocks that it came from, most of the update is gone
+        assert errors <= {"adapter-partly-applied", "adapter-scale"}
+        assert errors
+    else:
+        assert errors == set()
     if variant.bits == 4 and variant.algorithm in ("gptq", "awq"):
         plain = report_of(output(dataclasses.replace(variant, algorithm="rtn", desc_act=False)))
         gain = 0.6 if variant.algorithm == "gptq" else 0.9
@@ -588,7 +601,7 @@ def test_text_is_checked_before_the_work(
     with pytest.raises(CalibrationError, match="ask for at most"):
         pipeline.run(make(validation=ValidationConfig(source=str(evaluation), tokens=10**7)))
     with pytest.raises(CalibrationError, match="ask for at most"):
-        pipeline.run(make(calibration=CalibrationConfig(source=str(calibration), samples=10**5)))
+        pipeline.run(make(calibration=CalibrationConfig(sources=(str(calibration),), samples=10**5)))
     bare = tmp_path / "bare"
     shutil.copytree(tiny_nf4, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(CheckpointError, match="has no tokenizer"):

@@ -29,7 +29,7 @@ def measure(base: Path, adapter: Path, out: Path, target: str | None, **options:
             adapter=str(adapter),
             out=out,
             quantization=QuantizationConfig(target=target, **options) if target else None,
-            calibration=CalibrationConfig(source="default-prose", samples=8, seq_len=256),
+            calibration=CalibrationConfig(sources=("default-prose",), samples=8, seq_len=256),
             validation=ValidationConfig(source="default-prose-eval", tokens=1024, seq_len=128),
             device="cpu",
         )

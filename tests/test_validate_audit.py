@@ -60,7 +60,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """``make(base, adapter, "gptq")``: an output of this package, made once."""
     text = tmp_path_factory.mktemp("texts") / "calibration.txt"
     text.write_text("\n\n".join(corpus.load_documents("default")[:2]), encoding="utf-8")
-    calibration = CalibrationConfig(source=str(text), samples=8, seq_len=64)
+    calibration = CalibrationConfig(sources=(str(text),), samples=8, seq_len=64)
 
     @cache
     def make(base: Path, adapter: Path | None, target: str, shard_bytes: int = 5_000_000_000) -> Path:

@@ -1,9 +1,11 @@
 """How weights lie in bytes: one module per on-disk format, and views that present logical weights.
 
-This room never chooses a number. `dequantize` reads, `FORMATS` writes what algorithms chose.
+This room never chooses a number. `dequantize` reads, `FORMATS` writes what algorithms chose. bitsandbytes 4-bit is
+the exception: its rule leaves no choice, and is needed to know what training saw (`encode_linear`, `Bnb4bit`).
 """
 
 from qconv.convert.bnb import BnbState
+from qconv.convert.bnb_format import Bnb4bit, BnbLinear, encode_linear, meta_linear, read_linear
 from qconv.convert.bnb_kernels import quant_map
 from qconv.convert.bnb_kernels import simulate as simulate_weight
 from qconv.convert.dequantize import FORMATS, DequantizedCheckpoint, dequantize
@@ -12,11 +14,16 @@ from qconv.convert.simulate import simulate_training_base
 
 __all__ = [
     "FORMATS",
+    "Bnb4bit",
+    "BnbLinear",
     "BnbState",
     "DequantizedCheckpoint",
     "Format",
     "dequantize",
+    "encode_linear",
+    "meta_linear",
     "quant_map",
+    "read_linear",
     "simulate_training_base",
     "simulate_weight",
 ]

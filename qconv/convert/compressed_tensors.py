@@ -12,9 +12,9 @@ The package speaks of signed codes; what it stores is the signed code + 2**(b-1)
 activations are quantized per token at run time and store nothing.
 
 Rounding points: none; scales must be exact in the model's dtype. Readers multiply in that dtype,
-which rounds once more. Left out: per-tensor and block scales, static activation scales, int-quantized,
-nvfp4, mixed schemes. Group indices (``actorder: group``) are read by vLLM and by compressed-tensors up
-to 0.19; version 0.20 dropped them, so prefer static groups.
+which rounds once more. Left out: per-tensor and block scales, static activation scales, nvfp4, mixed
+schemes; ``int-quantized`` is in `int_quantized.py`. Group indices (``actorder: group``) are read by vLLM
+and by compressed-tensors up to 0.19; version 0.20 dropped them, so prefer static groups.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class PackQuantized:
                 f"got {scheme.bits}-bit {scheme.kind}"
             )
         if scheme.dynamic_activations:
-            raise SchemeError("pack-quantized has 16-bit activations; float-quantized has dynamic 8-bit ones")
+            raise SchemeError(
+                "pack-quantized has 16-bit activations; int-quantized and float-quantized have dynamic 8-bit ones"
+            )
 
     def check_shapes(self, module: str, n: int, k: int, scheme: Scheme) -> None:
         self.check_scheme(scheme)
@@ -109,13 +111,13 @@ class PackQuantized:
     ) -> dict[str, Any]:
         self.check_scheme(scheme)
         order = "group" if has_group_index else "weight" if scheme.activation_order else None
-        weights = _weight_args(scheme)
+        weights = weight_args(scheme)
         if order is not None:
             weights["actorder"] = order
-        return _config(self.name, weights, None, ignored_modules)
+        return config_of(self.name, weights, None, ignored_modules)
 
     def scheme_of(self, config: Mapping[str, Any], location: str) -> Scheme:
-        weights, activations = _only_group(config, location)
+        weights, activations = only_group(config, location)
         if activations is not None:
             raise CheckpointError(f"{location}: pack-quantized weights with quantized activations are not read")
         strategy, bits = weights.get("strategy"), weights.get("num_bits")
@@ -184,10 +186,10 @@ class FloatQuantized:
     ) -> dict[str, Any]:
         self.check_scheme(scheme)
         activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-        return _config(self.name, _weight_args(scheme), activations, ignored_modules)
+        return config_of(self.name, weight_args(scheme), activations, ignored_modules)
 
     def scheme_of(self, config: Mapping[str, Any], location: str) -> Scheme:
-        weights, activations = _only_group(config, location)
+        weights, activations = only_group(config, location)
         found = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
         if found != ("float", 8, "channel") or activations is None or activations.get("dynamic") is not True:
             raise CheckpointError(
@@ -200,7 +202,8 @@ class FloatQuantized:
         return {}
 
 
-def _weight_args(scheme: Scheme) -> dict[str, Any]:
+def weight_args(scheme: Scheme) -> dict[str, Any]:
+    """The package's ``QuantizationArgs`` of the weights."""
     args: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": scheme.kind,
@@ -213,9 +216,10 @@ def _weight_args(scheme: Scheme) -> dict[str, Any]:
     return args
 
 
-def _config(
+def config_of(
     name: str, weights: dict[str, Any], activations: dict[str, Any] | None, ignored_modules: Collection[str]
 ) -> dict[str, Any]:
+    """The ``quantization_config`` of one scheme for all linears but the ignored ones."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
@@ -228,7 +232,7 @@ def _config(
     }
 
 
-def _only_group(config: Mapping[str, Any], location: str) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+def only_group(config: Mapping[str, Any], location: str) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
     """Weight and activation arguments of the one config group that we read."""
     groups = config.get("config_groups")
     group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None

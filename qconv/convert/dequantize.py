@@ -18,7 +18,9 @@ from qconv.convert import bnb
 from qconv.convert.awq import Awq
 from qconv.convert.compressed_tensors import FloatQuantized, PackQuantized
 from qconv.convert.format import Format
+from qconv.convert.fp8_block import Fp8Block
 from qconv.convert.gptq import Gptq
+from qconv.convert.int_quantized import IntQuantized
 from qconv.errors import CheckpointError
 from qconv.read_ahead import read_ahead
 from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
@@ -29,9 +31,15 @@ FORMATS: Mapping[str, Format] = {
     "awq": Awq(),
     "pack-quantized": PackQuantized(),
     "float-quantized": FloatQuantized(),
+    "int-quantized": IntQuantized(),
+    "fp8-block": Fp8Block(),
 }
 
-READ = "bitsandbytes 4-bit (nf4, fp4), GPTQ, AWQ gemm, compressed-tensors pack-quantized and float-quantized"
+COMPRESSED = ("pack-quantized", "float-quantized", "int-quantized")
+READ = (
+    "bitsandbytes 4-bit (nf4, fp4), GPTQ, AWQ gemm, fp8 with block scales, "
+    f"compressed-tensors {', '.join(COMPRESSED[:-1])} and {COMPRESSED[-1]}"
+)
 
 # Tensor suffixes that give a quantized layout away.
 SIGNS: Mapping[str, str] = {
@@ -144,7 +152,7 @@ class DequantizedCheckpoint:
             return self._detect_bnb(packed)
         if method in ("", "bitsandbytes"):
             return "plain"
-        if method not in ("gptq", "awq", "compressed-tensors"):
+        if method not in ("gptq", "awq", "compressed-tensors", "fp8"):
             raise CheckpointError(f"{self.location}: quantized with {method!r}, which is not read; read are {READ}")
         assert isinstance(quantization, dict)
         self._format = _format_of(method, quantization, self.location)
@@ -174,7 +182,7 @@ class DequantizedCheckpoint:
             module = name.removesuffix(mark)
             if not name.endswith(mark):
                 continue
-            if fmt.name == "float-quantized" and module + ".weight" not in specs:
+            if ".weight" in fmt.suffixes and module + ".weight" not in specs:
                 raise CheckpointError(f"{self.location}: a scale {name!r} but no weight {module + '.weight'!r}")
             self._parts[module + ".weight"] = tuple(
                 module + suffix for suffix in fmt.suffixes if module + suffix in specs
@@ -232,18 +240,18 @@ def dequantize(checkpoint: Checkpoint) -> DequantizedCheckpoint:
 
 
 def _format_of(method: str, config: Mapping[str, Any], location: str) -> Format:
-    if method == "awq":
-        return FORMATS["awq"]
+    if method in ("awq", "fp8"):
+        return FORMATS[{"awq": "awq", "fp8": "fp8-block"}[method]]
     if method == "gptq":
         name = str(config.get("checkpoint_format") or "gptq").lower()
         if name in ("gptq", "gptq_v2"):
             return FORMATS[name]
         raise CheckpointError(f"{location}: GPTQ checkpoint_format {name!r} is not read; read are gptq and gptq_v2")
     name = str(config.get("format"))
-    if name in ("pack-quantized", "float-quantized"):
+    if name in COMPRESSED:
         return FORMATS[name]
     raise CheckpointError(
-        f"{location}: compressed-tensors format {name!r} is not read; read are pack-quantized and float-quantized"
+        f"{location}: compressed-tensors format {name!r} is not read; read are {', '.join(COMPRESSED)}"
     )
 
 

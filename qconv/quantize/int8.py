@@ -3,8 +3,8 @@
 Method: symmetric; one scale per output channel for weights, one per token, found at run time, for activations
 (LLM.int8(), Dettmers et al. 2022, section 2.1, without its outlier columns; the "W8A8" preset of compressed-tensors,
 per-token dynamic quantization of vLLM). The weight scale is searched (see `grid.search_grid`): 2% less squared error
-than the largest magnitude on SmolLM2-135M, more where a channel has outliers. Scales stay positive: the extra code
-of negative ones is worth 0.5% at 8 bits, and engines' integer kernels were not tried with them.
+than the largest magnitude gives on SmolLM2-135M. Scales stay positive: the extra code of negative ones is worth 0.5%
+at 8 bits, and engines' integer kernels were not tried with them.
 
 Rounding points: the weight scale once, then codes (see `grid.py`). Activations: the reciprocal 127 / absmax in
 float32, the product, then the nearest whole number, half to even, as vLLM's kernel does; codes are in -127 .. 127.

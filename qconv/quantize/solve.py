@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qconv.config import QuantizationConfig
 from qconv.progress import QUIET, Progress
+from qconv.quantize import int8
 from qconv.quantize.awq import search_block_grid
 from qconv.quantize.awq_block import Statistics
-from qconv.quantize.fp8 import quantize_per_channel
+from qconv.quantize.fp8 import quantize_per_block, quantize_per_channel
 from qconv.quantize.gptq import gptq
 from qconv.quantize.rtn import rtn
 from qconv.types import QuantizedLinear, Scheme
@@ -43,10 +44,15 @@ def solve(
     """
     match config.resolved_algorithm:
         case "fp8":
+            quantize = quantize_per_channel if scheme.group_size == -1 else quantize_per_block
             return {
-                name: quantize_per_channel(weights.pop(name), scheme, where + name, num_candidates=FP8_CANDIDATES)
+                name: quantize(weights.pop(name), scheme, where + name, num_candidates=FP8_CANDIDATES)
                 for name in list(weights)
             }
+        case "bnb":
+            raise AssertionError("bitsandbytes weights are encoded as they are written")
+        case "int8":
+            return {name: int8.quantize_per_channel(weights.pop(name), scheme, where + name) for name in list(weights)}
         case "rtn":
             return {name: rtn(weights.pop(name), scheme, where + name) for name in list(weights)}
         case "awq":

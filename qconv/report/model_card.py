@@ -20,6 +20,9 @@ _FORMATS = {
     "awq": ("AWQ (AutoAWQ gemm layout)", "gptqmodel"),
     "w4a16": ("compressed-tensors pack-quantized", "compressed-tensors"),
     "fp8": ("compressed-tensors float-quantized (FP8)", "compressed-tensors"),
+    "fp8-block": ("FP8 with 128 x 128 blocks (DeepSeek-V3 layout)", ""),
+    "nf4": ("bitsandbytes NF4 with double quantization", "bitsandbytes"),
+    "int8": ("compressed-tensors int-quantized (W8A8 INT8)", "compressed-tensors"),
 }
 
 

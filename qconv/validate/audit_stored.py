@@ -8,7 +8,6 @@ Dimension legend: N = rows, K = columns of the stored weight, n = rows worked on
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,14 +39,14 @@ class Stored:
         if self.quantized is None:
             assert self.plain is not None
             return self.plain[rows].to(torch.float32, copy=True)
-        return self._rows(rows).dequantize()
+        return self.quantized.rows(rows).dequantize()
 
     def nearest(self, w_nK: Tensor, rows: slice) -> Tensor:
         """``w_nK`` rounded to the nearest values that the candidate's own grid holds: float32, a copy."""
         if self.quantized is None:
             assert self.plain is not None
             return w_nK.to(self.plain.dtype).to(torch.float32, copy=True)
-        part = self._rows(rows)
+        part = self.quantized.rows(rows)
         scale = _spread(part.scales_NG, part, w_nK.shape[1])
         scale = torch.where(scale == 0, 1.0, scale)
         if part.scheme.kind == "float":
@@ -57,12 +56,6 @@ class Stored:
         if part.zeros_NG is not None:
             zero = _spread(part.zeros_NG, part, w_nK.shape[1])
         return (w_nK / scale).round_().add_(zero).clamp_(0, part.scheme.max_code).sub_(zero).mul_(scale)
-
-    def _rows(self, rows: slice) -> QuantizedLinear:
-        q = self.quantized
-        assert q is not None
-        zeros = None if q.zeros_NG is None else q.zeros_NG[rows]
-        return dataclasses.replace(q, codes_NK=q.codes_NK[rows], scales_NG=q.scales_NG[rows], zeros_NG=zeros)
 
 
 def _spread(groups_NG: Tensor, q: QuantizedLinear, num_columns: int) -> Tensor:
