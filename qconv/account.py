@@ -123,6 +123,7 @@ def stages(
     merged: Checkpoint,
     layout: Layout,
     calibration: torch.Tensor | None,
+    calibration_text: str,
     counts: Counter[str],
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
@@ -156,13 +157,14 @@ def stages(
             "notes on readers": reader_notes(job.quantization, None),
         }
     if calibration is not None:
-        result["calibration"] = _describe(job.calibration, calibration)
+        result["calibration"] = _describe(job.calibration, calibration, calibration_text)
     return result
 
 
-def _describe(config: CalibrationConfig, rows: torch.Tensor) -> dict[str, Any]:
+def _describe(config: CalibrationConfig, rows: torch.Tensor, text: str) -> dict[str, Any]:
     return {
         "source": " + ".join(config.sources),
+        "read": "; ".join(text.splitlines()),
         "samples": config.samples,
         "seq_len": config.seq_len,
         "seed": config.seed,

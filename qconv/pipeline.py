@@ -54,7 +54,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Outcome:
         adapter_folder = resolve_folder(job.adapter) if job.adapter else None
         tokenizer = tokenizer_folder(source.folder, adapter_folder)
         _check_before_work(job, reference, merged, tokenizer)
-        calibration = _calibration_rows(job, merged, tokenizer, progress)
+        calibration, calibration_text = _calibration_rows(job, merged, tokenizer, progress)
     for line in describe_plan(job, reference, layout):
         progress.say(line)
     counts: Counter[str] = Counter()
@@ -70,7 +70,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> Outcome:
         write_tensors(writer, merged, layout, blocks, progress, device)
         writer.finish_tensors()
         digests.add("candidate", writer.partial, writer.digests)
-        facts = stages(job, reference, merged, layout, calibration, counts)
+        facts = stages(job, reference, merged, layout, calibration, calibration_text, counts)
         document = _judge_output(job, reference, writer.partial, facts, digests, device, progress)
         with TIMELINE.stage("report"):
             write_reports(writer.partial, document, (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
@@ -218,9 +218,12 @@ def _stored_blocks(job: MergeJob, view: Checkpoint, device: str) -> StoredBlocks
     return None if runs else StoredBlocks.of(view, device)
 
 
-def _calibration_rows(job: MergeJob, view: Checkpoint, folder: Path, progress: Progress) -> torch.Tensor | None:
+def _calibration_rows(
+    job: MergeJob, view: Checkpoint, folder: Path, progress: Progress
+) -> tuple[torch.Tensor | None, str]:
+    """Token rows, and in words what they were cut from; None where none are needed."""
     if job.quantization is None or not job.quantization.needs_calibration:
-        return None
+        return None, ""
     config = job.calibration
     tokenizer = corpus.load_tokenizer(folder)
     text = load_mixture(config.sources, tokenizer)
@@ -232,7 +235,7 @@ def _calibration_rows(job: MergeJob, view: Checkpoint, folder: Path, progress: P
             corpus.check_disjoint(part, held_out)
     rows_TS = pack_mixture(text, tokenizer, config.samples, config.seq_len, config.seed).ids_TS
     check_vocabulary(rows_TS, view, folder)
-    return rows_TS
+    return rows_TS, text.summary()
 
 
 def _quantized_blocks(

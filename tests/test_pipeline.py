@@ -238,6 +238,7 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
     if "calibration" in stages:
         calibration = stages["calibration"]
         assert (calibration["samples"], calibration["seq_len"], len(calibration["sha256"])) == (8, SEQ_LEN, 64)
+        assert "documents, read as paragraphs" in calibration["read"]
     fidelity = report["fidelity"]
     assert fidelity["evaluation"]["positions"] == EVAL_TOKENS // SEQ_LEN * (SEQ_LEN - 1)
     kl = fidelity["total"]["kl"]
