@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from qconv import __version__, corpus
-from qconv.assemble import Layout
 from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig
+from qconv.layout import Layout
 from qconv.report.model_card import model_card as render_card
 from qconv.runners import Reference
 from qconv.targets import TARGETS

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from qconv import __version__, corpus
-from qconv.assemble import config_dtype
 from qconv.config import ValidationConfig
 from qconv.corpus import TokenRows
 from qconv.errors import CheckpointError, UsageError
 from qconv.evaluation import empty_facts, evaluation_rows, reference_tokenizer
 from qconv.fidelity import Fidelity, add_effect, audit_all, measure_fidelity
+from qconv.layout import config_dtype
 from qconv.lineup import rows_per_batch
 from qconv.progress import Progress
 from qconv.report.document import finite

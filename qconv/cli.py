@@ -168,7 +168,9 @@ def validate(reference: str | None, adapter: str | None, candidate: str | None, 
 @run_options
 @answers
 def train(base: str, data: str, **options: Any) -> Answer:
-    """Train a QLoRA adapter on BASE with DATA (.txt, .jsonl, or the embedded default).
+    """Train a QLoRA adapter on BASE with DATA: text, chats or instructions.
+
+    DATA is .txt, .jsonl, .json or .parquet, org/name[:split], or the embedded default.
 
     \b
     qconv train ./base ./data.jsonl -o ./adapter

@@ -87,7 +87,7 @@ validate_options = options(
         default="default-eval",
         show_default=True,
         shell_complete=files,
-        help="Held-out .txt or .jsonl, or the default.",
+        help="Held-out text, as for --calibration, or the default.",
     ),
     click.option("--eval-tokens", default=16384, show_default=True, help="Tokens to evaluate."),
     click.option("--eval-seq-len", default=512, show_default=True, help="Tokens per evaluated row."),

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qconv.assemble import config_dtype
 from qconv.config import ValidationConfig
 from qconv.convert import DequantizedCheckpoint, dequantize
+from qconv.layout import config_dtype
 from qconv.merge import merge
 from qconv.remembered import Remembered
 from qconv.runners import Candidate, Reference, candidate_model, reference_model, streamed

@@ -11,7 +11,7 @@ import torch
 
 from qconv import corpus
 from qconv.account import describe_plan, model_card, stages, subject
-from qconv.assemble import Layout, config_dtype, plan_layout, write_tensors
+from qconv.assemble import write_tensors
 from qconv.cached_fidelity import measure_cached, write_cached
 from qconv.checkpoint import open_checkpoint, resolve_folder
 from qconv.config import MergeJob, ValidateJob, ValidationConfig
@@ -20,6 +20,7 @@ from qconv.evaluation import check_vocabulary, evaluation_rows, reference_tokeni
 from qconv.fidelity import Fidelity, measure_fidelity
 from qconv.gating import check_rules, rules_for
 from qconv.inputs import load_candidate, load_reference, resolve_device
+from qconv.layout import Layout, config_dtype, plan_layout
 from qconv.mixture import load_mixture, pack_mixture
 from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run_tasks
 from qconv.progress import QUIET, Progress

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import nn
 
-from qconv.assemble import config_dtype
 from qconv.checkpoint import SafetensorsCheckpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
+from qconv.layout import config_dtype
 from qconv.merge import merge
 from qconv.quantize.int8 import fake_quantize_inputs
 from qconv.skeleton import block_linears

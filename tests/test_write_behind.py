@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qconv import assemble, plain_tensors, read_bytes, write_behind
-from qconv.assemble import plan_layout, write_tensors
+from qconv.assemble import write_tensors
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.convert import bnb_kernels, dequantize
 from qconv.errors import CheckpointError, NumericsError
+from qconv.layout import plan_layout
 from qconv.merge import load_adapter, merge
 from qconv.progress import QUIET
 from qconv.read_ahead import ReadAhead, read_ahead

@@ -79,24 +79,15 @@ def sweep(
     *,
     tf32: bool = False,
 ) -> Tensor:
-    """Chooses codes column by column, each moved by the errors of the columns before it.
+    """`sweep.sweep`, which says what is computed and from what.
 
-    Column k goes to the code nearest to ``start_k + pull_k / power_k``, where every earlier column j has added
-    ``(start_j - q_j) * coupling_jk`` to ``pull_k``. One kernel does a block of `BLOCK_COLUMNS`, in float32. The columns
-    after it get its errors in matrix products: those of the same span after each block, all others after a span, since
-    adding to all of them costs more memory traffic than the product costs arithmetic.
+    One kernel does a block of `BLOCK_COLUMNS`, in float32. The columns after it get its errors in matrix products:
+    those of the same span after each block, all others after a span, since adding to all of them costs more memory
+    traffic than the product costs arithmetic. Start, pull, scales and zeros are contiguous, scales exact in bfloat16;
+    the coupling is copied unless its last axis is dense.
 
     Args:
-        start_KN: float32 ``[K, N]``, contiguous: one column of the weight per row, in the order of processing.
-        pull_KN: the same shape; contiguous; overwritten.
-        coupling_KK: float32 ``[K, K]``; only entries above the diagonal count. Copied unless its last axis is dense.
-        power_K: float32 ``[K]``, positive.
-        group_K: int32 ``[K]``, the group of each column.
-        scale_GN, zero_GN: float32 ``[G, N]``, contiguous; scales exact in bfloat16, zeros whole, ``0 .. max_code``.
         tf32: let the matrix products between blocks round their factors to TF32.
-
-    Returns:
-        Codes ``[K, N]``, uint8.
 
     Raises:
         ValueError: an argument's shape, dtype or layout is not the above.

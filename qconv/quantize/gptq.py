@@ -132,16 +132,19 @@ def gptq(
             grid = grid_of_range(*range_of(groups_of(w_NK, scheme.group_size)), scheme)
     with TIMELINE.stage("solve: codes"):
         codes_NK = _solve(w_NK, factor.u_KK, order_K, grid, scheme, kernels)
-    factor = factor._replace(u_KK=diagonal_K)  # frees as much memory as the Gram matrix takes
+    shift, damping, attempts = factor.shift, factor.damping, factor.attempts
+    del factor  # as much memory as the Gram matrix takes
     for _ in range(refine_passes):
         with TIMELINE.stage("solve: refit"):
-            grid = refit_scales(w_NK, gram_KK, factor.shift, codes_NK, grid, scheme, kernels)
+            grid = refit_scales(w_NK, gram_KK, shift, codes_NK, grid, scheme, kernels)
         with TIMELINE.stage("solve: descend"):
-            codes_NK = descend(w_NK, gram_KK, factor.shift, codes_NK, grid, scheme, kernels)
+            codes_NK = descend(w_NK, gram_KK, shift, codes_NK, grid, scheme, kernels)
     linear = as_linear(codes_NK, grid, scheme)
     check_scale(grid.scale, name)
     with tf32(kernels.is_fused):
-        return GptqResult(linear, _statistics(w_NK, gram_KK, linear, factor))
+        relative_error, dead_columns = _statistics(w_NK, gram_KK, linear)
+    stats = GptqStats(damping=damping, attempts=attempts, dead_columns=dead_columns, relative_error=relative_error)
+    return GptqResult(linear, stats)
 
 
 def _check_inputs(w_NK: Tensor, gram_KK: Tensor, name: str) -> None:
@@ -218,25 +221,14 @@ def _solve(w_NK: Tensor, u_KK: Tensor, order_K: Tensor, grid: Grid, scheme: Sche
     return codes_KN.index_select(0, original_K).t().contiguous()
 
 
-def _statistics(w_NK: Tensor, gram_KK: Tensor, linear: QuantizedLinear, factor: Factor) -> GptqStats:
+def _statistics(w_NK: Tensor, gram_KK: Tensor, linear: QuantizedLinear) -> tuple[float, int]:
+    """The relative error of a sample of rows, and the number of dead columns."""
     step = -(-len(w_NK) // STATISTICS_ROWS)
-    sample = QuantizedLinear(
-        codes_NK=linear.codes_NK[::step],
-        scales_NG=linear.scales_NG[::step],
-        zeros_NG=None if linear.zeros_NG is None else linear.zeros_NG[::step],
-        group_index_K=linear.group_index_K,
-        scheme=linear.scheme,
-    )
     rows_NK = w_NK[::step]
     numbers = [
         output_error(rows_NK, gram_KK).sum(),
-        output_error(rows_NK - sample.dequantize(), gram_KK).sum(),
+        output_error(rows_NK - linear.rows(slice(None, None, step)).dequantize(), gram_KK).sum(),
         (gram_KK.diagonal() == 0).sum(),
     ]
     total, error, dead = torch.stack([number.double() for number in numbers]).tolist()
-    return GptqStats(
-        damping=factor.damping,
-        attempts=factor.attempts,
-        dead_columns=int(dead),
-        relative_error=error / total if total > 0 else 0.0,
-    )
+    return (error / total if total > 0 else 0.0), int(dead)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -116,10 +117,5 @@ def regrouped(linear: QuantizedLinear, order_K: Tensor) -> QuantizedLinear:
 
 def split_rows(linear: QuantizedLinear, sizes: list[int]) -> list[QuantizedLinear]:
     """Undoes the stacking of rows."""
-    codes = torch.split(linear.codes_NK, sizes)
-    scales = torch.split(linear.scales_NG, sizes)
-    zeros = [None] * len(sizes) if linear.zeros_NG is None else torch.split(linear.zeros_NG, sizes)
-    return [
-        QuantizedLinear(codes_NK=c, scales_NG=s, zeros_NG=z, group_index_K=linear.group_index_K, scheme=linear.scheme)
-        for c, s, z in zip(codes, scales, zeros, strict=True)
-    ]
+    ends = list(accumulate(sizes))
+    return [linear.rows(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]

@@ -1,0 +1,186 @@
+"""What an output folder will hold: which tensors, in which dtype, format and order, and its config.
+
+Everything is known from names and shapes alone, before any weight is read: packing runs on meta
+tensors, so a scheme that does not fit a linear is refused before any work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconv.config import QuantizationConfig
+from qconv.convert import FORMATS, Bnb4bit, meta_linear
+from qconv.errors import CheckpointError, SchemeError
+from qconv.plain_tensors import is_plain_float
+from qconv.skeleton import other_linears
+from qconv.targets import TARGETS
+from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
+
+PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# A dtype under its old name, the source's quantization, and code files that do not travel.
+_DROPPED = ("torch_dtype", "quantization_config", "auto_map")
+BNB_FORMATS = {fmt.name: fmt for fmt in (Bnb4bit("nf4-dq"),)}
+_CONFIG_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What will be written.
+
+    Attributes:
+        specs: all output tensors, in order.
+        storage: dtype of unquantized floating-point tensors.
+        quantized: full names of the weights that are quantized, empty for a plain checkpoint.
+        scheme: their scheme, or None.
+        config: the content of ``config.json``.
+        extra_files: further JSON files, by name.
+    """
+
+    specs: list[TensorSpec]
+    storage: torch.dtype
+    quantized: frozenset[str]
+    scheme: Scheme | None
+    format: str | None
+    config: Mapping[str, Any]
+    extra_files: Mapping[str, Mapping[str, Any]]
+
+
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype a model is stored and run in; `open_checkpoint` fills it in where config.json does not say."""
+    name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
+    if dtype is None:
+        raise CheckpointError(f"config.json: expected dtype bfloat16, float16 or float32, found {name!r}")
+    return dtype
+
+
+def plan_layout(
+    view: Checkpoint, dtype: str | None, quantization: QuantizationConfig | None, linears: Collection[str]
+) -> Layout:
+    """Plans the output for a merged (or plain) view; ``linears`` may be quantized.
+
+    Raises:
+        SchemeError: the scheme fits not every linear; names the first and the sizes that would fit.
+    """
+    storage = PLAIN[dtype] if dtype else config_dtype(view.config)
+    config = {key: value for key, value in view.config.items() if key not in _DROPPED}
+    config["dtype"] = _CONFIG_NAMES[storage]
+    if quantization is None:
+        return Layout(
+            specs=_specs(view, (), storage, lambda module, n, k: {}),
+            storage=storage,
+            quantized=frozenset(),
+            scheme=None,
+            format=None,
+            config=config,
+            extra_files={},
+        )
+    return _plan_quantized(view, quantization, linears, storage, config)
+
+
+def _plan_quantized(
+    view: Checkpoint,
+    quantization: QuantizationConfig,
+    linears: Collection[str],
+    storage: torch.dtype,
+    config: dict[str, Any],
+) -> Layout:
+    if not linears:
+        raise SchemeError(f"{view.location}: the model has no linear layer in its decoder blocks that can be quantized")
+    target = TARGETS[quantization.target]
+    if target.format in BNB_FORMATS:
+        return _plan_bnb(view, BNB_FORMATS[target.format], linears, storage, config)
+    format_ = FORMATS[target.format]
+    specs_in = view.specs()
+    scheme = quantization.scheme_for([specs_in[name].shape[1] for name in linears], view.location)
+    format_.check_scheme(scheme)
+
+    def packed(module: str, n: int, k: int) -> Mapping[str, Tensor]:
+        format_.check_shapes(module, n, k, scheme)
+        return format_.pack(_meta_linear(n, k, scheme, quantization.desc_act), module, storage)
+
+    config["quantization_config"] = format_.quantization_config(
+        scheme,
+        quantized_modules=[name.removesuffix(".weight") for name in linears],
+        ignored_modules=other_linears(view, linears),
+        has_group_index=quantization.desc_act,
+    )
+    return Layout(
+        specs=_specs(view, linears, storage, packed),
+        storage=storage,
+        quantized=frozenset(linears),
+        scheme=scheme,
+        format=target.format,
+        config=config,
+        extra_files=format_.extra_files(config["quantization_config"]),
+    )
+
+
+def _plan_bnb(
+    view: Checkpoint, fmt: Bnb4bit, linears: Collection[str], storage: torch.dtype, config: dict[str, Any]
+) -> Layout:
+    def packed(module: str, n: int, k: int) -> Mapping[str, Tensor]:
+        fmt.check_shapes(module, n, k)
+        return fmt.pack(meta_linear(n, k, fmt.kind, storage), module)
+
+    config["quantization_config"] = fmt.quantization_config(storage, other_linears(view, linears))
+    return Layout(
+        specs=_specs(view, linears, storage, packed),
+        storage=storage,
+        quantized=frozenset(linears),
+        scheme=None,
+        format=fmt.name,
+        config=config,
+        extra_files={},
+    )
+
+
+def in_order(view: Checkpoint) -> list[str]:
+    """All tensors as they are written, and lie in the files: outside of blocks, then block by block."""
+    numbers = {name: block_number(name) for name in view.specs()}
+    return sorted(numbers, key=lambda name: -1 if (number := numbers[name]) is None else number)
+
+
+def block_number(name: str) -> int | None:
+    """Of the block a tensor lies in; None outside of all blocks."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _specs(
+    view: Checkpoint,
+    linears: Collection[str],
+    storage: torch.dtype,
+    packed: Callable[[str, int, int], Mapping[str, Tensor]],
+) -> list[TensorSpec]:
+    """Of all output tensors in order; ``packed`` gives those of a linear in ``linears``, without data."""
+    specs: list[TensorSpec] = []
+    for name in in_order(view):
+        spec = view.specs()[name]
+        if name in linears:
+            tensors = packed(name.removesuffix(".weight"), *spec.shape)
+            specs += [TensorSpec(name=key, shape=tuple(t.shape), dtype=t.dtype) for key, t in tensors.items()]
+        else:
+            specs.append(_stored_spec(spec, storage))
+    return specs
+
+
+def _stored_spec(spec: TensorSpec, storage: torch.dtype) -> TensorSpec:
+    dtype = storage if is_plain_float(spec.dtype) else spec.dtype
+    return TensorSpec(name=spec.name, shape=spec.shape, dtype=dtype)
+
+
+def _meta_linear(n: int, k: int, scheme: Scheme, desc_act: bool) -> QuantizedLinear:
+    scales_shape = scheme.scales_shape(n, k)
+    code_dtype = torch.float8_e4m3fn if scheme.kind == "float" else torch.uint8
+    return QuantizedLinear(
+        codes_NK=torch.empty(n, k, dtype=code_dtype, device="meta"),
+        scales_NG=torch.empty(scales_shape, device="meta"),
+        zeros_NG=None if scheme.symmetric else torch.empty(scales_shape, dtype=torch.uint8, device="meta"),
+        group_index_K=torch.empty(k, dtype=torch.int32, device="meta") if desc_act else None,
+        scheme=scheme,
+    )
