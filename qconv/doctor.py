@@ -192,9 +192,9 @@ def _device(torch: Any, number: int) -> dict[str, Any]:
 
 
 def _has_triton_kernels(torch: Any, warnings: list[str]) -> bool:
-    from qconv.quantize import fused
+    from qconv.triton_support import available
 
-    if not fused.available(torch.empty(0, device="cuda")):
+    if not available(torch.empty(0, device="cuda")):
         warnings.append("fused kernels need triton and a GPU since Ampere (capability 8.0): quantizing is slower")
         return False
     if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):

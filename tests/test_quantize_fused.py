@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qconv import triton_support
 from qconv.quantize import fused, precision
 from qconv.quantize.awq import search_block_grid
 from qconv.quantize.grid import Grid, encode, groups_of, quantize_dequantize, search_grid
@@ -63,13 +64,13 @@ def test_triton_is_not_imported_before_it_is_needed() -> None:
 
 
 def test_available_where_there_is_a_device_for_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_is_installed", lambda: True)
+    monkeypatch.setattr(triton_support, "_is_installed", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not fused.available(torch.ones(1))
+    assert not triton_support.available(torch.ones(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert fused.available(torch.ones(1))
-    monkeypatch.setattr(fused, "_is_installed", lambda: False)
-    assert not fused.available(torch.ones(1))
+    assert triton_support.available(torch.ones(1))
+    monkeypatch.setattr(triton_support, "_is_installed", lambda: False)
+    assert not triton_support.available(torch.ones(1))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from qconv.quantize.grid import (
     ungroup,
 )
 from qconv.quantize.precision import tf32
+from qconv.triton_support import available
 from qconv.types import Scheme
 
 NUM_RATIOS = 20
@@ -192,7 +193,7 @@ def search_block_grid(w_NK: Tensor, gram_KK: Tensor, scheme: Scheme, signed: boo
         signed: as for `search_grid`.
     """
     blocks_Ggg = _diagonal_blocks(gram_KK, scheme)
-    if fused.available(w_NK) and fused.fits(w_NK, scheme):
+    if available(w_NK) and fused.fits(w_NK, scheme):
         return fused.search_grid(w_NK.float(), scheme, gram_Ggg=blocks_Ggg, signed=signed)
     return search_grid_by(
         groups_of(w_NK.float(), scheme.group_size), scheme, lambda error_NGg: _block_loss(error_NGg, blocks_Ggg), signed

@@ -14,8 +14,6 @@ Legend: N = out features, K = in features (of `sweep`: in the order of processin
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -41,14 +39,6 @@ GRAM_SEARCH_WARPS = 8
 NORMAL_ROWS = 64
 NORMAL_TILES = 4  # tiles of rows per program, which share a block of the Gram matrix
 NORMAL_WARPS = 8
-
-
-def available(tensor: Tensor) -> bool:
-    """Whether Triton is installed and runs on this tensor's device: CUDA since Ampere, or any when it interprets."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return _is_installed()
-    is_ours = tensor.is_cuda and torch.version.hip is None
-    return is_ours and torch.cuda.get_device_capability(tensor.device) >= (8, 0) and _is_installed()
 
 
 def fits(w_NK: Tensor, scheme: Scheme, *, with_gram: bool = True) -> bool:
@@ -264,11 +254,6 @@ def normal_equations(centred_NK: Tensor, gram_KK: Tensor, shift: Tensor | float,
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-@cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _modules() -> tuple[ModuleType, ModuleType]:

@@ -169,7 +169,7 @@ def factorise(gram_KK: Tensor, damping: float, name: str, order_K: Tensor) -> Fa
     attempts = 0
     while damping <= MAX_DAMPING:
         attempts += 1
-        u_KK = gram_KK[order_K[:, None], order_K]
+        u_KK = _in_order(gram_KK, order_K)
         u_KK.diagonal().add_(damping * mean)
         if _factorise_in_place(u_KK):
             return Factor(u_KK, damping * mean, damping, attempts)
@@ -179,6 +179,15 @@ def factorise(gram_KK: Tensor, damping: float, name: str, order_K: Tensor) -> Fa
         f"{name}: the Gram matrix of its inputs is not positive semi-definite: {attempts} factorisations failed, "
         f"the last with damping {damping / 10:g}; the calibration activations overflow, or the matrix is damaged"
     )
+
+
+def _in_order(gram_KK: Tensor, order_K: Tensor) -> Tensor:
+    """A copy with rows and columns in ``order_K``; indexing with both at once would make an index of ``[K, K]``."""
+    ordered_KK = torch.empty_like(gram_KK)
+    for start in range(0, len(order_K), FACTOR_COLUMNS):
+        rows = slice(start, start + FACTOR_COLUMNS)
+        ordered_KK[rows] = gram_KK.index_select(0, order_K[rows]).index_select(1, order_K)
+    return ordered_KK
 
 
 def _factorise_in_place(h_KK: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qconv.quantize import fused, grid
 from qconv.quantize.grid import Grid, encode, groups_of
+from qconv.triton_support import available
 from qconv.types import Scheme
 
 BLOCK_COLUMNS = 128
@@ -31,7 +32,7 @@ class Kernels:
     @staticmethod
     def of(w_NK: Tensor, fuse: bool) -> Kernels:
         """Fused where the weight's device has them and ``fuse`` allows it."""
-        return Kernels(fuse and fused.available(w_NK))
+        return Kernels(fuse and available(w_NK))
 
     def sweep(
         self,

@@ -13,31 +13,28 @@ nearest takes half of a small update away (bfloat16 takes a few percent).
 Scales that were moved between neighbours (AWQ, Lin et al. 2023, section 3.2) are fitted per input and output
 channel by alternating least squares and divided out; their balance is judged by `audit_folds`.
 
-Rounding points: stored values are exact in float32, products are float32, sums run in float32 along a row or a
-column of at most a few MiB and in float64 beyond.
+Rounding points: see `audit_gather`.
 
-Dimension legend: N = rows, K = columns of the stored weight, n = rows worked on at once.
+Dimension legend: N = rows, K = columns of the stored weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qconv.validate.audit_gather import Nearest, fit_channels, gather
 from qconv.validate.audit_regression import Regression, Sums, regress, solve
 from qconv.validate.audit_stored import Stored
 
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 # Channel scales are divided out when they explain this share of the rest. Least squares on K free scales takes 1/N
 # of any noise (4e-3 at N = 256); the noise of GPTQ and of round to nearest was seen to give 0.09, which does no
 # harm: scales count as somebody's work only where they match a neighbour's, or explain much more.
 FOLD_GAIN = 0.05
 LOST_SCALE = 1e-3  # AWQ divides the rows before an outlier channel by 30 and more
-_NEAREST = ("ya", "yy", "mismatch", "yd")
 SAME_AS_NEAREST = 0.05  # one value in 5000 a step off: what another order of summation can move across a threshold
 
 
@@ -49,9 +46,6 @@ class Channels:
     row_N: Tensor
     column_error_K: Tensor
     row_error_N: Tensor
-
-    def to_host(self) -> Channels:
-        return Channels(**{name: tensor.cpu() for name, tensor in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,60 +102,27 @@ def measure(stored: Stored, expected: Tensor, base: Tensor | None) -> Fit:
     Returns:
         the fit; all its numbers are finite.
     """
-    sums, nearest = _gather(stored, expected, base, None)
+    sums, nearest = gather(stored, expected, base)
     plain = regress(sums)
     channels = _separate_channels(sums)
-    is_nearest = nearest is not None and nearest["mismatch"] <= (SAME_AS_NEAREST**2) * nearest["yy"]
+    is_nearest = nearest is not None and nearest.mismatch <= (SAME_AS_NEAREST**2) * nearest.zz
     if not is_nearest and _gain_of_channels(sums, plain.rest) > FOLD_GAIN:
-        folded = _fit_channels(stored, expected)
-        folded_sums, folded_nearest = _gather(stored, expected, base, folded)
-        folded = folded.to_host()
+        factor = fit_channels(stored, expected)
+        folded_sums, folded_nearest = gather(stored, expected, base, factor)
         regression = regress(folded_sums)
         if regression.rest < (1 - FOLD_GAIN) * plain.rest:
             left = _separate_channels(folded_sums)
-            folded = dataclasses.replace(
-                folded,
-                column_error_K=left.column_error_K * folded.column_K.abs(),
-                row_error_N=left.row_error_N * folded.row_N.abs(),
+            row_N, column_K = factor.row_N.cpu(), factor.column_K.cpu()
+            folded = Channels(
+                column_K=column_K,
+                row_N=row_N,
+                column_error_K=left.column_error_K * column_K.abs(),
+                row_error_N=left.row_error_N * row_N.abs(),
             )
             found = _fit(folded_sums, folded_nearest, regression, folded, 1 - regression.rest / plain.rest)
             lost_rows, lost_columns = _lost(folded.row_N, sums.row["aa"]), _lost(folded.column_K, sums.column["aa"])
             return dataclasses.replace(found, lost_rows=lost_rows, lost_columns=lost_columns)
     return _fit(sums, nearest, plain, channels, 0.0)
-
-
-def _chunks(tensor: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS.get(tensor.device.type, 1 << 19) // max(1, tensor.shape[1]))
-    for start in range(0, tensor.shape[0], step):
-        yield slice(start, start + step)
-
-
-def _gather(
-    stored: Stored, expected: Tensor, base: Tensor | None, channels: Channels | None
-) -> tuple[Sums, dict[str, float] | None]:
-    """On the host: the sums for the candidate, and totals for the expected weight rounded to the candidate's grid."""
-    num_rows, num_columns = expected.shape
-    sums = Sums(num_rows, num_columns, base is not None, expected.device)
-    totals = torch.zeros(len(_NEAREST), dtype=torch.float64, device=expected.device)
-    for rows in _chunks(expected):
-        a = expected[rows]
-        d = None if base is None else a - base[rows].float()
-        if channels is not None:
-            factor = channels.row_N[rows, None] * channels.column_K
-            a = a * factor
-            d = None if d is None else d.mul_(factor)
-        y = stored.values(rows).sub_(a)
-        sums.add(rows, a=a, y=y, **({} if d is None else {"d": d}))
-        if not stored.nearest_is_known:
-            continue
-        z = stored.nearest(a, rows).sub_(a)
-        totals[0] += (z * a).sum(dtype=torch.float64)
-        totals[1] += (z * z).sum(dtype=torch.float64)
-        totals[2] += y.sub_(z).square_().sum(dtype=torch.float64)
-        if d is not None:
-            totals[3] += z.mul_(d).sum(dtype=torch.float64)
-    sums.to_host()
-    return sums, dict(zip(_NEAREST, totals.tolist(), strict=True)) if stored.nearest_is_known else None
 
 
 def _separate_channels(sums: Sums) -> Channels:
@@ -198,39 +159,12 @@ def _gain_of_channels(sums: Sums, rest: float) -> float:
     return 1 - min(left(sums.row), left(sums.column)) / rest
 
 
-def _fit_channels(stored: Stored, expected: Tensor, num_rounds: int = 3) -> Channels:
-    """Alternating least squares for ``Wc = diag(row) We diag(column)``; the rows' median is 1."""
-    num_rows, num_columns = expected.shape
-    row_N = expected.new_ones(num_rows)
-    column_K = expected.new_ones(num_columns)
-    for _ in range(num_rounds):
-        top_K, bottom_K = (torch.zeros(num_columns, dtype=torch.float64, device=expected.device) for _ in "tb")
-        for rows in _chunks(expected):
-            a = expected[rows] * row_N[rows, None]
-            top_K += (stored.values(rows) * a).sum(0)
-            bottom_K += a.square_().sum(0)
-        column_K = torch.where(bottom_K > 0, top_K / bottom_K.clamp_min(1e-300), 1.0).float()
-        for rows in _chunks(expected):
-            a = expected[rows] * column_K
-            bottom_n = a.square().sum(1)
-            top_n = (stored.values(rows) * a).sum(1)
-            row_N[rows] = torch.where(bottom_n > 0, top_n / bottom_n.clamp_min(1e-30), 1.0)
-        middle = row_N.median()
-        middle = torch.where(middle == 0, 1.0, middle)
-        row_N /= middle
-        column_K = column_K * middle
-    nothing = torch.zeros_like
-    return Channels(column_K=column_K, row_N=row_N, column_error_K=nothing(column_K), row_error_N=nothing(row_N))
-
-
 def _lost(scale: Tensor, energy: Tensor) -> int:
     """How many channels have almost none of what they should have."""
     return int(((scale.abs() < LOST_SCALE * scale.median().abs()) & (energy > 1e-6 * energy.mean())).sum())
 
 
-def _fit(
-    sums: Sums, nearest: dict[str, float] | None, regression: Regression, channels: Channels, fold_gain: float
-) -> Fit:
+def _fit(sums: Sums, nearest: Nearest | None, regression: Regression, channels: Channels, fold_gain: float) -> Fit:
     aa, ya, yy = (sums.total(pair) for pair in ("aa", "ya", "yy"))
     has_update = "dd" in sums.pairs
     ad, dd, yd = (sums.total(pair) if has_update else 0.0 for pair in ("ad", "dd", "yd"))
@@ -240,11 +174,11 @@ def _fit(
     norm = aa**0.5 if aa > 0 else (1.0 if yy == 0 else 1e-30)
     nearest_scale = nearest_coefficient = rounding = mismatch = None
     if nearest is not None:
-        alpha, beta = solve(aa, ad, dd, nearest["ya"], nearest["yd"])
+        alpha, beta = solve(aa, ad, dd, nearest.za, nearest.zd)
         nearest_scale, nearest_coefficient = 1 + alpha, 1 + beta / (1 + alpha)
-        rounding = nearest["yy"] ** 0.5 / norm
+        rounding = nearest.zz**0.5 / norm
         # A grid that holds the expected weight exactly has nothing to compare with: float32 decides.
-        mismatch = nearest["mismatch"] ** 0.5 / max(nearest["yy"] ** 0.5, 1e-6 * norm)
+        mismatch = nearest.mismatch**0.5 / max(nearest.zz**0.5, 1e-6 * norm)
     is_seen = has_update and dd > 0 and regression.beta_error != float("inf") and abs(scale) > 1e-6
     return Fit(
         relative_error=yy**0.5 / norm,

@@ -29,7 +29,7 @@ from qconv.validate.distribution import Distribution
 from qconv.validate.statistics import PairStatistics, compare_distributions
 
 _CHUNK_BYTES = {"cpu": 13_000_000, "cuda": 128_000_000}  # float32 logits that are worked on together
-_ROW_BYTES = 600_000_000  # ... of two models on a GPU, where statistics go through the vocabulary in pieces
+_ROW_BYTES = 200_000_000  # ... of two models on a GPU, where statistics go through the vocabulary in pieces
 _HEAD_BYTES = 1_000_000_000  # output embeddings that may be in memory together
 
 Observe = Callable[[Mapping[str, Distribution], Tensor], None]
@@ -268,6 +268,7 @@ def _compare_logits(
                     observe(distributions, targets_T[part])
                 for name, values in columns.items():
                     tables[name].add(values, rows.documents_TS[row, 1:][part], row)
+                del distributions  # before those of the next positions are made
 
 
 def _positions_at_once(vocab_size: int, num_models: int, are_observed: bool) -> int:
