@@ -97,7 +97,7 @@ def on_gpu(out: Path) -> None:
     candidate = out / "awq"
     if not candidate.exists():
         seconds, peak = run(
-            *("merge", base, adapter, "--requant", "awq", "--algorithm", "rtn", "--no-validate", "-q", "-o", candidate)
+            *("merge", base, adapter, "--requant", "awq", "--samples", "16", "--no-validate", "-q", "-o", candidate)
         )
         print(f"made the candidate in {seconds:.1f} s, {peak:.1f} GB", flush=True)
     models = ["--reference", base, "--adapter", adapter, "--candidate", candidate]
