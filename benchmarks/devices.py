@@ -17,7 +17,7 @@ import torch
 from shapes import build
 
 from qconv import pipeline
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
 from qconv.progress import quiet_libraries
 
 TARGETS = (None, "fp8", "awq", "gptq", "w4a16")
@@ -47,15 +47,20 @@ def main() -> None:
             job = MergeJob(
                 base=str(base),
                 adapter=str(adapter),
-                out=arguments.out / "candidate",
-                quantization=QuantizationConfig(target=target) if target else None,
+                outputs=(
+                    OutputConfig(
+                        out=arguments.out / "candidate",
+                        quantization=QuantizationConfig(target=target) if target else None,
+                    ),
+                ),
                 calibration=CalibrationConfig(sources=("default-prose",), samples=arguments.samples, seq_len=512),
                 validation=ValidationConfig(source="default-prose-eval", tokens=arguments.tokens),
                 device=device,
                 overwrite=True,
             )
             with quiet_libraries():
-                fidelity = pipeline.run(job).fidelity
+                (outcome,) = pipeline.run(job)
+            fidelity = outcome.fidelity
             assert fidelity is not None
             pair = fidelity["total"]
             peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0

@@ -26,9 +26,10 @@ RUN = """
 import sys
 from pathlib import Path
 from qconv import pipeline
-from qconv.config import MergeJob
+from qconv.config import MergeJob, OutputConfig
 base, adapter, out, shard, kind = sys.argv[1:]
-pipeline.run(MergeJob(base=base, adapter=adapter, out=Path(out), max_shard_bytes=int(shard), validation=None,
+output = OutputConfig(out=Path(out), max_shard_bytes=int(shard))
+pipeline.run(MergeJob(base=base, adapter=adapter, outputs=(output,), validation=None,
                       device="cpu", trained_on=kind or None, overwrite=True))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """

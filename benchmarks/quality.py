@@ -19,6 +19,7 @@ from qconv import pipeline
 from qconv.config import (
     CalibrationConfig,
     MergeJob,
+    OutputConfig,
     QuantizationConfig,
     TrainConfig,
     ValidateJob,
@@ -66,15 +67,20 @@ class Bench:
         job = MergeJob(
             base=str(self.nf4),
             adapter=str(self.adapter),
-            out=self.out / "candidate",
-            dtype=dtype,
-            quantization=QuantizationConfig(target=target, **options) if target else None,
+            outputs=(
+                OutputConfig(
+                    out=self.out / "candidate",
+                    dtype=dtype,
+                    quantization=QuantizationConfig(target=target, **options) if target else None,
+                ),
+            ),
             calibration=CALIBRATION,
             validation=self.validation,
             device=self.device,
             overwrite=True,
         )
-        fidelity = pipeline.run(job).fidelity
+        (outcome,) = pipeline.run(job)
+        fidelity = outcome.fidelity
         assert fidelity is not None
         return dict(fidelity)
 
@@ -102,7 +108,12 @@ class Bench:
         (bare / "qconv-train.json").unlink(missing_ok=True)
         out = self.out / "wrong-base"
         job = MergeJob(
-            base=str(self.plain), adapter=str(bare), out=out, trained_on="16bit", validation=None, overwrite=True
+            base=str(self.plain),
+            adapter=str(bare),
+            outputs=(OutputConfig(out=out),),
+            trained_on="16bit",
+            validation=None,
+            overwrite=True,
         )
         pipeline.run(job)
         return self.judge(out)

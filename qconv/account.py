@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qconv import __version__, corpus
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig
 from qconv.layout import Layout
 from qconv.report.model_card import model_card as render_card
 from qconv.runners import Reference
@@ -42,7 +42,7 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> lis
     return notes
 
 
-def describe_plan(job: MergeJob, reference: Reference, layout: Layout) -> Iterator[str]:
+def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout]) -> Iterator[str]:
     """What is about to happen, for the terminal."""
     if reference.adapter is not None:
         replaced = len(reference.adapter.replacements)
@@ -50,7 +50,12 @@ def describe_plan(job: MergeJob, reference: Reference, layout: Layout) -> Iterat
             f"merging {len(reference.adapter.deltas)} low-rank updates and {replaced} whole tensors into {job.base}, "
             f"as training saw it ({reference.kind})"
         )
-    if job.quantization is not None and layout.scheme is not None:
+    for output, layout in zip(job.outputs, layouts, strict=True):
+        yield from _describe_output(output, layout)
+
+
+def _describe_output(output: OutputConfig, layout: Layout) -> Iterator[str]:
+    if output.quantization is not None and layout.scheme is not None:
         scheme = layout.scheme
         group = "row" if scheme.group_size == -1 else str(scheme.group_size)
         if scheme.block_rows > 1:
@@ -61,28 +66,28 @@ def describe_plan(job: MergeJob, reference: Reference, layout: Layout) -> Iterat
             else f"{scheme.bits}-bit {'symmetric' if scheme.symmetric else 'asymmetric'}"
         )
         yield (
-            f"quantizing {len(layout.quantized)} linears to {job.quantization.target}: {kind}, group {group}, "
-            f"by {job.quantization.resolved_algorithm}"
+            f"quantizing {len(layout.quantized)} linears to {output.quantization.target}: {kind}, group {group}, "
+            f"by {output.quantization.resolved_algorithm}"
         )
-    elif job.quantization is not None:
-        yield f"quantizing {len(layout.quantized)} linears to {job.quantization.target} (bitsandbytes 4-bit blocks)"
-    if job.quantization is not None:
-        yield from (f"note: {note}" for note in reader_notes(job.quantization, layout.scheme))
+    elif output.quantization is not None:
+        yield f"quantizing {len(layout.quantized)} linears to {output.quantization.target} (bitsandbytes 4-bit blocks)"
+    if output.quantization is not None:
+        yield from (f"note: {note}" for note in reader_notes(output.quantization, layout.scheme))
     size = sum(spec.num_bytes for spec in layout.specs)
-    yield f"writing {size / 1e6:.0f} MB to {job.out}"
+    yield f"writing {size / 1e6:.0f} MB to {output.out}"
 
 
-def subject(job: MergeJob) -> dict[str, Any]:
+def subject(job: MergeJob, output: OutputConfig) -> dict[str, Any]:
     return {
         "reference": job.base,
         "adapter": job.adapter,
-        "candidate": str(job.out),
+        "candidate": str(output.out),
         "candidate_adapter": None,
-        "target": job.quantization.target if job.quantization else "plain",
+        "target": output.quantization.target if output.quantization else "plain",
     }
 
 
-def model_card(document: Mapping[str, Any], job: MergeJob, reference: Reference) -> str:
+def model_card(document: Mapping[str, Any], job: MergeJob, output: OutputConfig, reference: Reference) -> str:
     """``README.md`` of the output: what it is, how to serve it, how close it is to what was trained."""
     recorded = reference.adapter.tensors.config.get("base_model_name_or_path") if reference.adapter else None
     local = Path(job.base).exists()
@@ -91,8 +96,8 @@ def model_card(document: Mapping[str, Any], job: MergeJob, reference: Reference)
         base_model=str(recorded) if local and recorded else job.base,
         adapter=job.adapter,
         license=_license(reference.source.folder),
-        relation="quantized" if job.quantization else "merge",
-        tags=["qconv", *([job.quantization.target] if job.quantization else [])],
+        relation="quantized" if output.quantization else "merge",
+        tags=["qconv", *([output.quantization.target] if output.quantization else [])],
     )
 
 
@@ -119,6 +124,7 @@ def environment(device: str) -> dict[str, str]:
 
 def stages(
     job: MergeJob,
+    output: OutputConfig,
     reference: Reference,
     merged: Checkpoint,
     layout: Layout,
@@ -133,30 +139,30 @@ def stages(
             "tensors replaced whole": len(reference.adapter.replacements),
             "notes": list(getattr(merged, "notes", ())),
         }
-    if job.quantization is not None and layout.scheme is not None:
+    if output.quantization is not None and layout.scheme is not None:
         scheme = layout.scheme
         result["quantization"] = {
             "format": layout.format,
-            "algorithm": job.quantization.resolved_algorithm,
+            "algorithm": output.quantization.resolved_algorithm,
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "symmetric": scheme.symmetric,
             **({"block_rows": scheme.block_rows} if scheme.block_rows > 1 else {}),
             "linears quantized": len(layout.quantized),
-            "read by": TARGETS[job.quantization.target].readers,
-            "notes on readers": reader_notes(job.quantization, scheme),
+            "read by": TARGETS[output.quantization.target].readers,
+            "notes on readers": reader_notes(output.quantization, scheme),
             **dict(sorted(counts.items())),
         }
-    elif job.quantization is not None:
+    elif output.quantization is not None:
         result["quantization"] = {
             "format": layout.format,
-            "algorithm": job.quantization.resolved_algorithm,
+            "algorithm": output.quantization.resolved_algorithm,
             "bits": 4,
             "linears quantized": len(layout.quantized),
-            "read by": TARGETS[job.quantization.target].readers,
-            "notes on readers": reader_notes(job.quantization, None),
+            "read by": TARGETS[output.quantization.target].readers,
+            "notes on readers": reader_notes(output.quantization, None),
         }
-    if calibration is not None:
+    if calibration is not None and output.quantization is not None and output.quantization.needs_calibration:
         result["calibration"] = _describe(job.calibration, calibration, calibration_text)
     return result
 

@@ -226,17 +226,17 @@ for _command in (report, inspect, doctor, completion):
 
 
 def _run_job(job: MergeJob, options: dict[str, Any]) -> Answer:
-    solves = job.quantization is not None and job.quantization.resolved_algorithm == "gptq"
-    begin(job.device, [job.base, job.adapter], solves)
+    algorithms = [output.quantization.resolved_algorithm for output in job.outputs if output.quantization is not None]
+    begin(job.device, [job.base, job.adapter], solves="gptq" in algorithms)
     with without_collections():
         from qconv import pipeline
 
-    outcome = pipeline.run(job, cli_jobs.progress_of(options))
+    (outcome,) = pipeline.run(job, cli_jobs.progress_of(options))
     passed = outcome.verdict in ("pass", "not gated")
     text = f"{'output':<11} {outcome.folder}" if passed else f"{'rejected':<11} {outcome.folder} (kept for inspection)"
     if outcome.fidelity is not None:
         text += f"\n{outcome.summary()}"
-    return _answer_of(outcome, text, cli_jobs.following_a_merge(job))
+    return _answer_of(outcome, text, cli_jobs.following_a_merge(job, job.outputs[0]))
 
 
 def _answer_of(outcome: Outcome, text: str, following: tuple[str, ...]) -> Answer:

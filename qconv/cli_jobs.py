@@ -9,6 +9,7 @@ from qconv import errors
 from qconv.config import (
     CalibrationConfig,
     MergeJob,
+    OutputConfig,
     QuantizationConfig,
     TrainConfig,
     ValidateJob,
@@ -38,11 +39,15 @@ def merge_job(
     return MergeJob(
         base=base,
         adapter=adapter,
-        out=options["out"],
+        outputs=(
+            OutputConfig(
+                out=options["out"],
+                quantization=quantization,
+                dtype=options["dtype"],
+                max_shard_bytes=parse_size(options["max_shard_size"]),
+            ),
+        ),
         trained_on=options.get("trained_on"),
-        dtype=options["dtype"],
-        max_shard_bytes=parse_size(options["max_shard_size"]),
-        quantization=quantization,
         calibration=CalibrationConfig(
             sources=tuple(options["calibration"]),
             samples=options["samples"],
@@ -86,9 +91,7 @@ def validation_config(options: dict[str, Any]) -> ValidationConfig:
 def convert_job(model: str, dtype: str, options: dict[str, Any]) -> MergeJob:
     return MergeJob(
         base=model,
-        out=options["out"],
-        dtype=dtype,
-        max_shard_bytes=parse_size(options["max_shard_size"]),
+        outputs=(OutputConfig(out=options["out"], dtype=dtype, max_shard_bytes=parse_size(options["max_shard_size"])),),
         validation=None,
         device=options["device"],
         overwrite=options["overwrite"],
@@ -127,19 +130,19 @@ def progress_of(options: dict[str, Any]) -> Progress:
     return Progress(verbosity=2 if options["verbose"] else 1, as_json=in_lines)
 
 
-def following_a_merge(job: MergeJob) -> tuple[str, ...]:
-    """What to do with the folder that was made: validate it if that was left out, and serve it."""
-    if job.quantization is None and job.adapter is None:
+def following_a_merge(job: MergeJob, output: OutputConfig) -> tuple[str, ...]:
+    """What to do with a folder that was made: validate it if that was left out, and serve it."""
+    if output.quantization is None and job.adapter is None:
         return ()
     lines = []
     if job.validation is None:
         words = ["qconv", "validate", "--reference", job.base]
         words += ["--adapter", job.adapter] if job.adapter is not None else []
         words += ["--trained-on", job.trained_on] if job.trained_on is not None else []
-        lines.append(shlex.join([*words, "--candidate", str(job.out)]))
-    target = job.quantization
+        lines.append(shlex.join([*words, "--candidate", str(output.out)]))
+    target = output.quantization
     if target is None or not (target.target == "gptq" and target.symmetric is False):  # that one vLLM does not take
-        lines.append(shlex.join(["vllm", "serve", str(job.out)]))
+        lines.append(shlex.join(["vllm", "serve", str(output.out)]))
     return tuple(lines)
 
 

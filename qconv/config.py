@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -171,29 +173,47 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """One folder to write.
+
+    Attributes:
+        out: the folder.
+        quantization: None = write a plain checkpoint.
+        dtype: storage dtype of unquantized tensors; None = the base's.
+        max_shard_bytes: of a file of weights.
+    """
+
+    out: Path
+    quantization: QuantizationConfig | None = None
+    dtype: str | None = None
+    max_shard_bytes: int = 5_000_000_000
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in PLAIN_DTYPES:
+            raise UsageError(f"--dtype takes {', '.join(PLAIN_DTYPES)}, got {self.dtype}")
+        if self.max_shard_bytes < 1_000_000:
+            raise UsageError(f"--max-shard-size must be at least 1MB, got {self.max_shard_bytes} bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeJob:
-    """Base + adapter (or none) -> a folder, plain or re-quantized, validated unless told not to be.
+    """Base + adapter (or none) -> folders, plain or re-quantized, each validated unless told not to be.
 
     Attributes:
         base: folder or hub id.
+        outputs: what to write, at least one; no two in the same folder or in one another.
         adapter: folder or hub id of a PEFT adapter, or None to only quantize or convert.
-        out: output folder.
         trained_on: how training saw a 16-bit base; None = as the adapter's record says.
-        dtype: storage dtype of unquantized tensors; None = the base's.
-        quantization: None = write a plain checkpoint.
         validation: None = do not validate.
-        report_dir: a second place for the reports; None = only the output folder.
+        report_dir: a second place for the reports (see `report_folder`); None = only the output folders.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         gpu_memory_limit: bytes of GPU memory that quantizing may take; None = what is free.
     """
 
     base: str
-    out: Path
+    outputs: tuple[OutputConfig, ...]
     adapter: str | None = None
     trained_on: BnbKind | None = None
-    dtype: str | None = None
-    max_shard_bytes: int = 5_000_000_000
-    quantization: QuantizationConfig | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     validation: ValidationConfig | None = field(default_factory=ValidationConfig)
     device: str = "auto"
@@ -205,10 +225,25 @@ class MergeJob:
     def __post_init__(self) -> None:
         if self.trained_on is not None and self.trained_on not in BNB_KINDS:
             raise UsageError(f"--trained-on takes {', '.join(BNB_KINDS)}, got {self.trained_on}")
-        if self.dtype is not None and self.dtype not in PLAIN_DTYPES:
-            raise UsageError(f"--dtype takes {', '.join(PLAIN_DTYPES)}, got {self.dtype}")
-        if self.max_shard_bytes < 1_000_000:
-            raise UsageError(f"--max-shard-size must be at least 1MB, got {self.max_shard_bytes} bytes")
+        if not self.outputs:
+            raise UsageError("a job has at least one output, got none")
+        folders = [Path(os.path.abspath(output.out)) for output in self.outputs]
+        for one, other in itertools.permutations(folders, 2):
+            if one == other or other in one.parents:
+                what = "is named twice" if one == other else f"lies in {other}, another"
+                raise UsageError(f"{one}: {what} output of this run; give each a folder of its own")
+        names = [folder.name for folder in folders]
+        if self.report_dir is not None and len(set(names)) < len(names):
+            raise UsageError(
+                f"--report {self.report_dir}: two outputs are called {max(names, key=names.count)}, and their reports "
+                "would be one folder; call them differently"
+            )
+
+    def report_folder(self, output: OutputConfig) -> Path | None:
+        """The second place for the reports of an output: with several outputs, a folder of its name."""
+        if self.report_dir is None or len(self.outputs) == 1:
+            return self.report_dir
+        return self.report_dir / Path(os.path.abspath(output.out)).name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from qconv import pipeline
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, TrainConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, TrainConfig, ValidationConfig
 from qconv.demo_model import build_smollm2
 from qconv.outcome import Outcome
 from qconv.progress import Progress, quiet_libraries
@@ -44,12 +44,11 @@ def run_demo(out: Path, target: str, steps: int, device: str, progress: Progress
         progress,
     )
     stage(f"merge, re-quantize to {target}, validate against the unmerged model")
-    outcome = pipeline.run(
+    (outcome,) = pipeline.run(
         MergeJob(
             base=str(base),
             adapter=str(adapter),
-            out=result,
-            quantization=QuantizationConfig(target=target),
+            outputs=(OutputConfig(out=result, quantization=QuantizationConfig(target=target)),),
             calibration=CalibrationConfig(sources=("default-prose",), samples=32, seq_len=512),
             validation=ValidationConfig(source="default-prose-eval", tokens=8192),
             device=device,

@@ -218,4 +218,4 @@ class Provenance:
                 thread.join()
         if self._errors:
             raise self._errors[0]
-        return self._digests
+        return dict(self._digests)

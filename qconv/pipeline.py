@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from qconv.account import describe_plan, model_card, stages, subject
 from qconv.assemble import write_tensors
 from qconv.cached_fidelity import measure_cached, write_cached
 from qconv.checkpoint import open_checkpoint, resolve_folder
-from qconv.config import MergeJob, ValidateJob, ValidationConfig
+from qconv.config import MergeJob, OutputConfig, ValidateJob, ValidationConfig
 from qconv.errors import UsageError
 from qconv.evaluation import check_vocabulary, evaluation_rows, reference_tokenizer
 from qconv.fidelity import Fidelity, measure_fidelity
@@ -33,58 +35,95 @@ from qconv.streaming import StreamedModel
 from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
 from qconv.work_folder import check_beside, check_inputs, check_output
-from qconv.writer import CheckpointWriter
+from qconv.writer import CheckpointWriter, check_room
 
 
-def run(job: MergeJob, progress: Progress = QUIET) -> Outcome:
-    """Makes ``job.out``, or leaves nothing: an error removes what was begun, a missed gate moves it aside.
+@dataclass(frozen=True, kw_only=True)
+class _Making:
+    """One output on its way."""
+
+    output: OutputConfig
+    layout: Layout
+    writer: CheckpointWriter
+    counts: Counter[str]
+
+
+def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
+    """Makes the outputs of a job, or leaves nothing: an error removes all that was begun.
+
+    Each output is judged by itself: a missed gate moves it aside, and the others appear all the same. None appears
+    before all are judged.
+
+    Returns:
+        What became of each output, in the order of the job.
 
     Raises:
         QconvError: any of its kinds; see `errors`.
     """
-    check_output(job.out, job.overwrite)
-    check_inputs(job.out, [job.base, job.adapter])
-    check_beside(job.out, job.report_dir)
+    for output in job.outputs:
+        check_output(output.out, job.overwrite)
+        check_inputs(output.out, [job.base, job.adapter])
+        check_beside(output.out, job.report_dir)
     device = resolve_device(job.device)
     with TIMELINE.stage("prepare"):
         source = open_checkpoint(job.base, job.revision)
         reference = load_reference(source, job.adapter, job.trained_on)
         merged = reference.merged
-        linears = linear_weights(merged) if job.quantization else []
-        layout = plan_layout(merged, job.dtype, job.quantization, linears)
+        linears = linear_weights(merged) if any(output.quantization for output in job.outputs) else []
+        layouts = [plan_layout(merged, o.dtype, o.quantization, linears if o.quantization else []) for o in job.outputs]
         adapter_folder = resolve_folder(job.adapter) if job.adapter else None
         tokenizer = tokenizer_folder(source.folder, adapter_folder)
         _check_before_work(job, reference, merged, tokenizer)
         calibration, calibration_text = _calibration_rows(job, merged, tokenizer, progress)
-    for line in describe_plan(job, reference, layout):
+    for line in describe_plan(job, reference, layouts):
         progress.say(line)
-    counts: Counter[str] = Counter()
-    with (
-        CheckpointWriter(job.out, layout.specs, job.max_shard_bytes, job.overwrite, with_digests=True) as writer,
-        Provenance(_inputs(reference)) as digests,
-    ):
-        writer.write_json("config.json", layout.config)
-        for file_name, content in layout.extra_files.items():
-            writer.write_json(file_name, content)
-        writer.copy_files(side_files(source.folder, adapter_folder))
-        blocks = _quantized_blocks(job, merged, layout, calibration, device, counts, progress)
-        write_tensors(writer, merged, layout, blocks, progress, device)
-        writer.finish_tensors()
-        digests.add("candidate", writer.partial, writer.digests)
-        facts = stages(job, reference, merged, layout, calibration, calibration_text, counts)
-        document = _judge_output(job, reference, writer.partial, facts, digests, device, progress)
-        with TIMELINE.stage("report"):
-            write_reports(writer.partial, document, (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
-            writer.write_text("README.md", model_card(document, job, reference))
-        folder = job.out
+    writers = [
+        CheckpointWriter(o.out, layout.specs, o.max_shard_bytes, job.overwrite, with_digests=True)
+        for o, layout in zip(job.outputs, layouts, strict=True)
+    ]
+    check_room(writers)
+    with ExitStack() as stack, Provenance(_inputs(reference)) as digests:
+        makings = [
+            _Making(output=output, layout=layout, writer=stack.enter_context(writer), counts=Counter())
+            for output, layout, writer in zip(job.outputs, layouts, writers, strict=True)
+        ]
+        for making in makings:
+            writer, layout = making.writer, making.layout
+            writer.write_json("config.json", layout.config)
+            for file_name, content in layout.extra_files.items():
+                writer.write_json(file_name, content)
+            writer.copy_files(side_files(source.folder, adapter_folder))
+            blocks = _quantized_blocks(job, making, merged, calibration, device, progress)
+            write_tensors(writer, merged, layout, blocks, progress, device)
+        documents = []
+        for making in makings:
+            writer, output = making.writer, making.output
+            writer.finish_tensors()
+            digests.add("candidate", writer.partial, writer.digests)
+            facts = stages(job, output, reference, merged, making.layout, calibration, calibration_text, making.counts)
+            documents.append(_judge_output(job, output, reference, writer.partial, facts, digests, device, progress))
+            with TIMELINE.stage("report"):
+                write_reports(writer.partial, documents[-1], (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
+                writer.write_text("README.md", model_card(documents[-1], job, output, reference))
         with TIMELINE.stage("publish"):
-            if document["verdict"] in ("pass", "not gated"):
-                writer.commit()
-            else:
-                folder = writer.reject()
-    if job.report_dir is not None:
-        write_reports(job.report_dir, document)
-    return Outcome(document=document, folder=folder)
+            outcomes = tuple(
+                Outcome(document=document, folder=_publish(making.writer, making.output.out, str(document["verdict"])))
+                for making, document in zip(makings, documents, strict=True)
+            )
+    for output, outcome in zip(job.outputs, outcomes, strict=True):
+        folder = job.report_folder(output)
+        if folder is not None:
+            make_report_folder(folder)
+            write_reports(folder, outcome.document)
+    return outcomes
+
+
+def _publish(writer: CheckpointWriter, out: Path, verdict: str) -> Path:
+    """Where the output is now: in its place, or aside when it missed a gate."""
+    if verdict not in ("pass", "not gated"):
+        return writer.reject()
+    writer.commit()
+    return out
 
 
 def _inputs(reference: Reference | None) -> dict[str, Path | None]:
@@ -98,6 +137,7 @@ def _inputs(reference: Reference | None) -> dict[str, Path | None]:
 
 def _judge_output(
     job: MergeJob,
+    output: OutputConfig,
     reference: Reference,
     stored: Path,
     facts: Mapping[str, Any],
@@ -106,16 +146,19 @@ def _judge_output(
     progress: Progress,
 ) -> dict[str, Any]:
     """The report on what was just written, read back from its bytes."""
-    command = "merge" if job.adapter else "quantize" if job.quantization else "convert"
+    command = "merge" if job.adapter else "quantize" if output.quantization else "convert"
     config = job.validation
     if config is None:
-        return conclude(command, subject(job), device, stages=facts, provenance=digests.result(), progress=progress)
-    progress.say(f"validating on {config.tokens} tokens of {config.source}")
+        return conclude(
+            command, subject(job, output), device, stages=facts, provenance=digests.result(), progress=progress
+        )
+    name = f"{output.out} " if len(job.outputs) > 1 else ""
+    progress.say(f"validating {name}on {config.tokens} tokens of {config.source}")
     candidate = Candidate.of(open_checkpoint(stored))
     fidelity = measure_fidelity(reference, candidate, config, device, progress)
     return conclude(
         command,
-        subject(job),
+        subject(job, output),
         device,
         config=config,
         fidelity=fidelity,
@@ -208,22 +251,26 @@ def _check_before_work(job: MergeJob, reference: Reference, merged: Checkpoint, 
     if job.validation is not None:
         check_rules(reference, job.validation)
         check_vocabulary(evaluation_rows(tokenizer, job.validation)[0].ids_TS, merged, tokenizer)
-    if job.validation is not None or (job.quantization is not None and _stored_blocks(job, merged, "cpu") is None):
+    quantized = any(output.quantization is not None for output in job.outputs)
+    if job.validation is not None or (quantized and _stored_blocks(job.outputs, merged, "cpu") is None):
         # From headers alone: can this model be run block by block?
         StreamedModel(merged, "cpu", config_dtype(merged.config))
 
 
-def _stored_blocks(job: MergeJob, view: Checkpoint, device: str) -> StoredBlocks | None:
-    """Blocks for a job that looks at their weights alone; None where it has to run them, or to ask transformers."""
-    runs = job.quantization is None or job.quantization.needs_calibration
-    return None if runs else StoredBlocks.of(view, device)
+def _stored_blocks(outputs: Iterable[OutputConfig], view: Checkpoint, device: str) -> StoredBlocks | None:
+    """Blocks for outputs that look at their weights alone; None where one has to run them, or to ask transformers."""
+    return None if any(_is_calibrated(output) for output in outputs) else StoredBlocks.of(view, device)
+
+
+def _is_calibrated(output: OutputConfig) -> bool:
+    return output.quantization is not None and output.quantization.needs_calibration
 
 
 def _calibration_rows(
     job: MergeJob, view: Checkpoint, folder: Path, progress: Progress
 ) -> tuple[torch.Tensor | None, str]:
     """Token rows, and in words what they were cut from; None where none are needed."""
-    if job.quantization is None or not job.quantization.needs_calibration:
+    if not any(_is_calibrated(output) for output in job.outputs):
         return None, ""
     config = job.calibration
     tokenizer = corpus.load_tokenizer(folder)
@@ -241,24 +288,24 @@ def _calibration_rows(
 
 def _quantized_blocks(
     job: MergeJob,
+    making: _Making,
     view: Checkpoint,
-    layout: Layout,
     calibration: torch.Tensor | None,
     device: str,
-    counts: Counter[str],
     progress: Progress,
 ) -> Iterator[QuantizedBlock]:
-    if job.quantization is None or layout.scheme is None:
+    output, layout = making.output, making.layout
+    if output.quantization is None or layout.scheme is None:
         return
     request = QuantizeRequest(
-        config=job.quantization,
+        config=output.quantization,
         scheme=layout.scheme,
         weights=layout.quantized,
         storage=layout.storage,
         model_type=str(view.config.get("model_type")),
         gpu_memory_limit=job.gpu_memory_limit,
-        counts=counts,
+        counts=making.counts,
     )
     # Without calibration no block is run, and stored ones can do what is asked of the model.
-    model = _stored_blocks(job, view, device) or StreamedModel(view, device, layout.storage)
-    yield from quantize_blocks(model, request, calibration, progress)
+    model = _stored_blocks([output], view, device) or StreamedModel(view, device, layout.storage)
+    yield from quantize_blocks(model, request, calibration if _is_calibrated(output) else None, progress)

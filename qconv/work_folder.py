@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qconv.errors import CheckpointError, UsageError
@@ -40,10 +40,12 @@ class WorkFolder:
         self._overwrite = overwrite
         self._lock: int | None = None
         self._is_mine = False
+        self._made: list[Path] = []  # folders on the way to it, deepest first
         check_output(self.out, overwrite)
 
     def begin(self) -> None:
         try:
+            self._made = [folder for folder in self.out.parents if not folder.exists()]
             self.out.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() or self.path.is_symlink():
                 self._remove_leftover()
@@ -115,6 +117,9 @@ class WorkFolder:
             with _undisturbed():
                 shutil.rmtree(self.path, ignore_errors=True)
                 self._release()
+            with suppress(OSError):  # somebody else's files are in one by now
+                for folder in self._made:
+                    folder.rmdir()
 
     def _seal(self) -> None:
         for file in self.path.iterdir():

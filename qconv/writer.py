@@ -74,16 +74,8 @@ class CheckpointWriter:
         self._missing: dict[int, int] = {}  # bytes to come, by file
 
     def __enter__(self) -> CheckpointWriter:
-        need = sum(spec.num_bytes for spec in self._specs.values()) + SIDE_BYTES
-        parent = self.partial.parent
+        check_room([self])
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(parent).free
-            if free < need:
-                raise CheckpointError(
-                    f"{parent}: the output needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
-                    "make room or choose another -o"
-                )
             self._folder.begin()
             for file_name, shard in zip(self._file_names, self._shards, strict=True):
                 self._start_shard(file_name, shard)
@@ -104,6 +96,11 @@ class CheckpointWriter:
                 self._flush()
         finally:
             self._discard()
+
+    @property
+    def num_bytes(self) -> int:
+        """Room that the folder will take on the disk, with some to spare."""
+        return sum(spec.num_bytes for spec in self._specs.values()) + SIDE_BYTES
 
     def _start_shard(self, file_name: str, shard: list[TensorSpec]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -246,6 +243,35 @@ class CheckpointWriter:
             self._close()
         finally:  # also when a second ctrl-C ends the wait for the disk
             self._folder.discard()
+
+
+def check_room(writers: Iterable[CheckpointWriter]) -> None:
+    """Refuses folders that the disks have no room for, together.
+
+    Raises:
+        CheckpointError: a disk is too full, or cannot be looked at.
+    """
+    needs: dict[int, list[CheckpointWriter]] = {}
+    for writer in writers:
+        parent = _existing(writer.partial.parent)
+        try:
+            needs.setdefault(parent.stat().st_dev, []).append(writer)
+        except OSError as error:
+            raise disk_error(writer.partial, error) from error
+    for sharing in needs.values():
+        parent = _existing(sharing[0].partial.parent)
+        need, free = sum(writer.num_bytes for writer in sharing), shutil.disk_usage(parent).free
+        if free < need:
+            what = "the output needs" if len(sharing) == 1 else f"the {len(sharing)} outputs need"
+            raise CheckpointError(
+                f"{parent}: {what} {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+                "make room or choose another -o"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what is there of the way to it."""
+    return next((path for path in (folder, *folder.parents) if path.is_dir()), folder)
 
 
 def _plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:

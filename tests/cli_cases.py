@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qconv import corpus, pipeline
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
 from qconv.report.document import JSON_NAME
 from qconv.targets import TARGETS
 from tests.conftest import TINY_LLAMA
@@ -86,7 +86,7 @@ def small_texts(factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def job(factory: pytest.TempPathFactory, out: Path, base: Path, adapter: Path | None = None, **more: Any) -> MergeJob:
-    """A job on a few hundred tokens."""
+    """A job on a few hundred tokens; ``more`` are options of it or of its output."""
     calibration, evaluation = small_texts(factory)
     options: dict[str, Any] = {
         "calibration": CalibrationConfig(sources=(str(calibration),), samples=8, seq_len=SEQ_LEN),
@@ -96,7 +96,9 @@ def job(factory: pytest.TempPathFactory, out: Path, base: Path, adapter: Path | 
         "device": "cpu",
     }
     source = None if adapter is None else str(adapter)
-    return MergeJob(base=str(base), adapter=source, out=out, **(options | more))
+    own = {name: more.pop(name) for name in ("quantization", "dtype", "max_shard_bytes") if name in more}
+    output = OutputConfig(out=out, **own)
+    return MergeJob(base=str(base), adapter=source, **({"outputs": (output,)} | options | more))
 
 
 def made(

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig
 from qconv.convert import dequantize
 from qconv.errors import CheckpointError
 from qconv.quantize.awq_block import FoldContext, Statistics, fold_scales
@@ -28,7 +28,11 @@ def quantize(model: Path, out: Path, target: str | None, **options: Any) -> Path
     quantization = QuantizationConfig(target=target, **options) if target else None
     calibration = CalibrationConfig(samples=4, seq_len=64)
     job = MergeJob(
-        base=str(model), out=out, quantization=quantization, calibration=calibration, validation=None, device="cpu"
+        base=str(model),
+        outputs=(OutputConfig(out=out, quantization=quantization),),
+        calibration=calibration,
+        validation=None,
+        device="cpu",
     )
     pipeline.run(job)
     return out

@@ -430,7 +430,7 @@ class Terminal:
 
 def test_hints_after_training_and_caching(tmp_path: Path) -> None:
     from qconv.cli_jobs import following_a_merge, following_a_training, following_a_validation
-    from qconv.config import MergeJob, QuantizationConfig, TrainConfig, ValidateJob
+    from qconv.config import MergeJob, OutputConfig, QuantizationConfig, TrainConfig, ValidateJob
 
     (line,) = following_a_training(TrainConfig(base="./my base", out=tmp_path / "adapter"))
     context = cli.commands["merge"].make_context("merge", shlex.split(line)[2:])
@@ -440,12 +440,14 @@ def test_hints_after_training_and_caching(tmp_path: Path) -> None:
     context = cli.commands["validate"].make_context("validate", shlex.split(line)[2:])
     assert context.params["reference_cache"] == cache
     assert following_a_validation(ValidateJob(reference="base", candidate="c", reference_cache=cache)) == ()
-    assert following_a_merge(MergeJob(base="b", out=tmp_path / "o", validation=None)) == ()  # convert
-    lines = following_a_merge(MergeJob(base="b", adapter="a", out=tmp_path / "o", trained_on="nf4", validation=None))
-    assert "--trained-on nf4" in lines[0]
-    asymmetric = QuantizationConfig(target="gptq", symmetric=False)  # not for vLLM
-    assert following_a_merge(MergeJob(base="b", adapter="a", out=tmp_path / "o", quantization=asymmetric)) == ()
-    assert following_a_merge(MergeJob(base="b", adapter="a", out=tmp_path / "o")) == (f"vllm serve {tmp_path / 'o'}",)
+    plain = OutputConfig(out=tmp_path / "o")
+    assert following_a_merge(MergeJob(base="b", outputs=(plain,), validation=None), plain) == ()  # convert
+    job = MergeJob(base="b", adapter="a", outputs=(plain,), trained_on="nf4", validation=None)
+    assert "--trained-on nf4" in following_a_merge(job, plain)[0]
+    asymmetric = OutputConfig(out=tmp_path / "p", quantization=QuantizationConfig(target="gptq", symmetric=False))
+    job = MergeJob(base="b", adapter="a", outputs=(plain, asymmetric))
+    assert following_a_merge(job, asymmetric) == ()  # not for vLLM
+    assert following_a_merge(job, plain) == (f"vllm serve {tmp_path / 'o'}",)
 
 
 def test_no_hint_after_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

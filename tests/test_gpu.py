@@ -12,7 +12,7 @@ import torch
 
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
 from qconv.convert import dequantize
 from qconv.corpus import TokenRows
 from qconv.inputs import load_reference
@@ -27,14 +27,14 @@ def run(base: Path, adapter: Path, out: Path, device: str, target: str | None, *
     job = MergeJob(
         base=str(base),
         adapter=str(adapter),
-        out=out,
-        quantization=QuantizationConfig(target=target) if target else None,
+        outputs=(OutputConfig(out=out, quantization=QuantizationConfig(target=target) if target else None),),
         calibration=CalibrationConfig(sources=("default",), samples=16, seq_len=128),
         validation=ValidationConfig(tokens=8192, seq_len=128),
         device=device,
         **options,
     )
-    fidelity = pipeline.run(job).fidelity
+    (outcome,) = pipeline.run(job)
+    fidelity = outcome.fidelity
     assert fidelity is not None
     return dict(fidelity)
 

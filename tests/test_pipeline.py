@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
 from qconv.convert import dequantize
 from qconv.errors import CalibrationError, CheckpointError, SchemeError, UsageError
 from qconv.gate_rules import parse_rule
@@ -301,12 +301,11 @@ def test_default_texts(tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path) -> No
     """With nothing named, calibration and evaluation text come with the package, and do not overlap."""
     quantization = QuantizationConfig(target="gptq")
     small = {"calibration": CalibrationConfig(samples=8, seq_len=64), "validation": ValidationConfig(tokens=1024)}
-    report = pipeline.run(
+    (report,) = pipeline.run(
         MergeJob(
             base=str(tiny_nf4),
             adapter=str(tiny_adapter),
-            out=tmp_path / "out",
-            quantization=quantization,
+            outputs=(OutputConfig(out=tmp_path / "out", quantization=quantization),),
             device="cpu",
             **small,  # type: ignore[arg-type]
         )
@@ -320,7 +319,7 @@ def test_default_texts(tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path) -> No
 def test_quantizing_without_an_adapter(new_job: Callable[..., MergeJob], tmp_path: Path, tiny_llama: Path) -> None:
     out = tmp_path / "out"
     quantization = QuantizationConfig(target="w4a16", bits=8, algorithm="rtn")
-    report = pipeline.run(new_job(out, tiny_llama, quantization=quantization))
+    (report,) = pipeline.run(new_job(out, tiny_llama, quantization=quantization))
     assert report.fidelity is not None
     assert report.fidelity["base_without_adapter"] is None
     assert "merge" not in report.stages
@@ -333,7 +332,7 @@ def test_a_quantized_output_can_be_quantized_again(
     """Codes of a symmetric 4-bit grid lie on an 8-bit grid nearly exactly, whatever format held them."""
     source = output(Variant("w4a16", "rtn", 4, True))
     quantization = QuantizationConfig(target="gptq", bits=8, algorithm="rtn")
-    report = pipeline.run(new_job(tmp_path / "out", source, quantization=quantization))
+    (report,) = pipeline.run(new_job(tmp_path / "out", source, quantization=quantization))
     assert report.fidelity is not None
     assert report.fidelity["total"]["kl"]["mean"] < 5e-4
 
@@ -348,7 +347,7 @@ def test_16_bit_base_is_rounded_as_training_rounded_it(
     adapter = tmp_path / "adapter"
     shutil.copytree(tiny_adapter, adapter)
     write_train_record(adapter, "nf4-dq", str(tiny_llama), "cpu")
-    report = pipeline.run(new_job(tmp_path / "out", tiny_llama, adapter, dtype="fp32", trained_on="nf4-dq"))
+    (report,) = pipeline.run(new_job(tmp_path / "out", tiny_llama, adapter, dtype="fp32", trained_on="nf4-dq"))
     expected = stored_tensors(output(None, "fp32"))
     found = stored_tensors(tmp_path / "out")
     assert found.keys() == expected.keys()
@@ -384,7 +383,7 @@ def test_resized_vocabulary(new_job: Callable[..., MergeJob], tmp_path: Path, ti
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.add_tokens([f"<added-{i}>" for i in range(8)])
     tokenizer.save_pretrained(adapter)
-    report = pipeline.run(new_job(out, tiny_llama, adapter, trained_on="16bit", dtype="fp32"))
+    (report,) = pipeline.run(new_job(out, tiny_llama, adapter, trained_on="16bit", dtype="fp32"))
     assert AutoConfig.from_pretrained(out).vocab_size == 2056
     assert AutoTokenizer.from_pretrained(out)("<added-7>")["input_ids"][-1] == 2055
     found = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -409,7 +408,7 @@ def test_untied_head(
     save_random_adapter(tiny_llama, adapter, str(tiny_llama), target_modules=["q_proj", "lm_head"])
     quantization = QuantizationConfig(target=target, bits=8, algorithm="rtn") if target else None
     more: dict[str, Any] = {"trained_on": "16bit", "dtype": "fp32", "quantization": quantization}
-    report = pipeline.run(new_job(out, tiny_llama, adapter, **more))
+    (report,) = pipeline.run(new_job(out, tiny_llama, adapter, **more))
     tensors = stored_tensors(out)
     before = load_file(tiny_llama / "model.safetensors")["model.embed_tokens.weight"].float()
     assert torch.equal(tensors["model.embed_tokens.weight"], before)
@@ -518,7 +517,7 @@ def test_family_without_a_fold_table_is_counted(
     monkeypatch.setitem(FAMILIES, "stablelm", {})
     assert "stablelm" not in FOLDS
     source = random_model("stablelm")
-    report = pipeline.run(new_job(tmp_path / "out", source, quantization=QuantizationConfig(target="awq")))
+    (report,) = pipeline.run(new_job(tmp_path / "out", source, quantization=QuantizationConfig(target="awq")))
     assert report.stages["quantization"]["awq folds skipped: model family without a fold table"] == 2
     assert "awq folds applied" not in report.stages["quantization"]
     assert "without a fold table" in (tmp_path / "out" / "qconv-report.md").read_text()
@@ -538,7 +537,7 @@ def test_every_family_goes_through(
 ) -> None:
     """Quantized to 8 bits, the stored model still computes what the unquantized one does."""
     quantization = QuantizationConfig(target="gptq", bits=8, algorithm="awq")
-    report = pipeline.run(new_job(tmp_path / "out", random_model(family), quantization=quantization))
+    (report,) = pipeline.run(new_job(tmp_path / "out", random_model(family), quantization=quantization))
     assert report.fidelity is not None
     assert report.fidelity["total"]["kl"]["mean"] < 0.01
     view = dequantize(open_checkpoint(tmp_path / "out"))
@@ -553,7 +552,8 @@ def gated(new_job: Callable[..., MergeJob], out: Path, base: Path, adapter: Path
     quantization = QuantizationConfig(target="w4a16", algorithm="rtn")
     small = new_job(out, base, adapter, quantization=quantization)
     assert small.validation is not None
-    return pipeline.run(dataclasses.replace(small, validation=dataclasses.replace(small.validation, **limits)))
+    (outcome,) = pipeline.run(dataclasses.replace(small, validation=dataclasses.replace(small.validation, **limits)))
+    return outcome
 
 
 def test_gates_decide_where_the_output_goes(
@@ -580,7 +580,8 @@ def test_gates_decide_where_the_output_goes(
         seq_len=SEQ_LEN,
         rules=(parse_rule("kl_mean<=1e-9"),),
     )
-    assert pipeline.run(dataclasses.replace(small, validation=limits)).verdict == "fail"
+    (rejected,) = pipeline.run(dataclasses.replace(small, validation=limits))
+    assert rejected.verdict == "fail"
     assert (tmp_path / "pass" / "qconv-report.json").read_bytes() == before
     assert len(stored_tensors(tmp_path / "pass.rejected")) == 38
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qconv import pipeline
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
 from tests.conftest import save_random_adapter
 
 pytestmark = pytest.mark.slow
@@ -23,12 +23,13 @@ def adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(base: Path, adapter: Path, out: Path, target: str | None, **options: Any) -> dict[str, Any]:
-    report = pipeline.run(
+    (report,) = pipeline.run(
         MergeJob(
             base=str(base),
             adapter=str(adapter),
-            out=out,
-            quantization=QuantizationConfig(target=target, **options) if target else None,
+            outputs=(
+                OutputConfig(out=out, quantization=QuantizationConfig(target=target, **options) if target else None),
+            ),
             calibration=CalibrationConfig(sources=("default-prose",), samples=8, seq_len=256),
             validation=ValidationConfig(source="default-prose-eval", tokens=1024, seq_len=128),
             device="cpu",

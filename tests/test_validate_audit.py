@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qconv import corpus, pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig
 from qconv.convert import dequantize
 from qconv.convert.bnb_kernels import simulate
 from qconv.merge import load_adapter, merge
@@ -69,12 +69,10 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             MergeJob(
                 base=str(base),
                 adapter=None if adapter is None else str(adapter),
-                out=out,
-                max_shard_bytes=shard_bytes,
+                outputs=(OutputConfig(out=out, max_shard_bytes=shard_bytes, **TARGETS[target]),),
                 calibration=calibration,
                 validation=None,
                 device="cpu",
-                **TARGETS[target],
             )
         )
         return out
@@ -292,11 +290,10 @@ def make_16bit(make: Make, adapter: Path, target: str) -> Path:
             base=str(TINY_LLAMA),
             adapter=str(adapter),
             trained_on="16bit",
-            out=folder,
+            outputs=(OutputConfig(out=folder, **TARGETS[target]),),
             calibration=CalibrationConfig(samples=8, seq_len=64),
             validation=None,
             device="cpu",
-            **TARGETS[target],
         )
         pipeline.run(job)
     return folder
