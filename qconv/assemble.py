@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
+
+from torch import Tensor
 
 from qconv.convert import FORMATS, encode_linear
 from qconv.layout import BNB_FORMATS, Layout, block_number, in_order
@@ -21,52 +24,73 @@ from qconv.writer import CheckpointWriter
 CPU_WINDOW_BYTES, GPU_WINDOW_BYTES = 32 << 20, 512 << 20  # of stored tensors that are read ahead
 
 
+@dataclass(frozen=True, kw_only=True)
+class Filling:
+    """An output folder that is being filled."""
+
+    writer: CheckpointWriter
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class _All:
+    """Hands each tensor to several writers."""
+
+    writers: Sequence[CheckpointWriter]
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        for writer in self.writers:
+            writer.write(name, tensor)
+
+
 def write_tensors(
-    writer: CheckpointWriter,
+    fillings: Sequence[Filling],
     view: Checkpoint,
-    layout: Layout,
     blocks: Iterable[QuantizedBlock],
     progress: Progress,
     device: str = "cpu",
 ) -> None:
-    """Writes quantized blocks as they come, then every tensor of the view that they did not cover.
+    """Writes all tensors of all outputs.
+
+    Outputs in formats that are made block by block are filled in lockstep from one reading of the view. A plain or
+    bitsandbytes output reads the view for itself.
 
     Reading, computing and writing overlap: tensors are read ahead, computed on ``device`` (on a CPU several at a time)
     and written in the background.
+
+    Args:
+        blocks: of the fillings whose layout has a scheme, each block's ``request`` being its number among these.
 
     Raises:
         NumericsError: a value of a tensor that is not quantized overflows the storage dtype or is not finite.
         CheckpointError: a tensor cannot be read or written.
     """
+    in_blocks = [filling for filling in fillings if filling.layout.scheme is not None]
+    if in_blocks:
+        _write_in_lockstep(in_blocks, view, blocks, device)
+    for filling in fillings:
+        if filling.layout.scheme is None:
+            _write_alone(filling, view, progress, device)
+
+
+def _read_ahead(view: Checkpoint, names: Iterable[str], device: str) -> None:
     is_gpu = device.startswith("cuda")
-    window = GPU_WINDOW_BYTES if is_gpu else CPU_WINDOW_BYTES
+    read_ahead(view, names, is_gpu, GPU_WINDOW_BYTES if is_gpu else CPU_WINDOW_BYTES)
+
+
+def _write_alone(filling: Filling, view: Checkpoint, progress: Progress, device: str) -> None:
+    writer, layout = filling.writer, filling.layout
     names = in_order(view)
     if layout.format is None:
-        read_ahead(view, names, is_gpu, window)
+        _read_ahead(view, names, device)
         write_plain(writer, view, layout.storage, progress.track(names, "write", len(names)), device)
         return
-    if layout.format in BNB_FORMATS:
-        names.sort(key=lambda name: name in layout.quantized)
-        read_ahead(view, names, is_gpu, window)
-        _write_bnb(writer, view, layout, names, device)
-        return
-    # Block by block, what is not quantized too: a file of weights is then complete soon after it was begun.
-    numbers = {name: number for name in names if (number := block_number(name)) is not None}
-    outside = [name for name in names if name not in numbers]
-    if not is_gpu:
-        write_plain(writer, view, layout.storage, outside, device)
-        outside = []
-    read_ahead(view, list(numbers), is_gpu, window)
-    with _alongside(outside, lambda some: write_plain(writer, view, layout.storage, some, "cpu")) as check:
-        _write_blocks(writer, view, layout, blocks, numbers, device, check)
-
-
-def _write_bnb(writer: CheckpointWriter, view: Checkpoint, layout: Layout, names: list[str], device: str) -> None:
-    """Each linear is encoded as it is written: nothing has to be chosen."""
-    assert layout.format is not None
+    names.sort(key=lambda name: name in layout.quantized)
+    _read_ahead(view, names, device)
     fmt = BNB_FORMATS[layout.format]
     write_plain(writer, view, layout.storage, [name for name in names if name not in layout.quantized], device)
     for name in [name for name in names if name in layout.quantized]:
+        # Each linear is encoded as it is written: nothing has to be chosen.
         # Rules of the library's CUDA kernels: the model is served there.
         linear = encode_linear(view.read(name, device), fmt.kind, layout.storage, f"{view.location}: {name}", "cuda")
         module = name.removesuffix(".weight")
@@ -75,29 +99,35 @@ def _write_bnb(writer: CheckpointWriter, view: Checkpoint, layout: Layout, names
             writer.write(key, tensor)
 
 
-def _write_blocks(
-    writer: CheckpointWriter,
-    view: Checkpoint,
-    layout: Layout,
-    blocks: Iterable[QuantizedBlock],
-    numbers: dict[str, int],
-    device: str,
-    check: Callable[[], None],
+def _write_in_lockstep(
+    fillings: Sequence[Filling], view: Checkpoint, blocks: Iterable[QuantizedBlock], device: str
 ) -> None:
-    """Writes the tensors in ``numbers`` (name -> block) block by block as they come, and calls ``check`` after each."""
-    for block in blocks:
-        with TIMELINE.stage("pack"):
-            _write_block(writer, view, layout, block)
-        covered = [*block.linears, *block.plain]
-        done = {numbers[name] for name in covered}
-        for name in covered:
-            del numbers[name]
-        for name in [name for name in numbers if numbers[name] in done]:
-            writer.write(name, to_storage(view, name, view.read(name, device), layout.storage))
-            del numbers[name]
-        del block  # its memory is free while the next one is computed
-        check()
-    write_plain(writer, view, layout.storage, numbers, device)
+    """Block by block, what is not quantized too: a file of weights is then complete soon after it was begun."""
+    names = in_order(view)
+    inside = [name for name in names if block_number(name) is not None]
+    outside = [name for name in names if block_number(name) is None]
+    if not device.startswith("cuda"):
+        _write_to_all(fillings, view, outside, device)
+        outside = []
+    _read_ahead(view, inside, device)
+    with _alongside(outside, lambda some: _write_to_all(fillings, view, some, "cpu")) as check:
+        left = dict.fromkeys(inside)
+        for block in blocks:
+            with TIMELINE.stage("pack"):
+                _write_block(fillings[block.request], view, block)
+            for name in [*block.linears, *block.plain]:
+                left.pop(name, None)
+            del block  # its memory is free while the next one is computed
+            check()
+        _write_to_all(fillings, view, left, device)  # what no block has a parameter for
+
+
+def _write_to_all(fillings: Sequence[Filling], view: Checkpoint, names: Iterable[str], device: str) -> None:
+    """Writes the same tensors to all outputs, read once for all that store them alike."""
+    names = names if len({filling.layout.storage for filling in fillings}) == 1 else list(names)
+    for storage in dict.fromkeys(filling.layout.storage for filling in fillings):
+        alike = [filling.writer for filling in fillings if filling.layout.storage == storage]
+        write_plain(_All(alike), view, storage, names, device)
 
 
 @contextmanager
@@ -118,7 +148,8 @@ def _alongside(names: Iterable[str], task: Callable[[Iterable[str]], None]) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def _write_block(writer: CheckpointWriter, view: Checkpoint, layout: Layout, block: QuantizedBlock) -> None:
+def _write_block(filling: Filling, view: Checkpoint, block: QuantizedBlock) -> None:
+    writer, layout = filling.writer, filling.layout
     assert layout.format is not None  # a layout without a format has no blocks
     format_ = FORMATS[layout.format]
     for name, linear in block.linears.items():

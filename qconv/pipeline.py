@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 from qconv import corpus
 from qconv.account import describe_plan, model_card, stages, subject
-from qconv.assemble import write_tensors
+from qconv.assemble import Filling, write_tensors
 from qconv.cached_fidelity import measure_cached, write_cached
 from qconv.checkpoint import open_checkpoint, resolve_folder
 from qconv.config import MergeJob, OutputConfig, ValidateJob, ValidationConfig
@@ -22,7 +22,7 @@ from qconv.evaluation import check_vocabulary, evaluation_rows, reference_tokeni
 from qconv.fidelity import Fidelity, measure_fidelity
 from qconv.gating import check_rules, rules_for
 from qconv.inputs import load_candidate, load_reference, resolve_device
-from qconv.layout import Layout, config_dtype, plan_layout
+from qconv.layout import config_dtype, plan_layout
 from qconv.mixture import load_mixture, pack_mixture
 from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run_tasks
 from qconv.progress import QUIET, Progress
@@ -39,12 +39,10 @@ from qconv.writer import CheckpointWriter, check_room
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Making:
+class _Making(Filling):
     """One output on its way."""
 
     output: OutputConfig
-    layout: Layout
-    writer: CheckpointWriter
     counts: Counter[str]
 
 
@@ -93,8 +91,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             for file_name, content in layout.extra_files.items():
                 writer.write_json(file_name, content)
             writer.copy_files(side_files(source.folder, adapter_folder))
-            blocks = _quantized_blocks(job, making, merged, calibration, device, progress)
-            write_tensors(writer, merged, layout, blocks, progress, device)
+        blocks = _quantized_blocks(job, makings, merged, calibration, device, progress)
+        write_tensors(makings, merged, blocks, progress, device)
         documents = []
         for making in makings:
             writer, output = making.writer, making.output
@@ -288,24 +286,28 @@ def _calibration_rows(
 
 def _quantized_blocks(
     job: MergeJob,
-    making: _Making,
+    makings: Sequence[_Making],
     view: Checkpoint,
     calibration: torch.Tensor | None,
     device: str,
     progress: Progress,
 ) -> Iterator[QuantizedBlock]:
-    output, layout = making.output, making.layout
-    if output.quantization is None or layout.scheme is None:
+    requests = [
+        QuantizeRequest(
+            config=making.output.quantization,
+            scheme=making.layout.scheme,
+            weights=making.layout.quantized,
+            storage=making.layout.storage,
+            model_type=str(view.config.get("model_type")),
+            gpu_memory_limit=job.gpu_memory_limit,
+            counts=making.counts,
+        )
+        for making in makings
+        if making.output.quantization is not None and making.layout.scheme is not None
+    ]
+    if not requests:
         return
-    request = QuantizeRequest(
-        config=output.quantization,
-        scheme=layout.scheme,
-        weights=layout.quantized,
-        storage=layout.storage,
-        model_type=str(view.config.get("model_type")),
-        gpu_memory_limit=job.gpu_memory_limit,
-        counts=making.counts,
-    )
     # Without calibration no block is run, and stored ones can do what is asked of the model.
-    model = _stored_blocks([output], view, device) or StreamedModel(view, device, layout.storage)
-    yield from quantize_blocks(model, request, calibration if _is_calibrated(output) else None, progress)
+    running = [request for request in requests if request.config.needs_calibration] or requests
+    model = _stored_blocks(job.outputs, view, device) or StreamedModel(view, device, running[0].storage)
+    yield from quantize_blocks(model, requests, calibration, progress)

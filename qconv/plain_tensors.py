@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +21,16 @@ from qconv.errors import NumericsError
 from qconv.finite import all_finite, is_surely_finite
 from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
-from qconv.writer import CheckpointWriter
 
 MAX_WORKERS = 4
 ELEMENTS_AT_ONCE = 1 << 27  # in all threads; a tensor in work takes 8 bytes an element, for a moment
 TRIM_ELEMENTS = 1 << 26
+
+
+class TensorWriter(Protocol):
+    """What finished tensors are handed to: a `CheckpointWriter`, or several of them."""
+
+    def write(self, name: str, tensor: Tensor) -> None: ...
 
 
 def is_plain_float(dtype: torch.dtype) -> bool:
@@ -32,7 +38,7 @@ def is_plain_float(dtype: torch.dtype) -> bool:
 
 
 def write_plain(
-    writer: CheckpointWriter, view: Checkpoint, storage: torch.dtype, names: Iterable[str], device: str
+    writer: TensorWriter, view: Checkpoint, storage: torch.dtype, names: Iterable[str], device: str
 ) -> None:
     """Writes named tensors of the view; see the module's text.
 
@@ -47,7 +53,7 @@ def write_plain(
 
 
 def _write_from_gpu(
-    writer: CheckpointWriter, view: Checkpoint, storage: torch.dtype, names: Iterable[str], device: str
+    writer: TensorWriter, view: Checkpoint, storage: torch.dtype, names: Iterable[str], device: str
 ) -> None:
     """Waits for no tensor: whether all values were finite is looked at in the end, before anything is kept."""
     is_finite: dict[str, Tensor] = {}
@@ -63,7 +69,7 @@ def _write_from_gpu(
                 to_storage(view, name, view.read(name, device), storage)
 
 
-def _write_from_threads(writer: CheckpointWriter, view: Checkpoint, storage: torch.dtype, names: Iterable[str]) -> None:
+def _write_from_threads(writer: TensorWriter, view: Checkpoint, storage: torch.dtype, names: Iterable[str]) -> None:
     """Several tensors at a time, within a bound of memory."""
     threads = torch.get_num_threads()
     workers = min(MAX_WORKERS, threads)
@@ -92,7 +98,7 @@ def _write_from_threads(writer: CheckpointWriter, view: Checkpoint, storage: tor
         torch.set_num_threads(threads)  # the workers changed what is common to all threads, too
 
 
-def _write_next(writer: CheckpointWriter, waiting: deque[tuple[str, Future[Tensor], int]]) -> None:
+def _write_next(writer: TensorWriter, waiting: deque[tuple[str, Future[Tensor], int]]) -> None:
     name, future, _ = waiting.popleft()
     with TIMELINE.stage("wait for decode and merge"):
         tensor = future.result()

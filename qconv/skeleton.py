@@ -140,7 +140,7 @@ def _linear_modules(model: nn.Module) -> list[str]:
 
 
 class StoredBlocks:
-    """The decoder blocks of a checkpoint of a known family: their linear weights, and nothing to run.
+    """The decoder blocks of a checkpoint of a known family: their tensors, and nothing to run.
 
     It stands in for a `StreamedModel` where only weights are looked at.
 
@@ -148,12 +148,13 @@ class StoredBlocks:
         linears: as `linear_weights` gives them.
     """
 
-    def __init__(self, view: Checkpoint, num_blocks: int, roles: list[str], device: str):
+    def __init__(self, view: Checkpoint, num_blocks: int, shapes: Mapping[str, tuple[int, ...]], device: str):
         self.view = view
         self.device = device
         self.num_blocks = num_blocks
-        self._roles = roles
-        self.linears = [self.block_prefix(index) + role for index in range(num_blocks) for role in roles]
+        self._roles = list(shapes)
+        linears = [role for role, shape in shapes.items() if len(shape) == 2]
+        self.linears = [self.block_prefix(index) + role for index in range(num_blocks) for role in linears]
 
     @staticmethod
     def of(view: Checkpoint, device: str = "cpu") -> StoredBlocks | None:
@@ -171,13 +172,13 @@ class StoredBlocks:
             expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
         if found != expected:
             return None
-        return StoredBlocks(view, num_blocks, [role for role in shapes if len(shapes[role]) == 2], device)
+        return StoredBlocks(view, num_blocks, shapes, device)
 
     def block_prefix(self, index: int) -> str:
         return f"model.layers.{index}."
 
     def read_block(self, index: int) -> dict[str, Tensor]:
-        """The linear weights of one block by their name inside the block, in the view's own dtypes."""
+        """The tensors of one block by their name inside the block, in the view's own dtypes."""
         prefix = self.block_prefix(index)
         return {role: self.view.read(prefix + role, self.device) for role in self._roles}
 

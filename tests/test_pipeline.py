@@ -466,7 +466,7 @@ def folded(
         model_type=view.config["model_type"],
     )
     tensors = dict(view.tensors)
-    for block in quantize_blocks(StreamedModel(view, "cpu", torch.float32), request, [ids_BS]):
+    for block in quantize_blocks(StreamedModel(view, "cpu", torch.float32), [request], [ids_BS]):
         assert set(block.linears) <= set(request.weights)
         tensors |= {name: linear.dequantize() for name, linear in block.linears.items()} | dict(block.plain)
     return TensorsInMemory(tensors, view.config), request.counts

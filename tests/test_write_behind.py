@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qconv import assemble, plain_tensors, read_bytes, write_behind
-from qconv.assemble import write_tensors
+from qconv.assemble import Filling, write_tensors
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.convert import bnb_kernels, dequantize
 from qconv.errors import CheckpointError, NumericsError
@@ -321,7 +321,7 @@ def test_threads_write_what_one_after_the_other_gives(
     torch.set_num_threads(threads)
     try:
         with CheckpointWriter(tmp_path / "out", layout.specs, 10**6) as writer:
-            write_tensors(writer, view, layout, [], QUIET)
+            write_tensors([Filling(writer=writer, layout=layout)], view, [], QUIET)
             assert torch.get_num_threads() == threads
             writer.write_json("config.json", {})
             writer.commit()
@@ -338,7 +338,7 @@ def write_with_bad_value(tmp_path: Path, value: float, dtype: str, device: str) 
     view = dequantize(folder_of(tmp_path / "m", tensors))
     layout = plan_layout(view, dtype, None, [])
     with CheckpointWriter(tmp_path / "out", layout.specs, 10**6) as writer:
-        write_tensors(writer, view, layout, [], QUIET, device)
+        write_tensors([Filling(writer=writer, layout=layout)], view, [], QUIET, device)
         writer.commit()
 
 
@@ -372,7 +372,7 @@ def test_finite_numbers_whose_sum_overflows_are_fine(tmp_path: Path) -> None:
     view = dequantize(folder_of(tmp_path / "n", {"x": torch.full((4, 8), 3e38)}))
     layout = plan_layout(view, "fp32", None, [])
     with CheckpointWriter(tmp_path / "out2", layout.specs, 10**6) as writer:
-        write_tensors(writer, view, layout, [], QUIET)
+        write_tensors([Filling(writer=writer, layout=layout)], view, [], QUIET)
         writer.commit()
     assert torch.equal(load_file(tmp_path / "out2" / "model.safetensors")["x"], torch.full((4, 8), 3e38))
 
@@ -385,7 +385,7 @@ def test_a_gpu_merges_what_the_cpu_merges(tiny_nf4: Path, tiny_adapter: Path, tm
         view = merged_view(tiny_nf4, tiny_adapter)
         layout = plan_layout(view, None, None, [])
         with CheckpointWriter(tmp_path / device, layout.specs, 10**6) as writer:
-            write_tensors(writer, view, layout, [], QUIET, device)
+            write_tensors([Filling(writer=writer, layout=layout)], view, [], QUIET, device)
             writer.commit()
         found[device] = read_by_library(tmp_path / device)
     for name, expected in found["cpu"].items():

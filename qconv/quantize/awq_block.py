@@ -48,11 +48,8 @@ class FoldContext:
 
 def fold_scales(
     tensors: dict[str, Tensor], statistics: dict[str, Statistics], fold: Fold, context: FoldContext
-) -> set[str]:
-    """Searches the scale of one fold and applies it in place to ``tensors`` and ``statistics``.
-
-    Returns:
-        Names of the tensors that took the inverse scale (a norm, or a linear and its bias).
+) -> None:
+    """Searches the scale of one fold; puts scaled copies in the place of ``tensors`` and ``statistics``.
 
     Raises:
         NumericsError: NaN or infinity in weights or statistics; names the weights.
@@ -61,7 +58,7 @@ def fold_scales(
     source = f"{fold.source}.weight"
     if source not in tensors or any(name not in statistics for name in weights):
         context.counts["awq folds skipped: layer not found"] += 1
-        return set()
+        return
     stats = statistics[weights[0]]
     if stats.mean_abs_K is None:
         raise ValueError(f"{weights[0]}: AWQ needs the mean magnitude of the inputs")
@@ -73,10 +70,9 @@ def fold_scales(
     scale_K = found.s_K
     if shares_heads and found.loss_after >= found.loss_before:
         context.counts["awq folds skipped: no gain with scales shared between heads"] += 1
-        return set()
-    changed = {source}
+        return
     if fold.kind == "rows":
-        changed |= _fold_into_rows(tensors, fold, scale_K, context.heads)
+        _fold_into_rows(tensors, fold, scale_K, context.heads)
     else:
         plus_one = fold.kind == "norm_plus_one"
         tensors[source], scale_K = fold_into_norm(tensors[source], scale_K, context.storage, plus_one)
@@ -85,15 +81,12 @@ def fold_scales(
         tensors[name] = w_NK * scale_K
         statistics[name] = scaled
     context.counts["awq folds applied" if found.ratio or found.duo else "awq folds without effect"] += 1
-    return changed
 
 
-def _fold_into_rows(tensors: dict[str, Tensor], fold: Fold, scale_K: Tensor, heads: Heads) -> set[str]:
-    """Divides the producing rows; returns the names of what changed."""
+def _fold_into_rows(tensors: dict[str, Tensor], fold: Fold, scale_K: Tensor, heads: Heads) -> None:
+    """Divides the producing rows."""
     source, bias = f"{fold.source}.weight", f"{fold.source}.bias"
     rows, new_bias = fold_into_rows(tensors[source], tensors.get(bias), producer_scale(scale_K, fold, heads))
     tensors[source] = rows
-    if new_bias is None:
-        return {source}
-    tensors[bias] = new_bias
-    return {source, bias}
+    if new_bias is not None:
+        tensors[bias] = new_bias

@@ -34,11 +34,13 @@ class QuantizedBlock:
     """One finished block.
 
     Attributes:
+        request: number of the request that it answers.
         linears: quantized weights by full tensor name.
-        plain: other tensors that changed (norms and biases that took an AWQ scale), float32, by full name.
+        plain: the block's other tensors by full name: as read, or float32 where they took an AWQ scale.
     """
 
     index: int
+    request: int
     linears: Mapping[str, QuantizedLinear]
     plain: Mapping[str, Tensor]
 
@@ -67,18 +69,19 @@ class QuantizeRequest:
 
 def quantize_blocks(
     model: StreamedModel | StoredBlocks,
-    request: QuantizeRequest,
+    requests: Sequence[QuantizeRequest],
     calibration: Tensor | Sequence[Tensor] | None,
     progress: Progress = QUIET,
 ) -> Iterator[QuantizedBlock]:
-    """Yields the blocks in order.
+    """Yields the blocks in order, each as often as there are requests; each is read once.
 
-    What happened (scales folded or skipped, damping raised, dead channels) is counted in ``request.counts``.
+    What happened (scales folded or skipped, damping raised, dead channels) is counted in the request's ``counts``.
 
     Args:
         model: `StoredBlocks` will do where there is no calibration.
+        requests: what to make of each block; see the module's text on several that are calibrated.
         calibration: int64 ``[R, S]`` token rows, put into batches as `plan_memory` says; or the batches ``[B, S]``
-            themselves, whose activations then stay on the device; None when the algorithm needs none.
+            themselves, whose activations then stay on the device; None when no algorithm needs any.
 
     Raises:
         NumericsError: NaN or infinity in weights or activations; names the tensor.
@@ -88,25 +91,30 @@ def quantize_blocks(
     if calibration is not None:
         assert isinstance(model, StreamedModel)  # what is calibrated has to run
         with TIMELINE.stage("embed"):
-            hidden = _embed(model, request, calibration, progress)
-    for index in progress.track(range(model.num_blocks), request.config.resolved_algorithm, model.num_blocks):
-        yield _quantize_block(model, index, request, hidden, progress)
+            hidden = _embed(model, requests, calibration, progress)
+    label = " + ".join(dict.fromkeys(request.config.resolved_algorithm for request in requests))
+    for index in progress.track(range(model.num_blocks), label, model.num_blocks):
+        yield from _quantize_block(model, index, requests, hidden, progress)
 
 
 def _embed(
-    model: StreamedModel, request: QuantizeRequest, calibration: Tensor | Sequence[Tensor], progress: Progress
+    model: StreamedModel,
+    requests: Sequence[QuantizeRequest],
+    calibration: Tensor | Sequence[Tensor],
+    progress: Progress,
 ) -> Activations:
     if not isinstance(calibration, Tensor):
         return Activations.embed(model, calibration, "device")
     num_rows, seq_len = calibration.shape
+    limits = [request.gpu_memory_limit for request in requests if request.gpu_memory_limit is not None]
     plan = plan_memory(
-        ModelShape.of(model, request.weights),
+        ModelShape.of(model, frozenset().union(*(request.weights for request in requests))),
         num_rows,
         seq_len,
-        request.config.resolved_algorithm,
+        [request.config.resolved_algorithm for request in requests],
         model.device,
         free_memory(model.device),
-        request.gpu_memory_limit,
+        min(limits, default=None),
     )
     progress.detail(f"memory plan: {plan}")
     return Activations.embed(model, torch.split(calibration, plan.rows_per_batch), plan.placement)
@@ -115,37 +123,82 @@ def _embed(
 def _quantize_block(
     model: StreamedModel | StoredBlocks,
     index: int,
-    request: QuantizeRequest,
+    requests: Sequence[QuantizeRequest],
     hidden: Activations | None,
     progress: Progress,
-) -> QuantizedBlock:
-    """What it no longer needs is dropped before the next step: each step has the memory to itself."""
+) -> Iterator[QuantizedBlock]:
     with TIMELINE.stage("read block"):
         tensors = model.read_block(index)
-    prefix = model.block_prefix(index)
-    names = [name for name in tensors if prefix + name in request.weights]
-    needs_scales = request.config.resolved_algorithm == "awq"
     statistics: dict[str, Statistics] = {}
+    calibrated = [request for request in requests if request.config.needs_calibration]
+    is_last = index + 1 == model.num_blocks
     if hidden is not None:
         assert isinstance(model, StreamedModel)
         with TIMELINE.stage("gather"):
-            statistics = gather(model, index, tensors, names, hidden, with_mean_abs=needs_scales)
-    changed: dict[str, Tensor] = {}
-    if needs_scales:
+            statistics = _gather(model, index, tensors, calibrated, hidden, advance=len(calibrated) > 1 and not is_last)
+    # Those that copy least first: until the last one, what was read and gathered has to stay.
+    order = sorted(range(len(requests)), key=lambda number: _appetite(requests[number]))
+    for number in order:
+        request, advancing = requests[number], None
+        if calibrated == [request] and not is_last:
+            advancing = hidden
+        shared = number != order[-1]
+        own = (dict(tensors), dict(statistics)) if shared else (tensors, statistics)
+        yield _answer(model, index, number, request, *own, advancing, progress)
+
+
+def _appetite(request: QuantizeRequest) -> tuple[bool, bool]:
+    return request.config.needs_calibration, request.config.resolved_algorithm == "awq"
+
+
+def _gather(
+    model: StreamedModel,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    requests: Sequence[QuantizeRequest],
+    hidden: Activations,
+    *,
+    advance: bool,
+) -> dict[str, Statistics]:
+    prefix = model.block_prefix(index)
+    names = [name for name in tensors if any(prefix + name in request.weights for request in requests)]
+    needs_scales = any(request.config.resolved_algorithm == "awq" for request in requests)
+    return gather(model, index, tensors, names, hidden, with_mean_abs=needs_scales, advance=advance)
+
+
+def _answer(
+    model: StreamedModel | StoredBlocks,
+    index: int,
+    number: int,
+    request: QuantizeRequest,
+    tensors: dict[str, Tensor],
+    statistics: dict[str, Statistics],
+    advancing: Activations | None,
+    progress: Progress,
+) -> QuantizedBlock:
+    """What one request makes of a block; takes out of both dictionaries what it no longer needs before the next step.
+
+    Args:
+        advancing: hidden states to replace by what the block as it will be stored makes of them.
+    """
+    prefix = model.block_prefix(index)
+    names = [name for name in tensors if prefix + name in request.weights]
+    if request.config.resolved_algorithm == "awq":
         with TIMELINE.stage("fold"):
-            changed = _fold(model, tensors, statistics, prefix, request)
+            _fold(model, tensors, statistics, prefix, request)
     with TIMELINE.stage("solve"):
         weights = {name: tensors.pop(name).float() for name in names}
         where = f"{model.view.location}: {prefix}"
         linears = solve(weights, statistics, where, request.config, request.scheme, request.counts, progress)
-    if hidden is not None and index + 1 < model.num_blocks:
+    if advancing is not None:
         assert isinstance(model, StreamedModel)
         with TIMELINE.stage("advance"):
-            _advance(model, index, tensors, linears, request.storage, hidden)
+            _advance(model, index, tensors, linears, request.storage, advancing)
     return QuantizedBlock(
         index=index,
+        request=number,
         linears={prefix + name: linear for name, linear in linears.items()},
-        plain={prefix + name: tensor for name, tensor in changed.items()},
+        plain={prefix + name: tensor for name, tensor in tensors.items()},
     )
 
 
@@ -172,12 +225,12 @@ def _fold(
     statistics: dict[str, Statistics],
     prefix: str,
     request: QuantizeRequest,
-) -> dict[str, Tensor]:
-    """Applies the AWQ folds of this family to ``tensors`` in place; returns what changed and is not quantized."""
+) -> None:
+    """Applies the AWQ folds of this family: puts new tensors and statistics in the place of old ones."""
     folds = FOLDS.get(request.model_type, ())
     if not folds:
         request.counts["awq folds skipped: model family without a fold table"] += 1
-        return {}
+        return
     context = FoldContext(
         heads=Heads.of(model.view.config),
         scheme=request.scheme,
@@ -185,7 +238,5 @@ def _fold(
         counts=request.counts,
         where=f"{model.view.location}: {prefix}",
     )
-    changed: set[str] = set()
     for fold in folds:
-        changed |= fold_scales(tensors, statistics, fold, context)
-    return {name: tensors[name] for name in sorted(changed) if prefix + name not in request.weights}
+        fold_scales(tensors, statistics, fold, context)

@@ -2,7 +2,7 @@
 
 Linears that are called with the same tensor share their statistics. What follows the call of the last linear (its own
 product, often the block's largest) matters to none of them: the first batch tells in which order they are called, and
-later batches end where the last one is.
+later batches end where the last one is, unless their outputs are wanted.
 
 Dimension legend: B = rows in a batch, S = tokens per row, H = hidden size.
 """
@@ -34,11 +34,13 @@ def gather(
     hidden: Activations,
     *,
     with_mean_abs: bool,
+    advance: bool = False,
 ) -> dict[str, Statistics]:
     """Runs block ``index``, holding ``tensors``, on all batches; statistics by weight name, one object for each input.
 
     Args:
         names: weights of the linears that are wanted.
+        advance: run each batch to its end, and put what the block makes of it in its place.
 
     Raises:
         CalibrationError: a linear is never called.
@@ -46,23 +48,26 @@ def gather(
     """
     block = model.build_block(index, tensors)
     linears = block_linears(block)
-    listener = _Listener(names, model.block_prefix(index), with_mean_abs)
+    listener = _Listener(names, model.block_prefix(index), with_mean_abs, ends_early=not advance)
     for name in names:
         linears[name.removesuffix(".weight")].register_forward_pre_hook(listener.hook(name))
-    for _, h_BSH in hidden.each():
+    for number, h_BSH in hidden.each():
         listener.begin()
         with suppress(_SeenAllError):
-            model.run_block(index, block, h_BSH)
+            out_BSH = model.run_block(index, block, h_BSH)
+            if advance:
+                hidden.replace(number, out_BSH)
     return listener.statistics()
 
 
 class _Listener:
     """Hears of every call of a wanted linear."""
 
-    def __init__(self, names: list[str], prefix: str, with_mean_abs: bool):
+    def __init__(self, names: list[str], prefix: str, with_mean_abs: bool, ends_early: bool):
         self._names = names
         self._prefix = prefix
         self._with_mean_abs = with_mean_abs
+        self._ends_early = ends_early
         self._sums: dict[str, GramAccumulator] = {}
         self._sharing: dict[str, str] = {}  # linear -> the one whose sums hold its inputs
         self._inputs: list[tuple[str, weakref.ref[Tensor]]] = []  # of this batch, with who was given each first
@@ -72,7 +77,7 @@ class _Listener:
 
     def begin(self) -> None:
         """A batch begins."""
-        if self._num_batches == 1 and sorted(self._calls) == sorted(self._names):
+        if self._ends_early and self._num_batches == 1 and sorted(self._calls) == sorted(self._names):
             self._order = self._calls
         self._num_batches += 1
         self._calls = []

@@ -8,6 +8,9 @@ time), the largest is the peak:
 - solve: float32 weights, Gram matrices, codes, the solver's workspace.
 - advance: codes, weights in the compute dtype, one forward pass.
 
+Several outputs of one pass solve one after the other: what was read and gathered stays beside the copies of the one
+that solves, and the forward pass of `gather` also makes the next block's input.
+
 On top come the activations (all of them, or the buffers of `activations.py`), the codes of the block before, which may
 still be on their way to disk, and what the libraries take for themselves.
 
@@ -17,7 +20,7 @@ Legend: N = out features, K = in features.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +123,7 @@ def plan_memory(
     shape: ModelShape,
     num_rows: int,
     seq_len: int,
-    algorithm: str,
+    algorithms: Sequence[str],
     device: str,
     free_bytes: int | None = None,
     limit: int | None = None,
@@ -129,7 +132,7 @@ def plan_memory(
 
     Args:
         num_rows: calibration rows of ``seq_len`` tokens each.
-        algorithm: its solver's workspace is part of the plan.
+        algorithms: of all outputs of the pass; the workspace of their solvers is part of the plan.
         device: ``"cpu"`` always keeps activations in place and is never refused.
         free_bytes: what the process may still allocate there; None = not known.
         limit: bytes that the whole process may take on the device.
@@ -139,8 +142,8 @@ def plan_memory(
     """
     if torch.device(device).type == "cpu":
         rows = max(1, min(num_rows, CPU_TOKENS // seq_len))
-        return _plan(shape, num_rows, seq_len, algorithm, ("device", rows))
-    plans = [_plan(shape, num_rows, seq_len, algorithm, way) for way in _ways(num_rows, seq_len)]
+        return _plan(shape, num_rows, seq_len, algorithms, ("device", rows))
+    plans = [_plan(shape, num_rows, seq_len, algorithms, way) for way in _ways(num_rows, seq_len)]
     for plan in plans:
         # The libraries had taken theirs before free memory was looked at.
         is_free = free_bytes is None or plan.peak_bytes - LIBRARIES <= free_bytes
@@ -151,10 +154,10 @@ def plan_memory(
     found = [] if free_bytes is None else [f"{_gb(free_bytes)} is free"]
     found += [] if limit is None else [f"{_gb(limit)} is the limit"]
     raise UsageError(
-        f"{shape.location}: quantizing it with {algorithm} needs about {_gb(smallest.peak_bytes)} of GPU memory, even "
-        f"with activations in host memory and {smallest.rows_per_batch * seq_len} tokens at a time (a block's steps: "
-        f"{steps}); {' and '.join(found)}; free or allow more of it, shorten the calibration rows (--seq-len) where "
-        "gather or advance is the largest, or run with --device cpu"
+        f"{shape.location}: quantizing it with {' + '.join(algorithms)} needs about {_gb(smallest.peak_bytes)} of GPU "
+        f"memory, even with activations in host memory and {smallest.rows_per_batch * seq_len} tokens at a time "
+        f"(a block's steps: {steps}); {' and '.join(found)}; free or allow more of it, shorten the calibration rows "
+        "(--seq-len) where gather or advance is the largest, or run with --device cpu"
     )
 
 
@@ -178,7 +181,9 @@ def _ways(num_rows: int, seq_len: int) -> list[tuple[Placement, int]]:
     return on_device + [("host", size) for size in sizes]
 
 
-def _plan(shape: ModelShape, num_rows: int, seq_len: int, algorithm: str, way: tuple[Placement, int]) -> MemoryPlan:
+def _plan(
+    shape: ModelShape, num_rows: int, seq_len: int, algorithms: Sequence[str], way: tuple[Placement, int]
+) -> MemoryPlan:
     placement, rows = way
     token = shape.hidden_size * shape.itemsize
     batch, everything = rows * seq_len * token, num_rows * seq_len * token
@@ -189,13 +194,18 @@ def _plan(shape: ModelShape, num_rows: int, seq_len: int, algorithm: str, way: t
     running = shape.parameters * shape.itemsize
     codes = shape.parameters
     grams = sum(4 * k * k for k in shape.grams)
-    per_weight, per_gram = SOLVERS.get(algorithm, OTHERS)
-    workspace = max((4 * (per_weight * n * k + per_gram * k * k) for n, k in shape.stacks), default=0)
+    needs = [SOLVERS.get(algorithm, OTHERS) for algorithm in algorithms]
+    workspace = max(
+        (4 * (per_weight * n * k + per_gram * k * k) for per_weight, per_gram in needs for n, k in shape.stacks),
+        default=0,
+    )
+    is_shared = len(algorithms) > 1
+    weights = [shape.source_bytes, 4 * shape.parameters]
     largest = max((4 * n * k for n, k in shape.stacks), default=0)
     steps = {
         "embed": (held if placement == "device" else leaving) + shape.outer_bytes + batch,
-        "gather": held + codes + shape.source_bytes + running + grams + forward,
-        "solve": held + 2 * codes + max(shape.source_bytes, 4 * shape.parameters) + grams + workspace,
+        "gather": held + (leaving if is_shared else 0) + codes + shape.source_bytes + running + grams + forward,
+        "solve": held + 2 * codes + (sum(weights) + 2 * grams if is_shared else max(weights) + grams) + workspace,
         "advance": held + leaving + codes + running + max(forward, 2 * largest),
     }
     return MemoryPlan(
