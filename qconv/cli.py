@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv import __version__, cli_jobs, errors
-from qconv.cli_answers import Answer, Complaints, answers
+from qconv.cli_answers import Answer, Complaints, answers, together
 from qconv.cli_looking import completion, doctor, inspect, report
 from qconv.cli_options import (
     json_option,
@@ -59,7 +59,13 @@ def cli() -> None:
 @cli.command()
 @click.argument("base", shell_complete=folders)
 @click.argument("adapter", shell_complete=folders)
-@click.option("--requant", type=Choice(list(TARGETS)), help="Re-quantize [default: write plain 16-bit shards].")
+@click.option(
+    "--requant",
+    "targets",
+    multiple=True,
+    type=Choice(list(TARGETS)),
+    help="Re-quantize [default: write plain 16-bit shards]. Repeatable: outputs then lie in OUT/TARGET.",
+)
 @trained_on_option
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the unmerged model.")
 @output_options
@@ -68,19 +74,27 @@ def cli() -> None:
 @json_option
 @run_options
 @answers
-def merge(base: str, adapter: str, requant: str | None, no_validate: bool, **options: Any) -> Answer:
+def merge(base: str, adapter: str, targets: tuple[str, ...], no_validate: bool, **options: Any) -> Answer:
     """Merge ADAPTER into the dequantized BASE, optionally re-quantize, and validate against the unmerged model.
 
     \b
     qconv merge ./base-nf4 ./adapter --requant awq -o ./out
+    qconv merge ./base-nf4 ./adapter --requant awq --requant fp8 -o ./out   # ./out/awq and ./out/fp8
     qconv merge meta-llama/Llama-3.1-8B ./adapter --trained-on nf4-dq --requant w4a16 --max-kl 0.1 -o ./out
     """
-    return _run_job(cli_jobs.merge_job(base, adapter, requant, not no_validate, options), options)
+    return _run_job(cli_jobs.merge_job(base, adapter, targets, not no_validate, options), options)
 
 
 @cli.command()
 @click.argument("model", shell_complete=folders)
-@click.option("--to", "target", required=True, type=Choice(list(TARGETS)), help="Target format.")
+@click.option(
+    "--to",
+    "targets",
+    required=True,
+    multiple=True,
+    type=Choice(list(TARGETS)),
+    help="Target format. Repeatable: outputs then lie in OUT/TARGET.",
+)
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the unquantized model.")
 @output_options
 @quantize_options
@@ -88,13 +102,13 @@ def merge(base: str, adapter: str, requant: str | None, no_validate: bool, **opt
 @json_option
 @run_options
 @answers
-def quantize(model: str, target: str, no_validate: bool, **options: Any) -> Answer:
+def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options: Any) -> Answer:
     """Quantize a MODEL without an adapter, and validate against it.
 
     \b
     qconv quantize ./merged --to gptq -o ./out
     """
-    return _run_job(cli_jobs.merge_job(model, None, target, not no_validate, options), options)
+    return _run_job(cli_jobs.merge_job(model, None, targets, not no_validate, options), options)
 
 
 @cli.command()
@@ -231,12 +245,19 @@ def _run_job(job: MergeJob, options: dict[str, Any]) -> Answer:
     with without_collections():
         from qconv import pipeline
 
-    (outcome,) = pipeline.run(job, cli_jobs.progress_of(options))
+    outcomes = pipeline.run(job, cli_jobs.progress_of(options))
+    return together(
+        [
+            _answer_of(outcome, _made(outcome), cli_jobs.following_a_merge(job, output))
+            for output, outcome in zip(job.outputs, outcomes, strict=True)
+        ]
+    )
+
+
+def _made(outcome: Outcome) -> str:
     passed = outcome.verdict in ("pass", "not gated")
     text = f"{'output':<11} {outcome.folder}" if passed else f"{'rejected':<11} {outcome.folder} (kept for inspection)"
-    if outcome.fidelity is not None:
-        text += f"\n{outcome.summary()}"
-    return _answer_of(outcome, text, cli_jobs.following_a_merge(job, job.outputs[0]))
+    return text if outcome.fidelity is None else f"{text}\n{outcome.summary()}"
 
 
 def _answer_of(outcome: Outcome, text: str, following: tuple[str, ...]) -> Answer:

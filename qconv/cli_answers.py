@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,28 @@ class Answer:
     following: tuple[str, ...] = ()
 
 
+def together(parts: Sequence[Answer]) -> Answer:
+    """One answer of several: the failure is the worst, a gate that failed before one that is inconclusive.
+
+    The document of several is ``{"outputs": [...]}``, each as it would be alone.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    failures = [part.failure for part in parts if part.failure is not None]
+    return Answer(
+        text="\n\n".join(part.text for part in parts),
+        document={"outputs": [_with_code(part) for part in parts]},
+        failure=min(failures, key=lambda failure: failure.exit_code, default=None),
+        following=tuple(line for part in parts for line in part.following),
+    )
+
+
+def _with_code(answer: Answer) -> dict[str, Any]:
+    return dict(answer.document) | {
+        "exit_code": errors.EXIT_DONE if answer.failure is None else answer.failure.exit_code
+    }
+
+
 def answers(command: Callable[..., Answer]) -> Callable[..., None]:
     """Shows what a command answers; under ``--json`` nothing but the document reaches stdout."""
 
@@ -43,8 +65,7 @@ def answers(command: Callable[..., Answer]) -> Callable[..., None]:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print there
             answer = command(**options)
         if as_json:
-            code = errors.EXIT_DONE if answer.failure is None else answer.failure.exit_code
-            _show_document(dict(answer.document) | {"exit_code": code})
+            _show_document(_with_code(answer))
         else:
             click.echo(answer.text)
         if answer.failure is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qconv import errors
@@ -21,13 +23,13 @@ from qconv.progress import Progress
 
 
 def merge_job(
-    base: str, adapter: str | None, target: str | None, validate_it: bool, options: dict[str, Any]
+    base: str, adapter: str | None, targets: Sequence[str], validate_it: bool, options: dict[str, Any]
 ) -> MergeJob:
-    quantization = None
-    if target is not None:
-        names = ("algorithm", "bits", "group_size", "symmetric", "desc_act", "damping")
-        quantization = QuantizationConfig(target=target, **{name: options[name] for name in names})
-    elif options["desc_act"] or any(options[k] is not None for k in ("algorithm", "bits", "group_size", "symmetric")):
+    """``targets``: none for a plain output; with several, each output lies in a folder of its name."""
+    quantizations: list[QuantizationConfig | None] = [None]
+    if targets:
+        quantizations = [*_quantizations(targets, options)]
+    elif _given(options):
         raise errors.UsageError("--algorithm, --bits, --group-size, --sym/--asym and --desc-act belong to --requant")
     names = ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks")
     asked = [name for name in names if options[name] not in (None, ())]
@@ -39,13 +41,14 @@ def merge_job(
     return MergeJob(
         base=base,
         adapter=adapter,
-        outputs=(
+        outputs=tuple(
             OutputConfig(
-                out=options["out"],
+                out=options["out"] if len(targets) < 2 else options["out"] / target,
                 quantization=quantization,
                 dtype=options["dtype"],
                 max_shard_bytes=parse_size(options["max_shard_size"]),
-            ),
+            )
+            for target, quantization in zip(targets or [""], quantizations, strict=True)
         ),
         trained_on=options.get("trained_on"),
         calibration=CalibrationConfig(
@@ -61,6 +64,47 @@ def merge_job(
         revision=options["revision"],
         report_dir=options["report_dir"],
     )
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of targets that were given."""
+    named = {name: options[name] for name in ("algorithm", "bits", "group_size", "symmetric", "desc_act")}
+    return {name: value for name, value in named.items() if value is not None and (name != "desc_act" or value)}
+
+
+def _quantizations(targets: Sequence[str], options: dict[str, Any]) -> Iterable[QuantizationConfig]:
+    """One for each target. Of several, each gets the options that it takes, and a line says which it does not.
+
+    Raises:
+        UsageError: a target is named twice, or an option is for none of them.
+    """
+    given = _given(options)
+    if len(targets) == 1:
+        return [QuantizationConfig(target=targets[0], damping=options["damping"], **given)]
+    twice = next((target for target in targets if targets.count(target) > 1), None)
+    if twice is not None:
+        raise errors.UsageError(f"{twice} is asked for twice; name each target once, or make another run with -o")
+    made = {target: QuantizationConfig(target=target, damping=options["damping"]) for target in targets}
+    for name, value in given.items():
+        refusals: dict[str, errors.UsageError] = {}
+        for target, config in made.items():
+            try:
+                made[target] = dataclasses.replace(config, **{name: value})
+            except errors.UsageError as error:
+                refusals[target] = error
+        if len(refusals) == len(made):
+            raise refusals[targets[0]]
+        if refusals:
+            taking = ", ".join(target for target in targets if target not in refusals)
+            reasons = "; ".join(map(str, refusals.values()))
+            progress_of(options).say(f"note: {_as_typed(name, value)} is for {taking} alone ({reasons})")
+    return made.values()
+
+
+def _as_typed(name: str, value: Any) -> str:
+    if name == "symmetric":
+        return "--sym" if value else "--asym"
+    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
 def validation_config(options: dict[str, Any]) -> ValidationConfig:

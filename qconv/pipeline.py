@@ -61,7 +61,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
     for output in job.outputs:
         check_output(output.out, job.overwrite)
         check_inputs(output.out, [job.base, job.adapter])
-        check_beside(output.out, job.report_dir)
+        for other in job.outputs:
+            check_beside(output.out, job.report_folder(other))
     device = resolve_device(job.device)
     with TIMELINE.stage("prepare"):
         source = open_checkpoint(job.base, job.revision)
