@@ -1,4 +1,4 @@
-"""Fills an output folder: quantized blocks as they come, and everything else beside them."""
+"""Fills output folders: quantized blocks as they come, and everything else beside them."""
 
 from __future__ import annotations
 
