@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qconv.errors import UsageError
-from qconv.gate_file import read_document
 from qconv.gate_limits import Origin, Rule, parse_rule, rule_from_text
 from qconv.gate_metrics import METRICS, TASK_PATTERN, Metric, find_metric
+from qconv.nodes import Node, PlaceError, read_nodes
 
 __all__ = [
     "FINDING_PREFIX",
@@ -39,6 +39,7 @@ __all__ = [
     "find_metric",
     "load_policy",
     "parse_rule",
+    "read_policy",
     "today_utc",
 ]
 
@@ -185,87 +186,66 @@ def load_policy(path: Path, today: date | None = None) -> Policy:
         UsageError: unreadable, larger than 64 KiB, not as above; names the file and the key.
     """
     try:
-        return _policy(read_document(Path(path)), today or today_utc())
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        return read_policy(read_nodes(Path(path), "policy"), today)
+    except PlaceError as error:
+        raise UsageError(str(error)) from None
 
 
-def _policy(document: Any, today: date) -> Policy:
-    if document is None:
-        raise UsageError("empty; expected at least one of: defaults, gates, waivers")
-    content = _mapping(document, "the file", {"defaults", "gates", "waivers"})
-    defaults = content.get("defaults", True)
-    if not isinstance(defaults, bool):
-        raise UsageError(f"defaults: expected true or false, got {defaults!r}")
-    gates = _mapping(content.get("gates", {}), "gates")
-    waivers = content.get("waivers", [])
-    if not isinstance(waivers, list):
-        raise UsageError(f"waivers: expected a list, got {_kind(waivers)}")
-    read = tuple(_waiver(item, f"waivers[{index}]", today) for index, item in enumerate(waivers))
-    for index, waiver in enumerate(read):
-        if waiver.gate in {earlier.gate for earlier in read[:index]}:
-            raise UsageError(f"waivers[{index}].gate: {waiver.gate} is waived twice; keep one")
-    rules = tuple(_file_rule(name, item) for name, item in gates.items())
-    return Policy(rules=rules, waivers=read, defaults=defaults)
+def read_policy(document: Node, today: date | None = None) -> Policy:
+    """A policy from the content of its file; see `load_policy`.
+
+    Raises:
+        PlaceError: it is not such a content.
+    """
+    today = today or today_utc()
+    if document.content is None:
+        raise document.error("empty; expected at least one of: defaults, gates, waivers")
+    content = document.keys(("defaults", "gates", "waivers"))
+    rules = [_file_rule(name, item) for name, item in content["gates"].keys().items()] if "gates" in content else []
+    waivers: dict[str, Waiver] = {}
+    for item in content["waivers"].items() if "waivers" in content else ():
+        waiver = _waiver(item, today)
+        if waiver.gate in waivers:
+            raise item.keys()["gate"].error(f"{waiver.gate} is waived twice; keep one")
+        waivers[waiver.gate] = waiver
+    defaults = content["defaults"].switch() if "defaults" in content else True
+    return Policy(rules=tuple(rules), waivers=tuple(waivers.values()), defaults=defaults)
 
 
-def _file_rule(name: str, item: Any) -> Rule:
-    where = f"gates.{name}"
-    try:
+def _file_rule(name: str, item: Node) -> Rule:
+    with item.blamed():
         metric = find_metric(name)
-        sides = _mapping(item, where, {"max", "min"})
+        sides = item.keys(("max", "min"))
         if len(sides) != 1:
-            raise UsageError(f"expected {{{'min' if metric.larger_is_better else 'max'}: LIMIT}}, got {item!r}")
+            expected = f"{{{'min' if metric.larger_is_better else 'max'}: LIMIT}}"
+            raise item.error(f"expected {expected}, got {item.kind}")
         ((side, limit),) = sides.items()
-        if not isinstance(limit, str):
-            raise UsageError(f"{side}: expected a number, 90% or '5x floor', got {_kind(limit)}")
-        return rule_from_text(metric, side == "max", limit, "file")
-    except UsageError as error:
-        raise UsageError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+        if not isinstance(limit.content, str):
+            raise limit.error(f"expected a number, 90% or '5x floor', got {limit.kind}")
+        return rule_from_text(metric, side == "max", limit.content, "file")
 
 
-def _waiver(item: Any, where: str, today: date) -> Waiver:
+def _waiver(item: Node, today: date) -> Waiver:
     keys = ("gate", "reason", "approved_by", "expires")
-    content = _mapping(item, where, set(keys))
+    content = item.keys(keys)
     for key in keys:
         if key not in content:
-            raise UsageError(f"{where}: {key} is missing; a waiver has {', '.join(keys)}")
-        if not isinstance(content[key], str):
-            raise UsageError(f"{where}.{key}: expected text, got {_kind(content[key])}")
-    expires = _date(content["expires"].strip(), f"{where}.expires")
+            raise item.error(f"{key} is missing; a waiver has {', '.join(keys)}")
+    texts = {key: " ".join(content[key].text().split()) for key in keys}
+    expires = _date(texts.pop("expires"), content["expires"])
     if expires - today > timedelta(days=MAX_WAIVER_DAYS):
-        raise UsageError(
-            f"{where}.expires: {expires} is more than {MAX_WAIVER_DAYS} days ahead; a waiver is temporary: "
+        raise content["expires"].error(
+            f"{expires} is more than {MAX_WAIVER_DAYS} days ahead; a waiver is temporary: "
             "what is meant to stay is a limit, under gates"
         )
-    texts = {key: " ".join(content[key].split()) for key in ("gate", "reason", "approved_by")}
-    try:
+    with item.blamed():
         return Waiver(expires=expires, **texts)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
 
 
-def _date(text: str, where: str) -> date:
+def _date(text: str, node: Node) -> date:
     try:
         if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
             raise ValueError("not YYYY-MM-DD")
         return date.fromisoformat(text)
     except ValueError as error:
-        raise UsageError(f"{where}: expected a date such as 2026-12-31, got {text!r} ({error})") from None
-
-
-def _mapping(value: Any, where: str, known: set[str] | None = None) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UsageError(f"{where}: expected keys with values, got {_kind(value)}")
-    for key in value:
-        if not isinstance(key, str) or (known is not None and key not in known):
-            expected = f"; expected {', '.join(sorted(known))}" if known else ""
-            raise UsageError(f"{where}: unknown key {key!r}{expected}")
-    return value
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    names = {dict: "keys with values", list: "a list", bool: "true or false", str: "text"}
-    return f"{names[type(value)]} ({value!r:.60})"
+        raise node.error(f"expected a date such as 2026-12-31, got {text!r} ({error})") from None
