@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from qconv.config import HUB_ID
 from qconv.errors import CheckpointError
 from qconv.read_ahead import ReadAhead
 from qconv.read_bytes import read_to_gpu, read_to_host
@@ -46,7 +46,6 @@ DTYPES: dict[str, torch.dtype] = {
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 SMALL_BYTES = 1 << 20  # below this a tensor reaches a GPU in one plain copy
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
 
@@ -206,7 +205,7 @@ def resolve_folder(source: str | Path, revision: str | None = None) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder}: expected a folder or a hub id (org/name), found a file")
-    if not _HUB_ID.fullmatch(str(source)):
+    if not HUB_ID.fullmatch(str(source)):
         hint = did_you_mean_path(folder)
         raise CheckpointError(f"{source}: no such folder, and not a hub id of the form org/name{hint}")
     from huggingface_hub import snapshot_download

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv import __version__, cli_jobs, errors
-from qconv.cli_answers import Answer, Complaints, answers, together
+from qconv.cli_answers import Answer, Complaints, answer_of, answers, made, together, training_facts
 from qconv.cli_looking import completion, doctor, inspect, report
 from qconv.cli_options import (
     json_option,
@@ -26,6 +26,7 @@ from qconv.cli_options import (
     validate_options,
 )
 from qconv.cli_parsing import COMPLETE_VARIABLE, Choice, Group, files, folders
+from qconv.cli_recipe import run, schema
 from qconv.config import PLAIN_DTYPES, MergeJob
 from qconv.own_process import begin, keep_freed_memory, without_collections
 from qconv.progress import as_json_lines
@@ -38,7 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 if TYPE_CHECKING:
-    from qconv.outcome import Outcome
+    pass
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -49,6 +50,7 @@ def cli() -> None:
     \b
     qconv train ./base ./data.jsonl -o ./adapter
     qconv merge ./base ./adapter --requant w4a16 -o ./out
+    qconv run ./release.yaml
     qconv doctor
 
     \b
@@ -168,7 +170,7 @@ def validate(reference: str | None, adapter: str | None, candidate: str | None, 
 
     keep_freed_memory()
     outcome = pipeline.validate(job, cli_jobs.progress_of(options))
-    return _answer_of(outcome, outcome.summary(), cli_jobs.following_a_validation(job))
+    return answer_of(outcome, outcome.summary(), cli_jobs.following_a_validation(job))
 
 
 @cli.command()
@@ -194,22 +196,8 @@ def train(base: str, data: str, **options: Any) -> Answer:
 
     config = cli_jobs.train_config(base, data, options)
     result = run_training(config, cli_jobs.progress_of(options))
-    return Answer(
-        text=f"adapter      {result.out}\nloss         {result.first_loss:.3f} -> {result.final_loss:.3f}",
-        document={
-            "tool": f"qconv {__version__}",
-            "command": "train",
-            "folder": str(result.out),
-            "base": base,
-            "trained_on": result.trained_on,
-            "steps": result.num_steps,
-            "tokens": result.num_tokens,
-            "first_loss": result.first_loss,
-            "final_loss": result.final_loss,
-            "seconds": result.train_seconds,
-        },
-        following=cli_jobs.following_a_training(config),
-    )
+    text, document = training_facts(result, base)
+    return Answer(text=text, document=document, following=cli_jobs.following_a_training(config))
 
 
 @cli.command()
@@ -235,42 +223,22 @@ def demo(out: Path, requant: str, steps: int, **options: Any) -> None:
     run_demo(out, requant, steps, options["device"], cli_jobs.progress_of(options))
 
 
-for _command in (report, inspect, doctor, completion):
+for _command in (run, schema, report, inspect, doctor, completion):
     cli.add_command(_command)
 
 
 def _run_job(job: MergeJob, options: dict[str, Any]) -> Answer:
-    algorithms = [output.quantization.resolved_algorithm for output in job.outputs if output.quantization is not None]
-    begin(job.device, [job.base, job.adapter], solves="gptq" in algorithms)
+    begin(job.device, [job.base, job.adapter], solves=cli_jobs.solves(job))
     with without_collections():
         from qconv import pipeline
 
     outcomes = pipeline.run(job, cli_jobs.progress_of(options))
     return together(
         [
-            _answer_of(outcome, _made(outcome), cli_jobs.following_a_merge(job, output))
+            answer_of(outcome, made(outcome), cli_jobs.following_a_merge(job, output))
             for output, outcome in zip(job.outputs, outcomes, strict=True)
         ]
     )
-
-
-def _made(outcome: Outcome) -> str:
-    passed = outcome.verdict in ("pass", "not gated")
-    text = f"{'output':<11} {outcome.folder}" if passed else f"{'rejected':<11} {outcome.folder} (kept for inspection)"
-    return text if outcome.fidelity is None else f"{text}\n{outcome.summary()}"
-
-
-def _answer_of(outcome: Outcome, text: str, following: tuple[str, ...]) -> Answer:
-    failure: errors.QconvError | None = None
-    if outcome.verdict == "fail":
-        failure = errors.GateError("a gate failed: see the report")
-    if outcome.verdict == "inconclusive":
-        failure = errors.GateInconclusiveError(
-            "a gate is inconclusive: see the report for how many tokens would settle it"
-        )
-    folder = None if outcome.folder is None else str(outcome.folder)
-    document = dict(outcome.document) | {"folder": folder}
-    return Answer(text=text, document=document, failure=failure, following=following)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,12 +8,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv import errors
+from qconv import __version__, errors
 from qconv.progress import log_line
+
+if TYPE_CHECKING:
+    from qconv.outcome import Outcome
+    from qconv.train import TrainResult
 
 # A gate that does not pass is an answer, and its document is out when it is raised.
 _ANSWERED = (errors.EXIT_GATE_FAILED, errors.EXIT_GATE_INCONCLUSIVE)
@@ -44,13 +48,14 @@ def together(parts: Sequence[Answer]) -> Answer:
     failures = [part.failure for part in parts if part.failure is not None]
     return Answer(
         text="\n\n".join(part.text for part in parts),
-        document={"outputs": [_with_code(part) for part in parts]},
+        document={"outputs": [with_code(part) for part in parts]},
         failure=min(failures, key=lambda failure: failure.exit_code, default=None),
         following=tuple(line for part in parts for line in part.following),
     )
 
 
-def _with_code(answer: Answer) -> dict[str, Any]:
+def with_code(answer: Answer) -> dict[str, Any]:
+    """Its document, with the exit code that it alone would end with."""
     return dict(answer.document) | {
         "exit_code": errors.EXIT_DONE if answer.failure is None else answer.failure.exit_code
     }
@@ -65,7 +70,7 @@ def answers(command: Callable[..., Answer]) -> Callable[..., None]:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print there
             answer = command(**options)
         if as_json:
-            _show_document(_with_code(answer))
+            _show_document(with_code(answer))
         else:
             click.echo(answer.text)
         if answer.failure is not None:
@@ -81,6 +86,45 @@ def _show_document(document: Mapping[str, Any]) -> None:
     from qconv.report.document import finite
 
     click.echo(json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def made(outcome: Outcome) -> str:
+    """What became of an output, for people."""
+    passed = outcome.verdict in ("pass", "not gated")
+    text = f"{'output':<11} {outcome.folder}" if passed else f"{'rejected':<11} {outcome.folder} (kept for inspection)"
+    return text if outcome.fidelity is None else f"{text}\n{outcome.summary()}"
+
+
+def answer_of(outcome: Outcome, text: str, following: tuple[str, ...]) -> Answer:
+    """A report as an answer; a gate that did not pass is its failure."""
+    failure: errors.QconvError | None = None
+    if outcome.verdict == "fail":
+        failure = errors.GateError("a gate failed: see the report")
+    if outcome.verdict == "inconclusive":
+        failure = errors.GateInconclusiveError(
+            "a gate is inconclusive: see the report for how many tokens would settle it"
+        )
+    folder = None if outcome.folder is None else str(outcome.folder)
+    document = dict(outcome.document) | {"folder": folder}
+    return Answer(text=text, document=document, failure=failure, following=following)
+
+
+def training_facts(result: TrainResult, base: str) -> tuple[str, dict[str, Any]]:
+    """What a training ended with, for people and for machines."""
+    text = f"adapter      {result.out}\nloss         {result.first_loss:.3f} -> {result.final_loss:.3f}"
+    document = {
+        "tool": f"qconv {__version__}",
+        "command": "train",
+        "folder": str(result.out),
+        "base": base,
+        "trained_on": result.trained_on,
+        "steps": result.num_steps,
+        "tokens": result.num_tokens,
+        "first_loss": result.first_loss,
+        "final_loss": result.final_loss,
+        "seconds": result.train_seconds,
+    }
+    return text, document
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,11 @@ def train_config(base: str, data: str, options: dict[str, Any]) -> TrainConfig:
     )
 
 
+def solves(job: MergeJob) -> bool:
+    """Whether a job uses solvers of linear algebra."""
+    return any(o.quantization is not None and o.quantization.resolved_algorithm == "gptq" for o in job.outputs)
+
+
 def progress_of(options: dict[str, Any]) -> Progress:
     """What a run says meanwhile: nothing beside ``--json``, unless lines of JSON were asked for too."""
     in_lines = options["log_json"]

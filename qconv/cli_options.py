@@ -24,24 +24,27 @@ def options(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
     return apply
 
 
-run_options = options(
+message_options = options(
     click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr."),
     click.option("-v", "--verbose", is_flag=True, help="More on stderr: each GPTQ solve, each training step."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
     click.option("--log-json", is_flag=True, help="Each message on stderr is a line of JSON, for log collectors."),
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        shell_complete=devices,
-        help="cpu, cuda, or auto: cuda where there is one.",
-    ),
     click.option(
         "--profile",
         is_flag=True,
         expose_value=False,
         callback=lambda _context, _option, value: TIMELINE.start() if value else None,
         help="Print where the seconds went, on stderr.",
+    ),
+)
+run_options = options(
+    message_options,
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        shell_complete=devices,
+        help="cpu, cuda, or auto: cuda where there is one.",
     ),
 )
 output_options = options(

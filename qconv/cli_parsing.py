@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -88,6 +89,14 @@ def folders(_context: click.Context, _parameter: click.Parameter, incomplete: st
 def files(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Completes files, by the shell itself."""
     return [CompletionItem(incomplete, type="file")]
+
+
+def recipes(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completes YAML files; where none begins so, the shell completes files."""
+    folder, start = os.path.split(incomplete)
+    names = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
+    found = [name for name in names if name.startswith(start) and name.endswith((".yaml", ".yml"))]
+    return [CompletionItem(os.path.join(folder, name)) for name in found] or [CompletionItem(incomplete, type="file")]
 
 
 def gates(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -18,6 +18,7 @@ from qconv.types import BnbKind, Scheme
 GROUP_SIZES = (128, 64, 32)
 BNB_KINDS: tuple[BnbKind, ...] = ("nf4", "nf4-dq", "fp4", "fp4-dq", "16bit")
 PLAIN_DTYPES = ("bf16", "fp16", "fp32")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +26,12 @@ class QuantizationConfig:
     """How to re-quantize.
 
     Attributes:
-        target: a key of `TARGETS`.
-        algorithm: None = the target's first.
-        bits: None = the target's first.
-        group_size: None = the largest of 128, 64, 32 that divides every quantized K; -1 = per row.
-        symmetric: None = the target's default.
+        target: the format to write (`TARGETS`).
+        algorithm: how codes are chosen; None = the target's first.
+        bits: of a weight; None = the target's first.
+        group_size: input features that share a scale, -1 = the whole row; None = the largest of 128, 64, 32 that
+            divides every quantized K.
+        symmetric: without zero points; None = the target's default.
         desc_act: GPTQ's activation-ordered groups with a stored group index (``desc_act: true``).
             Columns are always visited in activation order; this also regroups them.
         damping: GPTQ damping as a fraction of the mean Gram diagonal.
@@ -102,7 +104,15 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """Text that statistics are gathered on: ``sources`` as `mixture.load_mixture` reads them."""
+    """Text that statistics are gathered on.
+
+    Attributes:
+        sources: files, data sets or embedded texts, each with ``:weight`` behind it or not
+            (see `mixture.load_mixture`).
+        samples: rows of text.
+        seq_len: tokens per row.
+        seed: of the choice of text.
+    """
 
     sources: tuple[str, ...] = ("default",)
     samples: int = 128
@@ -121,9 +131,10 @@ class ValidationConfig:
     """What is compared and what must hold.
 
     Attributes:
-        source: held-out text, as `corpus.load_documents` reads it.
+        source: held-out text: a file, a data set or an embedded text (see `corpus.load_documents`).
         tokens: evaluated tokens (rounded down to whole rows).
         seq_len: tokens per row.
+        seed: of the choice of text.
         rules: gates from the command line; replace those of the policy, which replace the defaults.
         policy: gates and waivers from a file.
         defaults: False = no default gates.
@@ -131,11 +142,11 @@ class ValidationConfig:
             all when a gate is about them.
         attribution: measure which block and linear costs what: always, never, or when a gate does not pass.
         engine: what runs the candidate: qconv's own decoding, or transformers with its quantized kernels.
-        prompts: compare greedy answers: ``"default"`` or a file, None = do not.
+        prompts: whose greedy answers are compared: ``"default"`` or a file; None = none.
         new_tokens: length of those answers.
         tasks: of lm-evaluation-harness, names or YAML files.
-        task_folder: local task definitions.
-        task_limit: samples per task, None = all.
+        task_folder: where local tasks are defined.
+        task_limit: samples per task; None = all.
     """
 
     source: str = "default-eval"
@@ -177,10 +188,10 @@ class OutputConfig:
     """One folder to write.
 
     Attributes:
-        out: the folder.
+        out: the folder; it must not exist, unless it may be overwritten.
         quantization: None = write a plain checkpoint.
         dtype: storage dtype of unquantized tensors; None = the base's.
-        max_shard_bytes: of a file of weights.
+        max_shard_bytes: largest file of weights.
     """
 
     out: Path
@@ -205,9 +216,13 @@ class MergeJob:
         adapter: folder or hub id of a PEFT adapter, or None to only quantize or convert.
         trained_on: how training saw a 16-bit base; None = as the adapter's record says.
         validation: None = do not validate.
-        report_dir: a second place for the reports (see `report_folder`); None = only the output folders.
+        report_dir: a second place for the reports, of several outputs a folder each (see `report_folder`);
+            None = only the output folders.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         gpu_memory_limit: bytes of GPU memory that quantizing may take; None = what is free.
+        overwrite: existing model folders are replaced, once the new ones are complete.
+        revision: branch, tag or commit, when the base is a hub id.
+        calibration: text that statistics are gathered on.
     """
 
     base: str
@@ -302,18 +317,23 @@ class TrainConfig:
 
     Attributes:
         base: folder or hub id; bitsandbytes 4-bit, or 16-bit (then quantized as it is loaded).
-        out: adapter folder.
-        data: text, as `corpus.load_documents` reads it.
+        out: adapter folder; it must not exist, unless it may be overwritten.
+        data: text: a file, a data set or an embedded text (see `corpus.load_documents`).
         steps: optimizer steps; text that is too short for them is read again in another order.
         batch_size: rows per forward pass.
         gradient_accumulation: forward passes per step.
         seq_len: tokens per row.
-        rank, alpha, dropout: LoRA's r, alpha and dropout (Hu et al. 2021, section 4.1).
-        learning_rate, schedule: peak, and what follows the warm-up.
+        rank: LoRA's r (Hu et al. 2021, section 4.1).
+        alpha: LoRA's alpha; the update is scaled by alpha / r.
+        dropout: before the update, a fraction.
+        learning_rate: peak, after the warm-up.
+        schedule: of the learning rate, after the warm-up.
         seed: of the adapter's start, the choice of text and its order.
         quantize: how a 16-bit base is loaded; None = ``"nf4-dq"``, or as the base is on disk.
         gradient_checkpointing: trade time for memory; None = on a GPU only (on CPU it costs 1.3 x).
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        overwrite: an existing adapter folder is replaced.
+        revision: branch, tag or commit, when the base is a hub id.
     """
 
     base: str

@@ -49,6 +49,12 @@ class CalibrationError(QconvError):
     exit_code = EXIT_BAD_INPUT
 
 
+class RecipeError(QconvError):
+    """A recipe cannot be read, or asks for what cannot be; names file, line and key."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
 class NumericsError(QconvError):
     """NaN or infinity where a finite number is required; names the tensor."""
 

@@ -17,7 +17,7 @@ from qconv.errors import UsageError
 Unit = Literal["nats", "share", "ratio", "dB", "count"]
 
 TASK_PATTERN = "task.<name>.<metric>_drop"  # _rise where a lower score is better
-_TASK_NAME = re.compile(r"task\.(?P<task>[^\s<>=]+)\.(?P<metric>[\w,@+-]+)_(?P<way>drop|rise)")
+TASK_NAME = r"task\.(?P<task>[^\s<>=]+)\.(?P<metric>[\w,@+-]+)_(?P<way>drop|rise)"
 
 # The smallest floors that a relative limit counts with. A machine that computes the reference twice in the same
 # order measures 0, and nothing but a bitwise copy would stay within any multiple of 0.
@@ -219,7 +219,7 @@ def find_metric(name: str) -> Metric:
     """
     if name in METRICS and name != TASK_PATTERN:
         return METRICS[name]
-    if match := _TASK_NAME.fullmatch(name):
+    if match := re.fullmatch(TASK_NAME, name):
         label = f"{match['metric']} {match['way']} on {match['task']}"
         return replace(METRICS[TASK_PATTERN], name=name, label=label)
     asked = name[:60].lower()

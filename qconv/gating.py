@@ -28,8 +28,11 @@ def rules_for(
     return combine(defaults, config.policy.rules, config.rules)
 
 
-def check_rules(reference: Reference, config: ValidationConfig) -> None:
+def check_rules(reference: Reference, config: ValidationConfig, has_adapter: bool) -> None:
     """Refuses a gate that nothing could be measured for; to be asked before the work.
+
+    Args:
+        has_adapter: an adapter is given, or is trained before.
 
     Raises:
         UsageError: a gate on the adapter or the merge without an adapter, and the like.
@@ -39,7 +42,7 @@ def check_rules(reference: Reference, config: ValidationConfig) -> None:
     tasks = check_tasks(config.tasks, config.task_folder)
     for rule in (*config.policy.rules, *config.rules):
         metric = rule.metric
-        if reference.adapter is None and (metric == "adapter_effect_retained" or metric.startswith("merge.")):
+        if not has_adapter and (metric == "adapter_effect_retained" or metric.startswith("merge.")):
             raise UsageError(f"the gate on {metric} needs an adapter: without one there is no merge to measure")
         if metric == "adapter_effect_retained" and reference.resizes_vocabulary:
             raise UsageError(

@@ -88,6 +88,10 @@ class Node:
                 raise child.error(f"unknown key{hint}")
         return self.content
 
+    def having(self, content: Content) -> Node:
+        """Another value at the same place."""
+        return replace(self, content=content)
+
     def items(self) -> list[Node]:
         if not isinstance(self.content, list):
             raise self.error(f"expected a list, got {self.kind}")

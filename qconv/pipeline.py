@@ -72,7 +72,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
         layouts = [plan_layout(merged, o.dtype, o.quantization, linears if o.quantization else []) for o in job.outputs]
         adapter_folder = resolve_folder(job.adapter) if job.adapter else None
         tokenizer = tokenizer_folder(source.folder, adapter_folder)
-        _check_before_work(job, reference, merged, tokenizer)
+        _check_before_work(job, reference, merged, tokenizer, job.adapter is not None)
         calibration, calibration_text = _calibration_rows(job, merged, tokenizer, progress)
     for line in describe_plan(job, reference, layouts):
         progress.say(line)
@@ -115,6 +115,23 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             make_report_folder(folder)
             write_reports(folder, outcome.document)
     return outcomes
+
+
+def check_before_training(job: MergeJob) -> None:
+    """Raises what `run` would refuse of base, text and outputs before the adapter of the job exists.
+
+    Raises:
+        QconvError: any of its kinds; see `errors`.
+    """
+    resolve_device(job.device)
+    source = open_checkpoint(job.base, job.revision)
+    reference = load_reference(source, None, None)
+    linears = linear_weights(reference.merged)
+    for output in job.outputs:
+        plan_layout(reference.merged, output.dtype, output.quantization, linears if output.quantization else [])
+    tokenizer = tokenizer_folder(source.folder, None)
+    _check_before_work(job, reference, reference.merged, tokenizer, has_adapter=True)
+    _calibration_rows(job, reference.merged, tokenizer, QUIET)
 
 
 def _publish(writer: CheckpointWriter, out: Path, verdict: str) -> Path:
@@ -181,7 +198,7 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Outcome:
     reference = None
     if job.reference is not None:
         reference = load_reference(open_checkpoint(job.reference), job.adapter, job.trained_on)
-        check_rules(reference, config)
+        check_rules(reference, config, reference.adapter is not None)
     candidate = None if job.candidate is None else load_candidate(job.candidate, job.candidate_adapter)
     with Provenance(_inputs(reference) | {"candidate": candidate.source.folder if candidate else None}) as digests:
         fidelity = _measure(job, reference, candidate, device, progress)
@@ -244,11 +261,13 @@ def _tasks(
     return run_tasks(models, tokenizer, config, device, progress)
 
 
-def _check_before_work(job: MergeJob, reference: Reference, merged: Checkpoint, tokenizer: Path) -> None:
+def _check_before_work(
+    job: MergeJob, reference: Reference, merged: Checkpoint, tokenizer: Path, has_adapter: bool
+) -> None:
     """Raises now what the run would otherwise raise after hours."""
     make_report_folder(job.report_dir)
     if job.validation is not None:
-        check_rules(reference, job.validation)
+        check_rules(reference, job.validation, has_adapter)
         check_vocabulary(evaluation_rows(tokenizer, job.validation)[0].ids_TS, merged, tokenizer)
     quantized = any(output.quantization is not None for output in job.outputs)
     if job.validation is not None or (quantized and _stored_blocks(job.outputs, merged, "cpu") is None):

@@ -711,6 +711,8 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "train": (["base", "data"], TRAIN | (OUTPUT - {"--max-shard-size"}) | RUN | {"--json"}),
     "inspect": (["path"], {"--json", "--debug"}),
     "demo": ([], {"-o", "--out", "--requant", "--steps"} | RUN),
+    "run": (["recipe"], {"--set", "--check", "--json"} | RUN),
+    "schema": ([], set()),
     "doctor": ([], {"--json", "--debug"}),
     "completion": (["shell"], set()),
 }

@@ -1,0 +1,197 @@
+"""The keys of a recipe, from the fields of the configs that it builds: names, kinds, defaults and descriptions.
+
+`config.py` is where all of that is said, in fields, types and the "Attributes:" of docstrings. Here stands only what a
+type does not say: which texts are paths, what a flag calls otherwise than its field, and what is not a recipe's.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from qconv.config import (
+    BNB_KINDS,
+    PLAIN_DTYPES,
+    CalibrationConfig,
+    MergeJob,
+    OutputConfig,
+    QuantizationConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from qconv.nodes import Node
+from qconv.recipe_values import (
+    FOLDER,
+    MODEL,
+    NUMBER,
+    PATH,
+    PROMPTS,
+    SIZE,
+    SOURCE,
+    SWITCH,
+    TASK,
+    TEXT,
+    WEIGHTED_SOURCE,
+    WHOLE,
+    Kind,
+    choice,
+)
+from qconv.targets import TARGETS
+
+_KIND_OF_TYPE = {bool: SWITCH, int: WHOLE, float: NUMBER, str: TEXT, Path: PATH}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One key of a recipe, and the field that it sets.
+
+    Attributes:
+        name: in the recipe.
+        field: of the config.
+        kind: of its value, or of each value of a list.
+        many: it is a list.
+        nullable: it may be null.
+        required: it has no default.
+        default: of the field.
+        description: from the config's docstring.
+    """
+
+    name: str
+    field: str
+    kind: Kind
+    many: bool
+    nullable: bool
+    required: bool
+    default: Any
+    description: str
+
+    def read(self, node: Node) -> Any:
+        """The field's value.
+
+        Raises:
+            PlaceError: it is not of this kind.
+        """
+        if node.content is None and self.nullable:
+            return None
+        return tuple(map(self.kind.read, node.items())) if self.many else self.kind.read(node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A config and those of its fields that a recipe sets."""
+
+    config: type
+    keys: tuple[Key, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(key.name for key in self.keys)
+
+    def values(self, keyed: Mapping[str, Node]) -> dict[str, Any]:
+        """Those fields that are given, read.
+
+        Raises:
+            PlaceError: a value is not of the kind of its key, or a required one is missing.
+        """
+        return {key.field: key.read(keyed[key.name]) for key in self.keys if key.name in keyed}
+
+
+def first_paragraph(config: type) -> str:
+    """What a config is, from its docstring."""
+    return _in_words_of_recipe(" ".join((inspect.getdoc(config) or "").partition("\n\n")[0].split()))
+
+
+def descriptions(config: type) -> dict[str, str]:
+    """By field: what the "Attributes:" of its docstring say."""
+    _, _, text = (inspect.getdoc(config) or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    for entry in re.findall(r"^ {4}(?=\S)(.*(?:\n {8}.*)*)", text, re.MULTILINE):
+        names, _, words = entry.partition(":")
+        for name in names.split(","):
+            found[name.strip()] = _in_words_of_recipe(" ".join(words.split()))
+    return found
+
+
+def _in_words_of_recipe(text: str) -> str:
+    """Without what is about the code, and with YAML's names for values."""
+    text = re.sub(r"\s*\((?:see )?`[^`]*`\)", "", text)
+    text = re.sub(r"``?([^`]*)``?", r"\1", text)
+    for python, yaml in (("None", "null"), ("True", "true"), ("False", "false")):
+        text = re.sub(rf"\b{python}\b", yaml, text)
+    return text
+
+
+def _section(
+    config: type,
+    *,
+    without: Iterable[str] = (),
+    names: Mapping[str, str] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+) -> Section:
+    hints, described = get_type_hints(config), descriptions(config)
+    keys = []
+    for field in dataclasses.fields(config):
+        if field.name in without:
+            continue
+        kind, many, nullable = _kind(hints[field.name])
+        keys.append(
+            Key(
+                name=(names or {}).get(field.name, field.name.replace("_", "-")),
+                field=field.name,
+                kind=(kinds or {}).get(field.name, kind),
+                many=many,
+                nullable=nullable,
+                required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+                default=None if field.default is dataclasses.MISSING else field.default,
+                description=described.get(field.name, ""),
+            )
+        )
+    return Section(config=config, keys=tuple(keys))
+
+
+def _kind(hint: Any) -> tuple[Kind, bool, bool]:
+    """The kind of a type, whether it is a list, and whether it may be None."""
+    nullable = False
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (one for one in get_args(hint) if one is not type(None))
+        nullable = True
+    many = get_origin(hint) is tuple
+    if many:
+        hint = get_args(hint)[0]
+    kind = choice(get_args(hint)) if get_origin(hint) is Literal else _KIND_OF_TYPE[hint]
+    return kind, many, nullable
+
+
+JOB = _section(
+    MergeJob,
+    without=("outputs", "calibration", "validation"),
+    names={"report_dir": "report", "gpu_memory_limit": "gpu-memory"},
+    kinds={"base": MODEL, "adapter": MODEL, "gpu_memory_limit": SIZE, "trained_on": choice(BNB_KINDS)},
+)
+TRAIN = _section(
+    TrainConfig,
+    without=("base", "device", "overwrite", "revision"),  # those of the job
+    kinds={"data": SOURCE},
+)
+CALIBRATION = _section(CalibrationConfig, kinds={"sources": WEIGHTED_SOURCE})
+OUTPUT = _section(
+    OutputConfig,
+    without=("quantization",),  # whose keys stand beside these
+    names={"max_shard_bytes": "max-shard-size"},
+    kinds={"max_shard_bytes": SIZE, "dtype": choice(PLAIN_DTYPES)},
+)
+QUANTIZATION = _section(QuantizationConfig, kinds={"target": choice(TARGETS)})
+VALIDATION = _section(
+    ValidationConfig,
+    without=("rules", "policy", "defaults", "engine"),  # gates stand at the top; only `qconv validate` has engines
+    names={"source": "data"},
+    kinds={"source": SOURCE, "prompts": PROMPTS, "tasks": TASK, "task_folder": FOLDER},
+)
