@@ -75,9 +75,10 @@ def _run(recipe: Recipe, options: dict[str, Any]) -> Answer:
     with without_collections():
         from qconv import pipeline
     if recipe.train is not None:
+        from qconv.plan import check_before_training
         from qconv.train import train
 
-        pipeline.check_before_training(job)
+        check_before_training(job)
         result = train(recipe.train, progress)
         text, trained = training_facts(result, job.base)
         texts.append(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,31 +11,27 @@ from typing import Any
 
 import torch
 
-from qconv import corpus
 from qconv.account import describe_plan, model_card, stages, subject
 from qconv.assemble import Filling, write_tensors
 from qconv.cached_fidelity import measure_cached, write_cached
-from qconv.checkpoint import open_checkpoint, resolve_folder
+from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig, ValidateJob, ValidationConfig
 from qconv.errors import UsageError
-from qconv.evaluation import check_vocabulary, evaluation_rows, reference_tokenizer
+from qconv.evaluation import reference_tokenizer
 from qconv.fidelity import Fidelity, measure_fidelity
 from qconv.gating import check_rules, rules_for
 from qconv.inputs import load_candidate, load_reference, resolve_device
-from qconv.layout import config_dtype, plan_layout
-from qconv.mixture import load_mixture, pack_mixture
 from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run_tasks
+from qconv.plan import make_plan, stored_blocks
 from qconv.progress import QUIET, Progress
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
 from qconv.report.document import HTML_NAME, JSON_NAME, MARKDOWN_NAME, write_reports
 from qconv.runners import Candidate, Reference, candidate_model, reference_model
-from qconv.side_files import side_files, tokenizer_folder
-from qconv.skeleton import StoredBlocks, linear_weights
+from qconv.side_files import side_files
 from qconv.streaming import StreamedModel
 from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
-from qconv.work_folder import check_beside, check_inputs, check_output
-from qconv.writer import CheckpointWriter, check_room
+from qconv.writer import CheckpointWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,40 +54,23 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
     Raises:
         QconvError: any of its kinds; see `errors`.
     """
-    for output in job.outputs:
-        check_output(output.out, job.overwrite)
-        check_inputs(output.out, [job.base, job.adapter])
-        for other in job.outputs:
-            check_beside(output.out, job.report_folder(other))
     device = resolve_device(job.device)
     with TIMELINE.stage("prepare"):
-        source = open_checkpoint(job.base, job.revision)
-        reference = load_reference(source, job.adapter, job.trained_on)
-        merged = reference.merged
-        linears = linear_weights(merged) if any(output.quantization for output in job.outputs) else []
-        layouts = [plan_layout(merged, o.dtype, o.quantization, linears if o.quantization else []) for o in job.outputs]
-        adapter_folder = resolve_folder(job.adapter) if job.adapter else None
-        tokenizer = tokenizer_folder(source.folder, adapter_folder)
-        _check_before_work(job, reference, merged, tokenizer, job.adapter is not None)
-        calibration, calibration_text = _calibration_rows(job, merged, tokenizer, progress)
-    for line in describe_plan(job, reference, layouts):
+        plan = make_plan(job, progress)
+        reference, merged, calibration = plan.reference, plan.reference.merged, plan.calibration
+    for line in describe_plan(job, reference, plan.layouts):
         progress.say(line)
-    writers = [
-        CheckpointWriter(o.out, layout.specs, o.max_shard_bytes, job.overwrite, with_digests=True)
-        for o, layout in zip(job.outputs, layouts, strict=True)
-    ]
-    check_room(writers)
     with ExitStack() as stack, Provenance(_inputs(reference)) as digests:
         makings = [
             _Making(output=output, layout=layout, writer=stack.enter_context(writer), counts=Counter())
-            for output, layout, writer in zip(job.outputs, layouts, writers, strict=True)
+            for output, layout, writer in zip(job.outputs, plan.layouts, plan.writers, strict=True)
         ]
         for making in makings:
             writer, layout = making.writer, making.layout
             writer.write_json("config.json", layout.config)
             for file_name, content in layout.extra_files.items():
                 writer.write_json(file_name, content)
-            writer.copy_files(side_files(source.folder, adapter_folder))
+            writer.copy_files(side_files(reference.source.folder, plan.adapter_folder))
         blocks = _quantized_blocks(job, makings, merged, calibration, device, progress)
         write_tensors(makings, merged, blocks, progress, device)
         documents = []
@@ -99,7 +78,9 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             writer, output = making.writer, making.output
             writer.finish_tensors()
             digests.add("candidate", writer.partial, writer.digests)
-            facts = stages(job, output, reference, merged, making.layout, calibration, calibration_text, making.counts)
+            facts = stages(
+                job, output, reference, merged, making.layout, calibration, plan.calibration_text, making.counts
+            )
             documents.append(_judge_output(job, output, reference, writer.partial, facts, digests, device, progress))
             with TIMELINE.stage("report"):
                 write_reports(writer.partial, documents[-1], (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
@@ -115,23 +96,6 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             make_report_folder(folder)
             write_reports(folder, outcome.document)
     return outcomes
-
-
-def check_before_training(job: MergeJob) -> None:
-    """Raises what `run` would refuse of base, text and outputs before the adapter of the job exists.
-
-    Raises:
-        QconvError: any of its kinds; see `errors`.
-    """
-    resolve_device(job.device)
-    source = open_checkpoint(job.base, job.revision)
-    reference = load_reference(source, None, None)
-    linears = linear_weights(reference.merged)
-    for output in job.outputs:
-        plan_layout(reference.merged, output.dtype, output.quantization, linears if output.quantization else [])
-    tokenizer = tokenizer_folder(source.folder, None)
-    _check_before_work(job, reference, reference.merged, tokenizer, has_adapter=True)
-    _calibration_rows(job, reference.merged, tokenizer, QUIET)
 
 
 def _publish(writer: CheckpointWriter, out: Path, verdict: str) -> Path:
@@ -261,49 +225,6 @@ def _tasks(
     return run_tasks(models, tokenizer, config, device, progress)
 
 
-def _check_before_work(
-    job: MergeJob, reference: Reference, merged: Checkpoint, tokenizer: Path, has_adapter: bool
-) -> None:
-    """Raises now what the run would otherwise raise after hours."""
-    make_report_folder(job.report_dir)
-    if job.validation is not None:
-        check_rules(reference, job.validation, has_adapter)
-        check_vocabulary(evaluation_rows(tokenizer, job.validation)[0].ids_TS, merged, tokenizer)
-    quantized = any(output.quantization is not None for output in job.outputs)
-    if job.validation is not None or (quantized and _stored_blocks(job.outputs, merged, "cpu") is None):
-        # From headers alone: can this model be run block by block?
-        StreamedModel(merged, "cpu", config_dtype(merged.config))
-
-
-def _stored_blocks(outputs: Iterable[OutputConfig], view: Checkpoint, device: str) -> StoredBlocks | None:
-    """Blocks for outputs that look at their weights alone; None where one has to run them, or to ask transformers."""
-    return None if any(_is_calibrated(output) for output in outputs) else StoredBlocks.of(view, device)
-
-
-def _is_calibrated(output: OutputConfig) -> bool:
-    return output.quantization is not None and output.quantization.needs_calibration
-
-
-def _calibration_rows(
-    job: MergeJob, view: Checkpoint, folder: Path, progress: Progress
-) -> tuple[torch.Tensor | None, str]:
-    """Token rows, and in words what they were cut from; None where none are needed."""
-    if not any(_is_calibrated(output) for output in job.outputs):
-        return None, ""
-    config = job.calibration
-    tokenizer = corpus.load_tokenizer(folder)
-    text = load_mixture(config.sources, tokenizer)
-    for line in text.summary().splitlines():
-        progress.say(line)
-    if job.validation is not None:
-        held_out = corpus.load_documents(job.validation.source, tokenizer)
-        for part in text.parts:
-            corpus.check_disjoint(part, held_out)
-    rows_TS = pack_mixture(text, tokenizer, config.samples, config.seq_len, config.seed).ids_TS
-    check_vocabulary(rows_TS, view, folder)
-    return rows_TS, text.summary()
-
-
 def _quantized_blocks(
     job: MergeJob,
     makings: Sequence[_Making],
@@ -329,5 +250,5 @@ def _quantized_blocks(
         return
     # Without calibration no block is run, and stored ones can do what is asked of the model.
     running = [request for request in requests if request.config.needs_calibration] or requests
-    model = _stored_blocks(job.outputs, view, device) or StreamedModel(view, device, running[0].storage)
+    model = stored_blocks(job.outputs, view, device) or StreamedModel(view, device, running[0].storage)
     yield from quantize_blocks(model, requests, calibration, progress)

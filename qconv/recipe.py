@@ -218,24 +218,26 @@ def in_words_of_recipe(message: str) -> str:
 
 
 def _check_folders(recipe: Recipe, top: Node) -> None:
-    """What `train` and `pipeline.run` check of folders; here before either begins."""
+    """What `train` and `make_plan` check of folders; here before either begins."""
     job, train, keyed = recipe.job, recipe.train, top.keys()
     if train is not None:
         node = keyed["train"].keys()["out"]
-        _check_folder(node, train.out, job.overwrite, [job.base, train.data], None)
+        _check_folder(node, train.out, job.overwrite, [job.base, train.data], [])
     for output, item in zip(job.outputs, keyed["outputs"].items(), strict=True):
         node = item.keys()["out"]
-        _check_folder(node, output.out, job.overwrite, [job.base, job.adapter], job.report_dir)
+        reports = [job.report_folder(other) for other in job.outputs]
+        _check_folder(node, output.out, job.overwrite, [job.base, job.adapter], reports)
         if train is not None:
             one, other = output.out.absolute(), train.out.absolute()
             if one == other or one in other.parents or other in one.parents:
                 raise node.error(f"{output.out} and the adapter's folder, {train.out}, are one or lie in one another")
 
 
-def _check_folder(node: Node, out: Path, overwrite: bool, inputs: list[str | None], report: Path | None) -> None:
+def _check_folder(node: Node, out: Path, overwrite: bool, inputs: list[str | None], reports: list[Path | None]) -> None:
     try:
         check_output(out, overwrite)
         check_inputs(out, inputs)
-        check_beside(out, report)
+        for folder in reports:
+            check_beside(out, folder)
     except QconvError as error:
         raise _at(node, error) from None

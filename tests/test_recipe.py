@@ -399,6 +399,7 @@ OTHER: dict[str, tuple[str, int, list[str]]] = {
     "output is an input": (HEAD + "  - {out: base}\noverwrite: true\n", 6, ["outputs[1].out", "base"]),
     "report in an output": (HEAD + "report: out/r\n", 5, ["outputs[0].out", "report"]),
     "two reports": (HEAD + "  - {out: b/out}\nreport: r\n", 7, ["report", "two outputs are called out"]),
+    "reports in an output": (HEAD + "  - {out: b}\nreport: .\n", 5, ["outputs[0].out", "report", "lies in"]),
     "limit of a metric": (HEAD + "gates: {kl_mean: {max: -1}}\n", 6, ["gates.kl_mean", "never below 0"]),
     "waived twice": (HEAD + POLICY + POLICY.partition("waivers:")[2], 15, ["waivers[1].gate", "waived twice"]),
 }
