@@ -135,6 +135,8 @@ def test_train_and_release(runs: Runs, tiny_nf4: Path, tmp_path: Path) -> None:
     assert "train.out: " in document["error"]["message"]
     assert "exists already" in document["error"]["message"]
     assert (runs.folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    code, document = runs.example("train-and-release.yaml", *values, "train=null", f"adapter={runs.folder}/adapter")
+    assert (code, document["train"]) == (0, None)
     code, _ = runs.example("train-and-release.yaml", *values, "overwrite=true", "train.seed=1")
     assert code == 0
     assert (runs.folder / "adapter" / "adapter_model.safetensors").read_bytes() != before
