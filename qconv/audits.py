@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from qconv.lineup import Views
 from qconv.runners import Candidate, Reference
 from qconv.validate.audit import WeightAudit
 from qconv.validate.audit_cells import cell_findings, cell_slope
+from qconv.validate.workers import one_thread
 
 _PROBED_WEIGHTS = 24
 
@@ -102,7 +104,9 @@ class StreamedAudit:
 
     def _add(self, name: str) -> None:
         del self._left[name]
-        measured = self._audit.add(name, self._device)
+        # On a GPU, what is left for the host is many small operations.
+        with one_thread() if self._device.startswith("cuda") else nullcontext():
+            measured = self._audit.add(name, self._device)
         if self._levels is None or name not in self._probed or measured.fit is None or measured.fit.is_folded:
             return
         stored, merged, base = (

@@ -125,7 +125,7 @@ def check_folded_scales_are_found_alike(scheme: Scheme, monkeypatch: pytest.Monk
     assert fit.is_folded
     monkeypatch.setattr(audit_gather, "available", lambda tensor: False)
     plain_factor, plain_fit = fit_channels(stored, expected), measure(stored, expected, base)
-    torch.testing.assert_close(factor.row_N, plain_factor.row_N, rtol=1e-5, atol=0)
+    torch.testing.assert_close(factor.row_N, plain_factor.row_N, rtol=1e-5, atol=1e-6)  # one row is 0
     torch.testing.assert_close(factor.column_K, plain_factor.column_K, rtol=1e-5, atol=0)
     assert_alike(fit, plain_fit)
 

@@ -17,6 +17,7 @@ from qconv.validate.audit_folds import FoldVerdict, judge_folds
 from qconv.validate.audit_structure import structure_findings
 from qconv.validate.audit_tensor import TensorAudit
 from qconv.validate.audit_words import finding, where
+from qconv.validate.workers import workers
 
 Finding = dict[str, Any]
 
@@ -131,7 +132,9 @@ def _judge_blocks(tensors: Sequence[TensorAudit], config: Mapping[str, Any]) -> 
     blocks: dict[str, list[TensorAudit]] = {}
     for tensor in tensors:
         blocks.setdefault(tensor.block, []).append(tensor)
-    return {block: judge_folds(members, config) for block, members in blocks.items() if block}
+    blocks.pop("", None)
+    with workers() as pool:
+        return dict(zip(blocks, pool(lambda members: judge_folds(members, config), blocks.values()), strict=True))
 
 
 def _swap_findings(differing: Sequence[TensorAudit]) -> list[Finding]:

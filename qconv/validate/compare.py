@@ -10,8 +10,7 @@ Dimension legend: B = rows in a batch, S = tokens per row, V = vocabulary, T = p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, log10
@@ -27,6 +26,7 @@ from qconv.streaming import BlockModel
 from qconv.timeline import TIMELINE
 from qconv.validate.distribution import Distribution
 from qconv.validate.statistics import PairStatistics, compare_distributions
+from qconv.validate.workers import workers
 
 _CHUNK_BYTES = {"cpu": 13_000_000, "cuda": 128_000_000}  # float32 logits that are worked on together
 _ROW_BYTES = 200_000_000  # ... of two models on a GPU, where statistics go through the vocabulary in pieces
@@ -258,7 +258,7 @@ def _compare_logits(
     if device.startswith("cuda"):
         vocab_size = heads[names[0]](runners[names[0]].row(0)[:, :1]).shape[-1]
         size = _positions_at_once(vocab_size, len(names), observe is not None)
-    with _workers(device) as pool:
+    with workers() if device.startswith("cpu") else nullcontext(map) as pool:
         for row in range(max(seen.values()) if observe is not None else num_rows):
             present = {name: (heads[name], runners[name].row(row)) for name in names if row < seen[name]}
             targets_T = rows.ids_TS[row, 1:].to(device)
@@ -307,20 +307,3 @@ def _measure_chunk(
         if pair.reference in distributions and pair.other in distributions
     }
     return part, distributions, columns
-
-
-@contextmanager
-def _workers(device: str) -> Iterator[Callable[..., Iterator[Any]]]:
-    """``map``; on CPU one thread for each core, each with operations of one thread.
-
-    The operations are small: divided among threads one by one, they would wait for one another most of the time.
-    """
-    num = torch.get_num_threads()
-    if not device.startswith("cpu") or num == 1:
-        yield map
-        return
-    try:
-        with ThreadPoolExecutor(num, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(num)  # what the workers set is the default of threads that come later
