@@ -1,4 +1,4 @@
-# Everything runs in .venv; nothing outside this folder is touched.
+# Everything runs in .venv, and what needs other packages in .venv-*; nothing outside this folder is touched.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -8,10 +8,10 @@ STAMP := $(VENV)/.complete
 # Threads that wait for work sleep instead of spinning, which starves everything else where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test test-engines check format clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP)  ## environment in .venv (needs python3 >= 3.11; does nothing when it is up to date)
 
@@ -35,6 +35,16 @@ $(VENV)/.test: $(STAMP) constraints-test.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement constraints-test.txt
 	@touch $@
 
+test-engines: $(STAMP) .venv-vllm/.complete .venv-gptqmodel/.complete  ## other engines read our artifacts (half an hour, 6 GB); writes docs/engines.md
+	$(BIN)/python -m scripts.engines.check
+
+# An engine pins its own torch, transformers and compressed-tensors, so each has an environment of its own.
+.venv-%/.complete: constraints-%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --constraint $< $(TORCH)
+	.venv-$*/bin/python -m pip install --quiet --no-deps --requirement $<
+	@touch $@
+
 check:  ## format, lint, types, import layers, tests
 	scripts/check
 
@@ -42,6 +52,6 @@ format:  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist demo-out qconv.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+clean:  ## remove the environments and everything that was built
+	rm -rf $(VENV) .venv-* build dist demo-out qconv.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+"""When another engine's reading of an artifact counts as the same model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import stdev
+from typing import Any
+
+LIMIT = 0.005
+"""Largest relative difference of two perplexities; rows enough that kernels rounding elsewhere stay well below it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What one reader made of one artifact.
+
+    Attributes:
+        logprobs: natural logarithm of the probability of each scored token, in order; empty when it was refused.
+        text: greedy continuation of the prompt.
+        refusal: the engine's own words when it did not read the artifact, or None.
+    """
+
+    logprobs: list[float]
+    text: str = ""
+    refusal: str | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-math.fsum(self.logprobs) / len(self.logprobs))
+
+    @staticmethod
+    def of(answer: dict[str, Any]) -> Reading:
+        """From a reader's answer (see `exchange`)."""
+        return Reading(logprobs=answer.get("logprobs", []), text=answer.get("text", ""), refusal=answer.get("refusal"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One artifact in one engine.
+
+    Attributes:
+        required: the engine is known to read this target here, so a refusal is a failure, too.
+    """
+
+    target: str
+    engine: str
+    ours: Reading
+    theirs: Reading
+    required: bool
+
+    @property
+    def difference(self) -> float:
+        """Of the perplexities, relative to ours and signed; NaN when there is nothing to compare."""
+        if not self.ours.logprobs or not self.theirs.logprobs:
+            return math.nan
+        return self.theirs.perplexity / self.ours.perplexity - 1
+
+    @property
+    def interval(self) -> float:
+        """Half the width of the 95% interval of `difference`, as if the tokens were independent."""
+        if len(self.ours.logprobs) < 2 or len(self.ours.logprobs) != len(self.theirs.logprobs):
+            return math.nan
+        pairs = zip(self.ours.logprobs, self.theirs.logprobs, strict=True)
+        return 1.96 * stdev(ours - theirs for ours, theirs in pairs) / math.sqrt(len(self.ours.logprobs))
+
+    @property
+    def token_difference(self) -> float:
+        """Mean absolute difference of the log-probabilities of a token, in nats: errors do not cancel here."""
+        if not self.ours.logprobs or len(self.ours.logprobs) != len(self.theirs.logprobs):
+            return math.nan
+        pairs = zip(self.ours.logprobs, self.theirs.logprobs, strict=True)
+        return math.fsum(abs(ours - theirs) for ours, theirs in pairs) / len(self.ours.logprobs)
+
+    @property
+    def failure(self) -> str | None:
+        """Why this check does not pass, or None."""
+        if self.ours.refusal is not None:
+            return f"qconv cannot read its own output: {self.ours.refusal}"
+        if self.theirs.refusal is not None:
+            return f"refused: {self.theirs.refusal}" if self.required else None
+        if len(self.theirs.logprobs) != len(self.ours.logprobs):
+            return f"scored {len(self.theirs.logprobs)} tokens, expected {len(self.ours.logprobs)}"
+        # Written so that NaN fails.
+        if not abs(self.difference) <= LIMIT:
+            return f"the perplexity is off by {self.difference:+.2%}, more than {LIMIT:.1%}"
+        return None

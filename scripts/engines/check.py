@@ -1,0 +1,198 @@
+"""Makes artifacts of SmolLM2-135M with a real adapter, has other engines read them, and compares perplexities.
+
+    make test-engines
+    .venv/bin/python -m scripts.engines.check --only gptq,fp8      # a part; writes no page
+    .venv/bin/python -m scripts.engines.check --resume             # goes on after an interruption
+
+Exit code 1 when an engine refuses what it is known to read, or reads anything differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.engines.agreement import Check, Reading
+from scripts.engines.page import Found, render
+from scripts.engines.plan import (
+    NOT_RUN,
+    NOTES,
+    READERS,
+    REQUIRED,
+    ROWS,
+    ROWS_ELSE,
+    TARGETS,
+    TRANSFORMERS,
+    TRIED,
+    VLLM,
+    WITHOUT_ONEDNN,
+)
+
+HERE = Path(__file__).parent
+TOKENS = 512
+PROMPT, NEW_TOKENS = "When the rain stopped, the old man opened the door and", 32
+LIMIT_SECONDS = 1800
+TRAINING = ("default-prose", "--steps", "30", "--batch-size", "4", "--seq-len", "256")
+
+
+class Run:
+    """Assets in one folder, and what was done to make them."""
+
+    def __init__(self, out: Path, base: Path | None, adapter: Path | None, resume: bool):
+        self.out, self.resume = out, resume
+        self.base, self.adapter = base or out / "base-nf4", adapter or out / "adapter"
+        self.commands: list[str] = []
+        self.versions: dict[str, Mapping[str, str]] = {}
+        self.started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
+
+    def prepare(self) -> None:
+        """Base and adapter, unless they are there."""
+        from qconv.demo_model import build_smollm2
+        from qconv.progress import quiet_libraries
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.base.exists():
+            self.say(f"SmolLM2-135M-Instruct -> {self.base}")
+            with quiet_libraries():
+                build_smollm2(self.base, quantized=True)
+        self.qconv("train", str(self.base), *TRAINING, "-o", str(self.adapter), made=self.adapter.exists())
+
+    def artifact(self, target: str) -> Path:
+        arguments = TARGETS[target].format(base=self.base, adapter=self.adapter)
+        folder = self.out / target
+        made = self.resume and folder.exists()
+        if not made:
+            for stale in (self.out / "readings").glob(f"{target}-read_*.answer.json"):
+                stale.unlink()
+        self.qconv(*shlex.split(arguments), "--no-validate", "-o", str(folder), made=made)
+        return folder
+
+    def qconv(self, *arguments: str, made: bool) -> None:
+        command = shlex.join(["qconv", *arguments])
+        self.commands.append(command)
+        if made:
+            return
+        self.say(command)
+        overwrite = [sys.executable, "-m", "qconv", *arguments, "--overwrite", "--quiet", "--device", "cpu"]
+        subprocess.run(overwrite, check=True, stdout=subprocess.DEVNULL)
+
+    def read(self, reader: str, python: Path, target: str, request: dict[str, Any]) -> Reading:
+        """The artifact of a target through one reader's process; its output goes to a file beside the answer."""
+        script = READERS.get(reader, "read_qconv.py")
+        stem = self.out / "readings" / f"{target}-{Path(script).stem}"
+        stem.parent.mkdir(exist_ok=True)
+        asked, answered, log = (stem.with_suffix(suffix) for suffix in (".request.json", ".answer.json", ".log"))
+        content = json.dumps(request | {"folder": str(self.out / target)})
+        if not (answered.exists() and asked.read_text() == content):
+            answered.unlink(missing_ok=True)
+            asked.write_text(content)
+            try:
+                self.start(python, script, asked, answered, log)
+            except subprocess.TimeoutExpired:
+                return Reading(logprobs=[], refusal=f"not finished after {LIMIT_SECONDS} s")
+        if not answered.exists():
+            return Reading(logprobs=[], refusal=f"the process ended without an answer, see {log}")
+        answer = json.loads(answered.read_text())
+        self.versions[reader] = answer["versions"]
+        reading = Reading.of(answer)
+        result = f"perplexity {reading.perplexity:.3f}" if reading.refusal is None else reading.refusal
+        self.say(f"{target} in {reader}: {result} ({answer['seconds']:.0f} s)")
+        return reading
+
+    def start(self, python: Path, script: str, asked: Path, answered: Path, log: Path) -> None:
+        # An engine's environment is its own: nothing of the one that this runs in.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        command = [str(python), str(HERE / script), str(asked), str(answered)]
+        with log.open("w") as stream:
+            subprocess.run(command, stdout=stream, stderr=stream, timeout=LIMIT_SECONDS, env=environment)
+
+
+def held_out_rows(folder: Path, num_rows: int) -> list[list[int]]:
+    from qconv import corpus
+
+    documents, tokenizer = corpus.load_documents("default-prose-eval"), corpus.load_tokenizer(folder)
+    rows: list[list[int]] = corpus.pack_tokens(documents, tokenizer, num_rows, TOKENS, seed=0).tolist()
+    return rows
+
+
+def check_all(run: Run, targets: Sequence[str], pythons: Mapping[str, Path]) -> list[Check]:
+    run.prepare()
+    checks = []
+    for target in targets:
+        rows = held_out_rows(run.artifact(target), ROWS.get(target, ROWS_ELSE))
+        request: dict[str, Any] = {"rows": rows, "prompt": PROMPT, "new_tokens": NEW_TOKENS, "onednn": True}
+        ours = run.read("qconv", Path(sys.executable), target, request)
+        for engine in (VLLM, TRANSFORMERS):
+            if target not in REQUIRED[engine] + TRIED[engine]:
+                continue
+            request["onednn"] = (engine, target) not in WITHOUT_ONEDNN
+            theirs = run.read(engine, pythons[engine], target, request)
+            required = target in REQUIRED[engine]
+            checks.append(Check(target=target, engine=engine, ours=ours, theirs=theirs, required=required))
+    return checks
+
+
+def processor() -> str:
+    """Architecture, and the instructions that decide which kernels run."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        flags = set()
+    names = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_int8": "AMX"}
+    found = [name for flag, name in names.items() if flag in flags]
+    return " with ".join([platform.machine(), *([", ".join(found)] if found else [])])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/engines"))
+    parser.add_argument("--base", type=Path, help="an NF4 SmolLM2 that is there already")
+    parser.add_argument("--adapter", type=Path, help="one that was trained on it")
+    parser.add_argument("--vllm", type=Path, default=Path(".venv-vllm/bin/python"), help="its environment's python")
+    parser.add_argument("--gptqmodel", type=Path, default=Path(".venv-gptqmodel/bin/python"))
+    parser.add_argument("--only", help=f"targets, separated by commas [default: all, {','.join(TARGETS)}]")
+    parser.add_argument("--resume", action="store_true", help="keep the artifacts and readings that are there")
+    parser.add_argument("--page", type=Path, default=Path("docs/engines.md"))
+    arguments = parser.parse_args()
+    targets = arguments.only.split(",") if arguments.only else list(TARGETS)
+    if unknown := [target for target in targets if target not in TARGETS]:
+        parser.error(f"unknown targets {', '.join(unknown)}; there are {', '.join(TARGETS)}")
+    pythons = {VLLM: arguments.vllm, TRANSFORMERS: arguments.gptqmodel}
+    if missing := [str(path) for path in pythons.values() if not path.exists()]:
+        parser.error(f"no {' and no '.join(missing)}; `make test-engines` sets the environments up")
+    run = Run(arguments.out, arguments.base, arguments.adapter, arguments.resume)
+    found = Found(
+        checks=check_all(run, targets, pythons),
+        machine=processor(),
+        commands=run.commands,
+        versions=run.versions,
+        not_run=NOT_RUN,
+        notes=NOTES,
+        prompt=PROMPT,
+    )
+    page = render(found)
+    if arguments.only:
+        print(page)
+    else:
+        arguments.page.write_text(page)
+        run.say(f"wrote {arguments.page}")
+    failed = [check for check in found.checks if check.failure]
+    for check in failed:
+        print(f"FAILED: {check.target} in {check.engine}: {check.failure}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

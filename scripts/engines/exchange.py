@@ -1,0 +1,35 @@
+"""How a reader in an environment of its own is asked and answers: two JSON files, and nothing but the standard library.
+
+A request has ``folder`` (the artifact), ``rows`` (token ids to score, a list of lists), ``prompt``, ``new_tokens`` and
+``onednn`` (False: PyTorch's matrix products without oneDNN). An answer has ``logprobs`` (natural logarithm of the
+probability of each token after the first, row by row), ``text`` (greedy), ``versions`` and ``seconds``; or ``refusal``,
+what the engine said.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_REFUSAL_CHARACTERS = 300
+
+
+def answer(read: Callable[[dict[str, Any]], dict[str, Any]], packages: list[str]) -> None:
+    """The whole of a reader's process: ``python READER REQUEST.json ANSWER.json``."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    start = time.monotonic()
+    try:
+        result = read(request)
+    except Exception as error:
+        traceback.print_exc()
+        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        result = {"refusal": textwrap.shorten(words, _REFUSAL_CHARACTERS, placeholder=" ...")}
+    result |= {"versions": {name: version(name) for name in packages}, "seconds": time.monotonic() - start}
+    Path(sys.argv[2]).write_text(json.dumps(result))

@@ -1,0 +1,69 @@
+"""Which artifacts are made, and which engine reads which."""
+
+from __future__ import annotations
+
+_MERGE = "merge {base} {adapter}"
+_CALIBRATED = "--calibration default-prose --samples 8"
+
+TARGETS = {
+    "bf16": _MERGE,
+    "gptq": f"{_MERGE} --requant gptq {_CALIBRATED}",
+    "gptq-desc-act": f"{_MERGE} --requant gptq --desc-act {_CALIBRATED}",
+    "gptq-asym": f"{_MERGE} --requant gptq --asym {_CALIBRATED}",
+    "awq": f"{_MERGE} --requant awq {_CALIBRATED}",
+    "w4a16": f"{_MERGE} --requant w4a16 {_CALIBRATED}",
+    "w4a16-asym": f"{_MERGE} --requant w4a16 --asym {_CALIBRATED}",
+    "int8": f"{_MERGE} --requant int8",
+    "fp8": f"{_MERGE} --requant fp8",
+    # Blocks of 128 divide no layer of SmolLM2, whose width is 576.
+    "fp8-block": "quantize tests/data/tiny-llama --to fp8-block",
+    "nf4": f"{_MERGE} --requant nf4",
+}
+"""Arguments of qconv by target; the name is that of the artifact's folder, too."""
+
+ROWS_ELSE = 8
+ROWS = {"int8": 48, "fp8": 16}
+"""Rows of 512 tokens to score by target: more where single tokens differ more."""
+
+VLLM, TRANSFORMERS = "vLLM", "transformers + gptqmodel"
+
+READERS = {VLLM: "read_vllm.py", TRANSFORMERS: "read_transformers.py"}
+
+REQUIRED = {
+    VLLM: ("bf16", "gptq", "awq", "w4a16", "w4a16-asym", "int8", "fp8"),
+    TRANSFORMERS: ("gptq", "gptq-desc-act", "gptq-asym", "awq"),
+}
+"""What must be read, and agree."""
+
+TRIED = {VLLM: ("gptq-desc-act", "gptq-asym", "fp8-block", "nf4"), TRANSFORMERS: ()}
+"""What may be refused; what is read all the same must agree."""
+
+WITHOUT_ONEDNN = ((VLLM, "fp8"),)
+
+_VLLM_NOTE = (
+    "CPU build, `dtype=bfloat16`, `enforce_eager`, `VLLM_CPU_INT4_W4A8=0`. The last matters on CPUs with AMX: "
+    "by default vLLM's 4-bit kernels there also round activations to 8 bits, which is not what the files say."
+)
+_FP8_NOTE = (
+    "with `torch.backends.mkldnn.set_flags(False)`. On CPUs without float8 instructions vLLM leaves the product to "
+    "`torch._scaled_mm`, which would take hours for these rows through oneDNN, and computes it in float32 without."
+)
+_BLOCK_NOTE = (
+    "the tests' four-layer Llama, as blocks of 128 divide no layer of SmolLM2; vLLM needs AMX for it on a CPU."
+)
+_TRANSFORMERS_NOTE = "`AutoModelForCausalLM.from_pretrained(OUT, dtype=torch.bfloat16)`, on a CPU."
+
+NOTES = {
+    (VLLM, ""): _VLLM_NOTE,
+    (VLLM, "fp8"): _FP8_NOTE,
+    (VLLM, "fp8-block"): _BLOCK_NOTE,
+    (TRANSFORMERS, ""): _TRANSFORMERS_NOTE,
+}
+"""What one has to know to repeat a reading, by engine and target (empty: all of them)."""
+
+NOT_RUN = {
+    "SGLang": "its packages are for GPUs; not tried.",
+    "vLLM on a GPU": "its kernels are others (Marlin); what they need of the files is checked by `make test`.",
+    "transformers alone": "`make test` loads `w4a16`, `fp8`, `fp8-block`, `int8` and `nf4` there, of a smaller model.",
+}
+"""Readers that this leaves out, and why."""

@@ -1,0 +1,28 @@
+"""Scores rows and generates with qconv's own reading of an artifact: decoded weights in a plain transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from exchange import answer
+from hugging_face import generate, score
+
+
+def read(request: dict[str, Any]) -> dict[str, Any]:
+    from qconv.checkpoint import open_checkpoint
+    from qconv.corpus import load_tokenizer
+    from qconv.runners import Candidate, candidate_model
+
+    folder = Path(request["folder"])
+    candidate = Candidate.of(open_checkpoint(folder))
+    runner, _ = candidate_model(candidate, candidate.view, "cpu", False, "qconv")
+    model = runner.whole()
+    return {
+        "logprobs": score(model, request["rows"]),
+        "text": generate(model, load_tokenizer(folder), request["prompt"], request["new_tokens"]),
+    }
+
+
+if __name__ == "__main__":
+    answer(read, ["qconv", "torch", "transformers"])

