@@ -33,6 +33,11 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> lis
         notes.append(
             "current vLLM releases refuse asymmetric GPTQ; --requant awq --algorithm gptq holds the same numbers for it"
         )
+    if quantization.desc_act and scheme.group_size != -1:
+        notes.append(
+            "current vLLM releases refuse GPTQ with a stored group index; without --desc-act columns are taken in the "
+            "order of their activations, too, and their groups need no index"
+        )
     if quantization.target == "w4a16" and not scheme.symmetric:
         notes.append("asymmetric pack-quantized weights load in vLLM, and not in every transformers release")
         if scheme.bits == 8:

@@ -221,8 +221,10 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
         "notes on readers": stages["quantization"]["notes on readers"],
     }
     assert stages["quantization"].items() >= facts.items()
+    notes = facts["notes on readers"]
     asymmetric_gptq = variant.target == "gptq" and not symmetric
-    assert any("vLLM releases refuse" in note for note in facts["notes on readers"]) == asymmetric_gptq
+    assert any("vLLM releases refuse asymmetric GPTQ" in note for note in notes) == asymmetric_gptq
+    assert any("vLLM releases refuse GPTQ with a stored group index" in note for note in notes) == variant.desc_act
     counts = {key: value for key, value in stages["quantization"].items() if key not in facts}
     if variant.algorithm == "gptq":
         assert counts == {"dead input channels": 0, "gptq solves with damping raised": 0}
