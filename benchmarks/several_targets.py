@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--out", type=Path, default=Path("build/several"))
     parser.add_argument("--targets", default="w4a16,awq,fp8")
+    parser.add_argument("--alone", help="targets to make in a run of their own [default: all]")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -56,14 +57,16 @@ def main() -> None:
     print(f"{arguments.samples} x 512 calibration tokens, {arguments.device}, {os.cpu_count()} cores\n")
     print("| targets | seconds | processor seconds |\n|---|---|---|", flush=True)
     costs = {}
-    for run in [*([target] for target in targets), targets]:
+    alone = arguments.alone.split(",") if arguments.alone else targets
+    for run in [*([target] for target in alone), targets]:
         name = " + ".join(run)
         costs[name] = measure(base, adapter, arguments.out / f"out-{len(run)}" / name.replace(" ", ""), run, options)
         print(f"| {name} | {costs[name].seconds:.1f} | {costs[name].processor_seconds:.1f} |", flush=True)
     together = costs.pop(" + ".join(targets))
     print("\n| all together, relative to | seconds | processor seconds |\n|---|---|---|")
-    relative_to = costs | {"the runs of their own": Cost(*map(sum, zip(*costs.values(), strict=True)))}
-    for name, cost in relative_to.items():
+    if len(costs) == len(targets):
+        costs["the runs of their own"] = Cost(*map(sum, zip(*costs.values(), strict=True)))
+    for name, cost in costs.items():
         ratios = [mine / other for mine, other in zip(together, cost, strict=True)]
         print(f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} |", flush=True)
 

@@ -1,9 +1,14 @@
-"""Quantizes a model block by block; each block sees the activations that the stored blocks before it make.
+"""Quantizes a model block by block, once for each of several requests; each block is read once for all of them.
 
 For one decoder block: gather the Gram matrix of every distinct linear input (linears that share an
 input share one), fold AWQ scales, choose the codes, then run the block again with the weights as
-they will be stored, whose outputs feed the next block. Only one block is in memory, plus the
-activations. Round-to-nearest and FP8 need no activations and read each weight once.
+they will be stored, whose outputs feed the next block: each block sees the activations that the
+stored blocks before it make. Only one block is in memory, plus the activations. Round-to-nearest and
+FP8 need no activations.
+
+Where several requests are calibrated they share the statistics, and the activations are those of the
+unquantized blocks: one forward pass gives the statistics and the next block's input, and no output
+depends on what else is made beside it or in which order. What that costs is in docs/architecture.md.
 """
 
 from __future__ import annotations
