@@ -245,8 +245,10 @@ class MergeJob:
         folders = [Path(os.path.abspath(output.out)) for output in self.outputs]
         for one, other in itertools.permutations(folders, 2):
             if one == other or other in one.parents:
-                what = "is named twice" if one == other else f"lies in {other}, another"
-                raise UsageError(f"{one}: {what} output of this run; give each a folder of its own")
+                what = (
+                    "is the folder of two outputs" if one == other else f"lies in {other}, the folder of another output"
+                )
+                raise UsageError(f"{one}: {what}; give each a folder of its own")
         names = [folder.name for folder in folders]
         if self.report_dir is not None and len(set(names)) < len(names):
             raise UsageError(

@@ -272,9 +272,9 @@ def test_outputs_together_need_room(
     ("folders", "words"),
     [
         ((), "at least one output"),
-        (("a", "b", "a"), "is named twice output of this run"),
-        (("a", "./b/../a"), "is named twice output of this run"),
-        (("a/b", "a"), r"a/b: lies in .*a, another output"),
+        (("a", "b", "a"), "is the folder of two outputs"),
+        (("a", "./b/../a"), "is the folder of two outputs"),
+        (("a/b", "a"), r"a/b: lies in .*/a, the folder of another output"),
         (("x/a", "y/a"), r"--report r: two outputs are called a"),
     ],
 )
