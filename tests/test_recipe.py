@@ -372,7 +372,7 @@ OTHER: dict[str, tuple[str, int, list[str]]] = {
         6,
         ["algorithm", "takes algorithm fp8"],
     ),
-    "one folder for two": (HEAD + "  - {out: ./out}\n", 4, ["outputs", "is named twice"]),
+    "one folder for two": (HEAD + "  - {out: ./out}\n", 4, ["outputs", "is the folder of two outputs"]),
     "one within the other": (HEAD + "  - {out: out/b}\n", 4, ["outputs", "lies in"]),
     "adapter in an output": (TRAINED + "train: {out: out/a}\n", 3, ["outputs[0].out", "adapter's folder"]),
     "output in the adapter": (TRAINED + "train: {out: .}\n", 4, ["train.out", "exists already"]),
