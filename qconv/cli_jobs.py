@@ -168,7 +168,7 @@ def train_config(base: str, data: str, options: dict[str, Any]) -> TrainConfig:
 
 def solves(job: MergeJob) -> bool:
     """Whether a job uses solvers of linear algebra."""
-    return any(o.quantization is not None and o.quantization.resolved_algorithm == "gptq" for o in job.outputs)
+    return any(o.quantization is not None and o.quantization.solves for o in job.outputs)
 
 
 def progress_of(options: dict[str, Any]) -> Progress:

@@ -10,6 +10,7 @@ import click
 
 from qconv.cli_parsing import Choice, devices, files, gates
 from qconv.config import BNB_KINDS, PLAIN_DTYPES
+from qconv.targets import TARGETS
 from qconv.timeline import TIMELINE
 
 Command = Callable[..., Any]
@@ -57,7 +58,7 @@ output_options = options(
 quantize_options = options(
     click.option(
         "--algorithm",
-        type=Choice(["gptq", "awq", "rtn", "fp8"]),
+        type=Choice(sorted({name for target in TARGETS.values() for name in target.algorithms})),
         help="How codes are chosen [default: the target's own]",
     ),
     click.option("--bits", type=int, help="Bits of a weight, 4 or 8 [default: 4; fp8 is 8]"),

@@ -55,8 +55,10 @@ class QuantizationConfig:
             raise UsageError(f"{self.target} has --bits {' or '.join(map(str, target.bits))}, got {self.bits}")
         if target.symmetric is None and (self.group_size is not None or self.symmetric is not None or self.desc_act):
             raise UsageError(f"{self.target} has one scheme: no --group-size, --sym/--asym or --desc-act")
-        if self.desc_act and not (target.format == "gptq" and self.resolved_algorithm == "gptq"):
-            raise UsageError("--desc-act belongs to --requant gptq with the gptq algorithm (a stored group index)")
+        if self.desc_act and not (target.format == "gptq" and self.solves):
+            raise UsageError(
+                "--desc-act belongs to --requant gptq with the gptq or awq+gptq algorithm (a stored group index)"
+            )
         if self.group_size is not None and self.group_size != -1 and self.group_size < 8:
             raise SchemeError(f"--group-size must be at least 8, or -1 for one group per row, got {self.group_size}")
         if not 0 < self.damping < 1:
@@ -67,8 +69,18 @@ class QuantizationConfig:
         return self.algorithm or TARGETS[self.target].algorithms[0]
 
     @property
+    def folds_scales(self) -> bool:
+        """Scales of input channels move into the op before: AWQ."""
+        return self.resolved_algorithm in ("awq", "awq+gptq")
+
+    @property
+    def solves(self) -> bool:
+        """Codes are chosen by GPTQ."""
+        return self.resolved_algorithm in ("gptq", "awq+gptq")
+
+    @property
     def needs_calibration(self) -> bool:
-        return self.resolved_algorithm in ("gptq", "awq")
+        return self.folds_scales or self.solves
 
     def scheme_for(self, in_features: Collection[int], location: str) -> Scheme:
         """The scheme for linears with these K.
@@ -97,7 +109,7 @@ class QuantizationConfig:
             bits=self.bits or target.bits[0],
             group_size=size,
             symmetric=bool(symmetric),
-            activation_order=self.resolved_algorithm == "gptq",
+            activation_order=self.solves,
             min_zero=1 if target.format == "gptq" and not symmetric else 0,
         )
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from qconv.types import Scheme
 
-Algorithm = Literal["rtn", "gptq", "awq", "fp8", "int8", "bnb"]
+Algorithm = Literal["rtn", "gptq", "awq", "awq+gptq", "fp8", "int8", "bnb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ TARGETS: Mapping[str, Target] = {
     "gptq": Target(
         name="gptq",
         format="gptq",
-        algorithms=("gptq", "awq", "rtn"),
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
         bits=(4, 8),
         symmetric=True,
         readers="vLLM, SGLang, transformers + gptqmodel",
@@ -36,7 +36,7 @@ TARGETS: Mapping[str, Target] = {
     "awq": Target(
         name="awq",
         format="awq",
-        algorithms=("awq", "gptq", "rtn"),
+        algorithms=("awq", "awq+gptq", "gptq", "rtn"),
         bits=(4,),
         symmetric=False,
         readers="vLLM, SGLang, transformers + gptqmodel",
@@ -44,7 +44,7 @@ TARGETS: Mapping[str, Target] = {
     "w4a16": Target(
         name="w4a16",
         format="pack-quantized",
-        algorithms=("gptq", "awq", "rtn"),
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
         bits=(4, 8),
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",

@@ -226,17 +226,19 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
     assert any("vLLM releases refuse asymmetric GPTQ" in note for note in notes) == asymmetric_gptq
     assert any("vLLM releases refuse GPTQ with a stored group index" in note for note in notes) == variant.desc_act
     counts = {key: value for key, value in stages["quantization"].items() if key not in facts}
-    if variant.algorithm == "gptq":
-        assert counts == {"dead input channels": 0, "gptq solves with damping raised": 0}
-    elif variant.algorithm == "awq":
+    steps = variant.algorithm.split("+")
+    if "gptq" in steps:
+        assert counts.pop("dead input channels") == 0
+        assert counts.pop("gptq solves with damping raised") == 0
+    if "awq" in steps:
         skipped = "awq folds skipped: no gain with scales shared between heads"
         idle = "awq folds without effect"
         assert counts["awq folds applied"] + counts.get(skipped, 0) + counts.get(idle, 0) == 4 * 4  # folds x blocks
         assert counts["awq folds applied"] >= 3 * 4
-        assert counts.keys() <= {"awq folds applied", skipped}
+        assert counts.keys() <= {"awq folds applied", skipped, idle}
     else:
         assert counts == {}
-    assert ("calibration" in stages) == (variant.algorithm in ("gptq", "awq"))
+    assert ("calibration" in stages) == ("gptq" in steps or "awq" in steps)
     if "calibration" in stages:
         calibration = stages["calibration"]
         assert (calibration["samples"], calibration["seq_len"], len(calibration["sha256"])) == (8, SEQ_LEN, 64)
@@ -261,9 +263,9 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
         assert errors
     else:
         assert errors == set()
-    if variant.bits == 4 and variant.algorithm in ("gptq", "awq"):
+    if variant.bits == 4 and ("gptq" in steps or "awq" in steps):
         plain = report_of(output(dataclasses.replace(variant, algorithm="rtn", desc_act=False)))
-        gain = 0.6 if variant.algorithm == "gptq" else 0.9
+        gain = 0.6 if "gptq" in steps else 0.9
         assert kl["mean"] < gain * plain["fidelity"]["total"]["kl"]["mean"]
 
 
@@ -488,8 +490,10 @@ def test_awq_folds_change_the_weights_and_not_the_function(
         if fold.kind != "rows":
             assert {f"{module}.weight" for module in (fold.source, *fold.targets)} <= changed
     assert all(tensor.dtype == torch.float32 for tensor in after.tensors.values())
-    (expected,), (found,) = (run_streamed(StreamedModel(v, "cpu", torch.float32), [ids]) for v in (view, after))
-    assert (found - expected).norm() < 1e-4 * expected.norm()
+    # In float64, so that what is left is the rounding of the folded weights to float32.
+    (expected,), (found,) = (run_streamed(StreamedModel(v, "cpu", torch.float64), [ids]) for v in (view, after))
+    assert expected.dtype == torch.float64
+    assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma"])

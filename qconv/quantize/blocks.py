@@ -153,7 +153,7 @@ def _quantize_block(
 
 
 def _appetite(request: QuantizeRequest) -> tuple[bool, bool]:
-    return request.config.needs_calibration, request.config.resolved_algorithm == "awq"
+    return request.config.needs_calibration, request.config.folds_scales
 
 
 def _gather(
@@ -167,7 +167,7 @@ def _gather(
 ) -> dict[str, Statistics]:
     prefix = model.block_prefix(index)
     names = [name for name in tensors if any(prefix + name in request.weights for request in requests)]
-    needs_scales = any(request.config.resolved_algorithm == "awq" for request in requests)
+    needs_scales = any(request.config.folds_scales for request in requests)
     return gather(model, index, tensors, names, hidden, with_mean_abs=needs_scales, advance=advance)
 
 
@@ -188,7 +188,7 @@ def _answer(
     """
     prefix = model.block_prefix(index)
     names = [name for name in tensors if prefix + name in request.weights]
-    if request.config.resolved_algorithm == "awq":
+    if request.config.folds_scales:
         with TIMELINE.stage("fold"):
             _fold(model, tensors, statistics, prefix, request)
     with TIMELINE.stage("solve"):

@@ -33,7 +33,8 @@ CPU_TOKENS = 4096  # tokens of a forward pass: temporaries stay small, and nothi
 GPU_TOKENS = 16384
 MIN_TOKENS_ON_DEVICE = 4096  # below, activations in host memory with larger batches are faster
 LIBRARIES = 600_000_000  # CUDA context, cuBLAS workspaces, compiled kernels
-SOLVERS: Mapping[str, tuple[int, int]] = {"gptq": (4, 2), "awq": (4, 2)}  # float32 [N, K] and [K, K] temporaries
+# float32 [N, K] and [K, K] temporaries
+SOLVERS: Mapping[str, tuple[int, int]] = dict.fromkeys(("gptq", "awq", "awq+gptq"), (4, 2))
 OTHERS = (4, 0)
 
 

@@ -1,6 +1,7 @@
 """From the weights of one block to quantized linears, by the algorithm that was asked for.
 
-Linears that share an input share a Gram matrix; GPTQ stacks their rows and solves them at once.
+Linears that share an input share a Gram matrix; GPTQ stacks their rows and solves them at once. After AWQ's folds weights
+and Gram matrices are those of the scaled inputs (``awq+gptq``: W s, and G / s s^T): GPTQ solves them like any others.
 
 Dimension legend: N = out features, K = in features, G = groups.
 """
@@ -60,7 +61,7 @@ def solve(
             return {
                 name: _clipped(weights.pop(name), statistics.pop(name), where + name, scheme) for name in list(weights)
             }
-        case "gptq":
+        case "gptq" | "awq+gptq":
             return _gptq(weights, statistics, where, config, scheme, counts, progress)
 
 
