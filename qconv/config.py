@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,8 @@ from qconv.types import BnbKind, Scheme
 
 GROUP_SIZES = (128, 64, 32)
 BNB_KINDS: tuple[BnbKind, ...] = ("nf4", "nf4-dq", "fp4", "fp4-dq", "16bit")
+Folding = Literal["awq", "smoothquant"]
+Statistic = Literal["gram", "mean_abs", "sample"]
 PLAIN_DTYPES = ("bf16", "fp16", "fp32")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -69,18 +71,33 @@ class QuantizationConfig:
         return self.algorithm or TARGETS[self.target].algorithms[0]
 
     @property
-    def folds_scales(self) -> bool:
-        """Scales of input channels move into the op before: AWQ."""
-        return self.resolved_algorithm in ("awq", "awq+gptq")
+    def folding(self) -> Folding | None:
+        """What finds the channel scales that move into the operation before, if anything does."""
+        match self.resolved_algorithm:
+            case "awq" | "awq+gptq":
+                return "awq"
+            case "smoothquant" | "smoothquant+gptq":
+                return "smoothquant"
+        return None
 
     @property
     def solves(self) -> bool:
         """Codes are chosen by GPTQ."""
-        return self.resolved_algorithm in ("gptq", "awq+gptq")
+        return self.resolved_algorithm in ("gptq", "awq+gptq", "smoothquant+gptq")
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What has to be gathered of the inputs of linears."""
+        wanted: set[Statistic] = {"gram"} if self.solves else set()
+        if self.folding == "awq":
+            wanted |= {"gram", "mean_abs"}
+        elif self.folding == "smoothquant":
+            wanted |= {"sample"}
+        return frozenset(wanted)
 
     @property
     def needs_calibration(self) -> bool:
-        return self.folds_scales or self.solves
+        return bool(self.statistics)
 
     def scheme_for(self, in_features: Collection[int], location: str) -> Scheme:
         """The scheme for linears with these K.
@@ -90,7 +107,7 @@ class QuantizationConfig:
         """
         target = TARGETS[self.target]
         if target.scheme is not None:
-            return target.scheme
+            return replace(target.scheme, activation_order=self.solves)
         widths = sorted(set(in_features))
         fitting = [g for g in GROUP_SIZES if all(k % g == 0 for k in widths)]
         size = self.group_size

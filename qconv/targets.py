@@ -8,7 +8,7 @@ from typing import Literal
 
 from qconv.types import Scheme
 
-Algorithm = Literal["rtn", "gptq", "awq", "awq+gptq", "fp8", "int8", "bnb"]
+Algorithm = Literal["rtn", "gptq", "awq", "awq+gptq", "fp8", "smoothquant", "smoothquant+gptq", "int8", "bnb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ TARGETS: Mapping[str, Target] = {
     "int8": Target(
         name="int8",
         format="int-quantized",
-        algorithms=("int8",),
+        algorithms=("smoothquant", "int8", "gptq", "smoothquant+gptq"),
         bits=(8,),
         symmetric=None,
         readers="vLLM, SGLang, transformers + compressed-tensors",

@@ -18,7 +18,7 @@ from qconv.checkpoint import open_checkpoint
 from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig
 from qconv.convert import dequantize
 from qconv.errors import CheckpointError
-from qconv.quantize.awq_block import FoldContext, Statistics, fold_scales
+from qconv.quantize.fold_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.folds import Fold, Heads
 from qconv.types import Scheme
 from tests.conftest import copy_tokenizer
@@ -108,7 +108,11 @@ def test_shared_head_scales_are_judged_on_the_rows_of_the_search() -> None:
     tensors = {"self_attn.o_proj.weight": torch.randn(1024, k), "self_attn.v_proj.weight": torch.randn(128, 64)}
     counts: Counter[str] = Counter()
     context = FoldContext(
-        heads=heads, scheme=Scheme(group_size=64, symmetric=False), storage=torch.bfloat16, counts=counts
+        method="awq",
+        heads=heads,
+        scheme=Scheme(group_size=64, symmetric=False),
+        storage=torch.bfloat16,
+        counts=counts,
     )
     fold_scales(tensors, statistics, Fold("rows", "self_attn.v_proj", ("self_attn.o_proj",)), context)
     assert counts == {"awq folds applied": 1}

@@ -230,15 +230,15 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
     if "gptq" in steps:
         assert counts.pop("dead input channels") == 0
         assert counts.pop("gptq solves with damping raised") == 0
-    if "awq" in steps:
-        skipped = "awq folds skipped: no gain with scales shared between heads"
-        idle = "awq folds without effect"
-        assert counts["awq folds applied"] + counts.get(skipped, 0) + counts.get(idle, 0) == 4 * 4  # folds x blocks
-        assert counts["awq folds applied"] >= 3 * 4
-        assert counts.keys() <= {"awq folds applied", skipped, idle}
+    if steps[0] in ("awq", "smoothquant"):
+        applied, idle = f"{steps[0]} folds applied", f"{steps[0]} folds without effect"
+        skipped = f"{steps[0]} folds skipped: no gain with scales shared between heads"
+        assert counts[applied] + counts.get(skipped, 0) + counts.get(idle, 0) == 4 * 4  # folds x blocks
+        assert counts[applied] >= 3 * 4
+        assert counts.keys() <= {applied, skipped, idle}
     else:
         assert counts == {}
-    assert ("calibration" in stages) == ("gptq" in steps or "awq" in steps)
+    assert ("calibration" in stages) == bool({"gptq", "awq", "smoothquant"} & set(steps))
     if "calibration" in stages:
         calibration = stages["calibration"]
         assert (calibration["samples"], calibration["seq_len"], len(calibration["sha256"])) == (8, SEQ_LEN, 64)
@@ -427,7 +427,7 @@ def test_untied_head(
     assert any("untied" in note for note in report.stages["merge"]["notes"])
 
 
-# AWQ folds
+# Folds
 
 
 def shaken(folder: Path) -> TensorsInMemory:
@@ -454,17 +454,17 @@ class Unrounded:
 
 
 def folded(
-    monkeypatch: pytest.MonkeyPatch, view: TensorsInMemory, ids_BS: Tensor
+    monkeypatch: pytest.MonkeyPatch, view: TensorsInMemory, ids_BS: Tensor, target: str = "awq"
 ) -> tuple[TensorsInMemory, Counter[str]]:
-    """The model after all AWQ folds, with nothing quantized."""
+    """The model after all folds of the target's own algorithm, with nothing quantized."""
 
     def keep(weights: dict[str, Tensor], *_: object) -> dict[str, Unrounded]:
         return {name: Unrounded(tensor) for name, tensor in weights.items()}
 
     monkeypatch.setattr("qconv.quantize.blocks.solve", keep)
     request = QuantizeRequest(
-        config=QuantizationConfig(target="awq"),
-        scheme=Scheme(group_size=64, symmetric=False),
+        config=QuantizationConfig(target=target),
+        scheme=TARGETS[target].scheme or Scheme(group_size=64, symmetric=False),
         weights=linear_weights(view),
         storage=torch.float32,
         model_type=view.config["model_type"],
@@ -477,14 +477,20 @@ def folded(
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family in FOLDS])
-def test_awq_folds_change_the_weights_and_not_the_function(
-    random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, ids: Tensor, family: str
+@pytest.mark.parametrize(("target", "method"), [("awq", "awq"), ("int8", "smoothquant")])
+def test_folds_change_the_weights_and_not_the_function(
+    random_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    ids: Tensor,
+    family: str,
+    target: str,
+    method: str,
 ) -> None:
     view = shaken(random_model(family))
-    after, counts = folded(monkeypatch, view, ids)
-    skipped = "awq folds skipped: no gain with scales shared between heads"
-    assert counts["awq folds applied"] + counts[skipped] == 2 * len(FOLDS[family])
-    assert counts["awq folds applied"] >= 2 * (len(FOLDS[family]) - 1)
+    after, counts = folded(monkeypatch, view, ids, target)
+    skipped = f"{method} folds skipped: no gain with scales shared between heads"
+    assert counts[f"{method} folds applied"] + counts[skipped] == 2 * len(FOLDS[family])
+    assert counts[f"{method} folds applied"] >= 2 * (len(FOLDS[family]) - 1)
     changed = {name.split(".", 3)[-1] for name, t in after.tensors.items() if not torch.equal(t, view.tensors[name])}
     for fold in FOLDS[family]:
         if fold.kind != "rows":
@@ -501,11 +507,11 @@ def test_the_fold_check_sees_a_wrong_fold(
     random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, ids: Tensor, family: str
 ) -> None:
     """Losing a bias or taking one norm for the other must show, or the test above proves nothing."""
-    from qconv.quantize import awq_block, folds
+    from qconv.quantize import fold_block, folds
 
     view = shaken(random_model(family))
     if family == "qwen2":
-        monkeypatch.setattr(awq_block, "fold_into_rows", lambda w, _, s: folds.fold_into_rows(w, None, s))
+        monkeypatch.setattr(fold_block, "fold_into_rows", lambda w, _, s: folds.fold_into_rows(w, None, s))
     else:
         wrong = tuple(dataclasses.replace(f, kind=f.kind.removesuffix("_plus_one")) for f in FOLDS[family])  # type: ignore[arg-type]
         monkeypatch.setattr("qconv.quantize.blocks.FOLDS", {family: wrong})

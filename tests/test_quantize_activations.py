@@ -277,16 +277,21 @@ def test_a_pass_that_ends_early_gathers_the_same(
 
     monkeypatch.setattr(StreamedModel, "build_block", counted)
     hidden = Activations.embed(model, batches, "device")
-    statistics = gather(model, 1, tensors, names, hidden, with_mean_abs=True)
+    statistics = gather(model, 1, tensors, names, hidden, {"gram", "mean_abs", "sample"})
     assert list(statistics) == names
     for name in names:
         x_TK = torch.cat([x.flatten(0, 1) for x in inputs[name]]).double()
         exact_KK = x_TK.T @ x_TK / len(x_TK)
         norm_K = exact_KK.diagonal().sqrt()
-        assert float(((statistics[name].gram_KK - exact_KK).abs() / torch.outer(norm_K, norm_K)).max()) < 1e-6
+        gram_KK, sample = statistics[name].gram_KK, statistics[name].sample
+        assert gram_KK is not None
+        assert sample is not None
+        assert float(((gram_KK - exact_KK).abs() / torch.outer(norm_K, norm_K)).max()) < 1e-6
         mean_abs_K = statistics[name].mean_abs_K
         assert mean_abs_K is not None
         torch.testing.assert_close(mean_abs_K.double(), x_TK.abs().mean(0), rtol=1e-5, atol=0)
+        assert torch.equal(sample.max_abs_K, x_TK.abs().amax(0).float())
+        assert torch.equal(sample.x_tK, x_TK.float())  # fewer tokens than are kept at most
     assert done.count("mlp.down_proj") == 1  # the first batch, which tells that it is the last one
     assert all(done.count(name.removesuffix(".weight")) == 3 for name in names if "down" not in name)
     separate = {id(statistics[name]) for name in names}
@@ -335,7 +340,7 @@ def test_blocks_that_call_linears_in_other_ways(orders: list[str], num_whole: in
         embed_each=lambda _: batches,
     )
     hidden = Activations.embed(model, [], "device")
-    found = gather(model, 0, {}, ["a.weight", "b.weight"], hidden, with_mean_abs=False)
+    found = gather(model, 0, {}, ["a.weight", "b.weight"], hidden, {"gram"})
     for letter, tensors in inputs.items():
         x_TK = torch.cat([x.flatten(0, 1) for x in tensors])
         torch.testing.assert_close(found[f"{letter}.weight"].gram_KK, x_TK.T @ x_TK / len(x_TK), rtol=1e-5, atol=1e-6)
@@ -358,7 +363,7 @@ def test_a_pass_that_ends_early_leaves_nothing_behind(random_model: Callable[...
     gc.collect()
     gc.disable()
     try:
-        gather(model, 0, model.read_block(0), names, hidden, with_mean_abs=False)
+        gather(model, 0, model.read_block(0), names, hidden, {"gram"})
         assert len(made) >= len(batches)
         assert all(tensor() is None for tensor in made)
     finally:
@@ -374,7 +379,7 @@ def test_a_linear_that_is_never_called_is_named() -> None:
         embed_each=lambda _: [torch.ones(1, 2, 4)],
     )
     with pytest.raises(CalibrationError, match=r"layers\.7\.b\.weight.*none"):
-        gather(model, 0, {}, ["a.weight", "b.weight"], Activations.embed(model, [], "device"), with_mean_abs=False)
+        gather(model, 0, {}, ["a.weight", "b.weight"], Activations.embed(model, [], "device"), {"gram"})
 
 
 def test_a_bad_activation_names_its_linear(random_model: Callable[..., Path]) -> None:
@@ -382,7 +387,7 @@ def test_a_bad_activation_names_its_linear(random_model: Callable[..., Path]) ->
     tensors = model.read_block(1)
     tensors["mlp.up_proj.weight"][5, 0] = torch.nan
     with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.down_proj.*1 of 256 input channels \(first: 5\)"):
-        gather(model, 1, tensors, names, Activations.embed(model, batches, "device"), with_mean_abs=False)
+        gather(model, 1, tensors, names, Activations.embed(model, batches, "device"), {"gram"})
 
 
 # What fits.

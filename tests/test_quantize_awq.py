@@ -6,7 +6,8 @@ from torch import Tensor
 
 from qconv.errors import NumericsError
 from qconv.quantize import awq
-from qconv.quantize.awq import apply_scale, sample_rows, scaled_loss, search_block_grid, search_scale
+from qconv.quantize.awq import sample_rows, scaled_loss, search_block_grid, search_scale
+from qconv.quantize.fold_block import Statistics
 from qconv.quantize.gram import GramAccumulator
 from qconv.quantize.rtn import rtn
 from qconv.types import Scheme
@@ -186,10 +187,12 @@ def test_non_finite_arguments_are_named() -> None:
 def test_applied_scale_is_the_statistics_of_scaled_inputs() -> None:
     _, x_TK = layer()
     s_K = torch.rand(256, generator=torch.Generator().manual_seed(5)) + 0.5
-    gram_KK, mean_abs_K = apply_scale(*statistics(x_TK), s_K)
+    scaled = Statistics(*statistics(x_TK)).divided_by(s_K)
     expected_gram_KK, expected_mean_K = statistics(x_TK / s_K)
-    torch.testing.assert_close(gram_KK, expected_gram_KK, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(mean_abs_K, expected_mean_K, rtol=1e-5, atol=0)
+    assert scaled.gram_KK is not None
+    torch.testing.assert_close(scaled.gram_KK, expected_gram_KK, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scaled.mean_abs_K, expected_mean_K, rtol=1e-5, atol=0)
+    assert scaled.sample is None
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

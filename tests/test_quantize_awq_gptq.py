@@ -10,10 +10,10 @@ from torch import Tensor
 
 from qconv.checkpoint import open_checkpoint
 from qconv.config import QuantizationConfig
-from qconv.quantize import awq_block
+from qconv.quantize import fold_block
 from qconv.quantize.awq import AwqScale
-from qconv.quantize.awq_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
+from qconv.quantize.fold_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.folds import Fold, Heads
 from qconv.quantize.gram import GramAccumulator
 from qconv.quantize.solve import solve
@@ -51,7 +51,7 @@ def test_scales_of_one_leave_gptq(random_model: Callable[..., Path], monkeypatch
     scaled, *_ = quantized(folder, "awq+gptq")
     expected, changed, counts = quantized(folder, "gptq")
     assert changed == {}
-    monkeypatch.setattr(awq_block, "search_scale", ones)
+    monkeypatch.setattr(fold_block, "search_scale", ones)
     found, changed, both = quantized(folder, "awq+gptq")
     assert all(torch.equal(norm, torch.ones_like(norm)) for norm in changed.values())  # as they are in that model
     assert both == counts + Counter({"awq folds without effect": 8})
@@ -81,8 +81,10 @@ def test_both_have_less_output_error_than_either(symmetric: bool, seed: int) -> 
         scheme = Scheme(group_size=32, symmetric=symmetric, activation_order=config.solves)
         shared = Statistics(sums.gram(), sums.mean_abs())
         statistics = dict.fromkeys(before, shared)
-        if config.folds_scales:
-            context = FoldContext(heads=Heads(1, 1, 128), scheme=scheme, storage=torch.bfloat16, counts=Counter())
+        if config.folding is not None:
+            context = FoldContext(
+                method=config.folding, heads=Heads(1, 1, 128), scheme=scheme, storage=torch.bfloat16, counts=Counter()
+            )
             assert fold_scales(tensors, statistics, NORM, context) == {"norm.weight"}
             assert context.counts["awq folds applied"] == 1
         norm = tensors.pop("norm.weight")

@@ -63,6 +63,10 @@ class AwqScale(NamedTuple):
     loss_before: float
     loss_after: float
 
+    @property
+    def is_idle(self) -> bool:
+        return not (self.ratio or self.duo)
+
 
 def search_scale(
     weights: Sequence[Tensor],
@@ -189,7 +193,7 @@ def search_block_grid(w_NK: Tensor, gram_KK: Tensor, scheme: Scheme, signed: boo
 
     Args:
         w_NK: ``[N, K]`` float32, already multiplied by ``s`` if there is one.
-        gram_KK: ``[K, K]`` float32, already divided by it (see `apply_scale`).
+        gram_KK: ``[K, K]`` float32, already divided by it (see `scaled_gram`).
         signed: as for `search_grid`.
     """
     blocks_Ggg = _diagonal_blocks(gram_KK, scheme)
@@ -218,6 +222,6 @@ def _block_loss(error_NGg: Tensor, blocks_Ggg: Tensor) -> Tensor:
     return torch.bmm(error_GNg, blocks_Ggg).mul_(error_GNg).sum(-1).t()
 
 
-def apply_scale(gram_KK: Tensor, mean_abs_K: Tensor, s_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrix and mean magnitude of the inputs ``x / s``."""
-    return (gram_KK / s_K.unsqueeze(0)).div_(s_K.unsqueeze(1)), mean_abs_K / s_K
+def scaled_gram(gram_KK: Tensor, s_K: Tensor) -> Tensor:
+    """Gram matrix of the inputs ``x / s``."""
+    return (gram_KK / s_K.unsqueeze(0)).div_(s_K.unsqueeze(1))

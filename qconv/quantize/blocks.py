@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qconv.config import QuantizationConfig
+from qconv.config import Folding, QuantizationConfig, Statistic
 from qconv.progress import QUIET, Progress
 from qconv.quantize.activations import Activations
-from qconv.quantize.awq_block import FoldContext, Statistics, fold_scales
+from qconv.quantize.fold_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.folds import FOLDS, Heads
 from qconv.quantize.gather import gather
 from qconv.quantize.memory import ModelShape, free_memory, plan_memory
@@ -153,7 +153,7 @@ def _quantize_block(
 
 
 def _appetite(request: QuantizeRequest) -> tuple[bool, bool]:
-    return request.config.needs_calibration, request.config.folds_scales
+    return request.config.needs_calibration, request.config.folding is not None
 
 
 def _gather(
@@ -167,8 +167,8 @@ def _gather(
 ) -> dict[str, Statistics]:
     prefix = model.block_prefix(index)
     names = [name for name in tensors if any(prefix + name in request.weights for request in requests)]
-    needs_scales = any(request.config.folds_scales for request in requests)
-    return gather(model, index, tensors, names, hidden, with_mean_abs=needs_scales, advance=advance)
+    wanted = frozenset[Statistic]().union(*(request.config.statistics for request in requests))
+    return gather(model, index, tensors, names, hidden, wanted, advance=advance)
 
 
 def _answer(
@@ -188,9 +188,9 @@ def _answer(
     """
     prefix = model.block_prefix(index)
     names = [name for name in tensors if prefix + name in request.weights]
-    if request.config.folds_scales:
+    if request.config.folding is not None:
         with TIMELINE.stage("fold"):
-            _fold(model, tensors, statistics, prefix, request)
+            _fold(model, tensors, statistics, prefix, request, request.config.folding)
     with TIMELINE.stage("solve"):
         weights = {name: tensors.pop(name).float() for name in names}
         where = f"{model.view.location}: {prefix}"
@@ -230,13 +230,15 @@ def _fold(
     statistics: dict[str, Statistics],
     prefix: str,
     request: QuantizeRequest,
+    method: Folding,
 ) -> None:
-    """Applies the AWQ folds of this family: puts new tensors and statistics in the place of old ones."""
+    """Applies the folds of this family: puts new tensors and statistics in the place of old ones."""
     folds = FOLDS.get(request.model_type, ())
     if not folds:
-        request.counts["awq folds skipped: model family without a fold table"] += 1
+        request.counts[f"{method} folds skipped: model family without a fold table"] += 1
         return
     context = FoldContext(
+        method=method,
         heads=Heads.of(model.view.config),
         scheme=request.scheme,
         storage=request.storage,

@@ -10,14 +10,16 @@ Dimension legend: B = rows in a batch, S = tokens per row, H = hidden size.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
 from torch import Tensor, nn
 
+from qconv.config import Statistic
 from qconv.quantize.activations import Activations
-from qconv.quantize.awq_block import Statistics
+from qconv.quantize.fold_block import Statistics
 from qconv.quantize.gram import GramAccumulator, check_inputs, no_tokens
+from qconv.quantize.sample import SampleAccumulator
 from qconv.skeleton import block_linears
 from qconv.streaming import StreamedModel
 
@@ -32,14 +34,15 @@ def gather(
     tensors: Mapping[str, Tensor],
     names: list[str],
     hidden: Activations,
+    wanted: Collection[Statistic],
     *,
-    with_mean_abs: bool,
     advance: bool = False,
 ) -> dict[str, Statistics]:
     """Runs block ``index``, holding ``tensors``, on all batches; statistics by weight name, one object for each input.
 
     Args:
         names: weights of the linears that are wanted.
+        wanted: what to gather of them.
         advance: run each batch to its end, and put what the block makes of it in its place.
 
     Raises:
@@ -48,7 +51,7 @@ def gather(
     """
     block = model.build_block(index, tensors)
     linears = block_linears(block)
-    listener = _Listener(names, model.block_prefix(index), with_mean_abs, ends_early=not advance)
+    listener = _Listener(names, model.block_prefix(index), wanted, len(hidden), ends_early=not advance)
     for name in names:
         linears[name.removesuffix(".weight")].register_forward_pre_hook(listener.hook(name))
     for number, h_BSH in hidden.each():
@@ -63,12 +66,16 @@ def gather(
 class _Listener:
     """Hears of every call of a wanted linear."""
 
-    def __init__(self, names: list[str], prefix: str, with_mean_abs: bool, ends_early: bool):
+    def __init__(
+        self, names: list[str], prefix: str, wanted: Collection[Statistic], num_batches: int, ends_early: bool
+    ):
         self._names = names
         self._prefix = prefix
-        self._with_mean_abs = with_mean_abs
+        self._wanted = wanted
+        self._expected_batches = num_batches
         self._ends_early = ends_early
         self._sums: dict[str, GramAccumulator] = {}
+        self._samples: dict[str, SampleAccumulator] = {}
         self._sharing: dict[str, str] = {}  # linear -> the one whose sums hold its inputs
         self._inputs: list[tuple[str, weakref.ref[Tensor]]] = []  # of this batch, with who was given each first
         self._calls: list[str] = []  # of this batch, in order
@@ -99,15 +106,20 @@ class _Listener:
             owner = name
             self._inputs.append((name, weakref.ref(x)))
             if self._sharing.setdefault(name, owner) == name:
-                self._sums_of(name, x).add(x)
+                self._gather(name, x)
         self._sharing.setdefault(name, owner)
 
-    def _sums_of(self, name: str, x: Tensor) -> GramAccumulator:
-        if name not in self._sums:
-            self._sums[name] = GramAccumulator(
-                x.shape[-1], x.device, self._prefix + name, with_mean_abs=self._with_mean_abs
-            )
-        return self._sums[name]
+    def _gather(self, name: str, x: Tensor) -> None:
+        where = self._prefix + name
+        if "gram" in self._wanted:
+            if name not in self._sums:
+                with_mean_abs = "mean_abs" in self._wanted
+                self._sums[name] = GramAccumulator(x.shape[-1], x.device, where, with_mean_abs=with_mean_abs)
+            self._sums[name].add(x)
+        if "sample" in self._wanted:
+            if name not in self._samples:
+                self._samples[name] = SampleAccumulator(x.shape[-1], x.device, where, self._expected_batches)
+            self._samples[name].add(x)
 
     def statistics(self) -> dict[str, Statistics]:
         check_inputs(self._sums.values())
@@ -115,7 +127,11 @@ class _Listener:
         if uncalled is not None:
             raise no_tokens(self._prefix + uncalled)
         done = {
-            name: Statistics(sums.gram(), sums.mean_abs() if self._with_mean_abs else None)
-            for name, sums in self._sums.items()
+            name: Statistics(
+                gram_KK=self._sums[name].gram() if "gram" in self._wanted else None,
+                mean_abs_K=self._sums[name].mean_abs() if "mean_abs" in self._wanted else None,
+                sample=self._samples[name].sample() if "sample" in self._wanted else None,
+            )
+            for name in set(self._sharing.values())
         }
         return {name: done[self._sharing[name]] for name in self._names}

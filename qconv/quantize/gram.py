@@ -111,16 +111,20 @@ class GramAccumulator:
             raise no_tokens(self.name)
         bad_K = ~torch.isfinite(self._gram_KK.diagonal())
         if bool(bad_K.any()):
-            raise NumericsError(
-                f"{self.name}: expected finite inputs during calibration, found NaN or infinity in "
-                f"{int(bad_K.sum())} of {bad_K.numel()} input channels (first: {int(bad_K.nonzero()[0])}); "
-                "a layer before it overflows: check the merged weights, or calibrate in bfloat16 or float32"
-            )
+            raise not_finite(self.name, bad_K)
 
 
 def no_tokens(name: str) -> CalibrationError:
     return CalibrationError(
         f"{name}: expected calibration tokens, found none that reach this module; use more or longer calibration text"
+    )
+
+
+def not_finite(name: str, bad_K: Tensor) -> NumericsError:
+    return NumericsError(
+        f"{name}: expected finite inputs during calibration, found NaN or infinity in "
+        f"{int(bad_K.sum())} of {bad_K.numel()} input channels (first: {int(bad_K.nonzero()[0])}); "
+        "a layer before it overflows: check the merged weights, or calibrate in bfloat16 or float32"
     )
 
 

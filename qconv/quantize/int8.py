@@ -9,7 +9,9 @@ at 8 bits, and engines' integer kernels were not tried with them.
 Rounding points: the weight scale once, then codes (see `grid.py`). Activations: the reciprocal 127 / absmax in
 float32, the product, then the nearest whole number, half to even, as vLLM's kernel does; codes are in -127 .. 127.
 
-Left out: moving outliers of activations into the weights (SmoothQuant), zero points, static activation scales.
+Outliers of activations are moved into the weights in `smooth.py`.
+
+Left out: zero points, static activation scales.
 
 Legend: N = out features, K = in features.
 """

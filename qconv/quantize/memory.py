@@ -34,7 +34,7 @@ GPU_TOKENS = 16384
 MIN_TOKENS_ON_DEVICE = 4096  # below, activations in host memory with larger batches are faster
 LIBRARIES = 600_000_000  # CUDA context, cuBLAS workspaces, compiled kernels
 # float32 [N, K] and [K, K] temporaries
-SOLVERS: Mapping[str, tuple[int, int]] = dict.fromkeys(("gptq", "awq", "awq+gptq"), (4, 2))
+SOLVERS: Mapping[str, tuple[int, int]] = dict.fromkeys(("gptq", "awq", "awq+gptq", "smoothquant+gptq"), (4, 2))
 OTHERS = (4, 0)
 
 

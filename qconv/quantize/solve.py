@@ -1,7 +1,7 @@
 """From the weights of one block to quantized linears, by the algorithm that was asked for.
 
-Linears that share an input share a Gram matrix; GPTQ stacks their rows and solves them at once. After AWQ's folds weights
-and Gram matrices are those of the scaled inputs (``awq+gptq``: W s, and G / s s^T): GPTQ solves them like any others.
+Linears that share an input share a Gram matrix; GPTQ stacks their rows and solves them at once. After folds weights and
+Gram matrices are those of the scaled inputs (``awq+gptq``: W s, and G / s s^T): GPTQ solves them like any others.
 
 Dimension legend: N = out features, K = in features, G = groups.
 """
@@ -19,7 +19,7 @@ from qconv.config import QuantizationConfig
 from qconv.progress import QUIET, Progress
 from qconv.quantize import int8
 from qconv.quantize.awq import search_block_grid
-from qconv.quantize.awq_block import Statistics
+from qconv.quantize.fold_block import Statistics
 from qconv.quantize.fp8 import quantize_per_block, quantize_per_channel
 from qconv.quantize.gptq import gptq
 from qconv.quantize.rtn import rtn
@@ -53,7 +53,7 @@ def solve(
             }
         case "bnb":
             raise AssertionError("bitsandbytes weights are encoded as they are written")
-        case "int8":
+        case "int8" | "smoothquant":
             return {name: int8.quantize_per_channel(weights.pop(name), scheme, where + name) for name in list(weights)}
         case "rtn":
             return {name: rtn(weights.pop(name), scheme, where + name) for name in list(weights)}
@@ -61,12 +61,18 @@ def solve(
             return {
                 name: _clipped(weights.pop(name), statistics.pop(name), where + name, scheme) for name in list(weights)
             }
-        case "gptq" | "awq+gptq":
+        case "gptq" | "awq+gptq" | "smoothquant+gptq":
             return _gptq(weights, statistics, where, config, scheme, counts, progress)
 
 
 def _clipped(w_NK: Tensor, statistics: Statistics, name: str, scheme: Scheme) -> QuantizedLinear:
-    return rtn(w_NK, scheme, name, grid=search_block_grid(w_NK, statistics.gram_KK, scheme))
+    return rtn(w_NK, scheme, name, grid=search_block_grid(w_NK, _gram_of(statistics, name), scheme))
+
+
+def _gram_of(statistics: Statistics, name: str) -> Tensor:
+    if statistics.gram_KK is None:
+        raise ValueError(f"{name}: the Gram matrix of its inputs was not gathered")
+    return statistics.gram_KK
 
 
 def _gptq(
@@ -89,11 +95,13 @@ def _gptq(
         parts = [weights.pop(name) for name in names]
         stacked_NK = parts[0] if len(parts) == 1 else torch.cat(parts)
         del parts
-        gram_KK, *_ = [statistics.pop(name).gram_KK for name in names]
+        gram_KK, *_ = [_gram_of(statistics.pop(name), where + name) for name in names]
         order_K = torch.argsort(gram_KK.diagonal(), descending=True, stable=True) if config.desc_act else None
         if order_K is not None:
             stacked_NK, gram_KK = stacked_NK[:, order_K], gram_KK[order_K][:, order_K]
-        solved = gptq(stacked_NK, gram_KK, scheme, label, damping=config.damping)
+        # Engines' integer kernels were not tried with negative scales.
+        signed = not scheme.dynamic_activations
+        solved = gptq(stacked_NK, gram_KK, scheme, label, damping=config.damping, signed_scales=signed)
         linear = solved.linear if order_K is None else regrouped(solved.linear, order_K)
         progress.detail(
             f"{label}: relative output error {solved.stats.relative_error:.2e}, damping {solved.stats.damping:g}"

@@ -1,4 +1,4 @@
-"""AWQ scales of one fold: search, make them storable, move them into the producer.
+"""Channel scales of one fold (AWQ's or SmoothQuant's): search, make them storable, move them into the producer.
 
 Dimension legend: N = out features, K = in features.
 """
@@ -6,13 +6,15 @@ Dimension legend: N = out features, K = in features.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from qconv.quantize.awq import apply_scale, search_scale
+from qconv.config import Folding
+from qconv.quantize.awq import AwqScale, scaled_gram, search_scale
 from qconv.quantize.folds import (
     Fold,
     Heads,
@@ -21,24 +23,40 @@ from qconv.quantize.folds import (
     producer_scale,
     share_across_heads,
 )
+from qconv.quantize.sample import InputSample
+from qconv.quantize.smooth import SmoothScale, search_smoothing
 from qconv.types import Scheme
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one distinct linear input: Gram matrix ``[K, K]`` and, where AWQ needs it, mean magnitude ``[K]``, float32."""
+    """Of one distinct linear input, float32: Gram matrix ``[K, K]``, mean magnitude ``[K]``, and tokens.
 
-    gram_KK: Tensor
+    What was not asked for is None.
+    """
+
+    gram_KK: Tensor | None = None
     mean_abs_K: Tensor | None = None
+    sample: InputSample | None = None
+
+    def divided_by(self, s_K: Tensor) -> Statistics:
+        """Those of the inputs ``x / s``."""
+        gram_KK, mean_abs_K, sample = self.gram_KK, self.mean_abs_K, self.sample
+        return Statistics(
+            gram_KK=None if gram_KK is None else scaled_gram(gram_KK, s_K),
+            mean_abs_K=None if mean_abs_K is None else mean_abs_K / s_K,
+            sample=None if sample is None else sample.divided_by(s_K),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldContext:
-    """What folding needs to know beyond the block: attention shape, scheme, storage dtype, where to count.
+    """What folding needs to know beyond the block: method, attention shape, scheme, storage dtype, where to count.
 
     ``where`` completes local names in messages.
     """
 
+    method: Folding
     heads: Heads
     scheme: Scheme
     storage: torch.dtype
@@ -57,30 +75,44 @@ def fold_scales(
     weights = [f"{target}.weight" for target in fold.targets]
     source = f"{fold.source}.weight"
     if source not in tensors or any(name not in statistics for name in weights):
-        context.counts["awq folds skipped: layer not found"] += 1
+        context.counts[f"{context.method} folds skipped: layer not found"] += 1
         return
     stats = statistics[weights[0]]
-    if stats.mean_abs_K is None:
-        raise ValueError(f"{weights[0]}: AWQ needs the mean magnitude of the inputs")
     w_list = [tensors[name].float() for name in weights]
     shares_heads = fold.kind == "rows" and fold.targets[0].endswith("o_proj")
     share = partial(share_across_heads, heads=context.heads) if shares_heads else None
     name = context.where + " + ".join(weights)
-    found = search_scale(w_list, stats.gram_KK, stats.mean_abs_K, context.scheme, name, share=share)
+    found = _search(w_list, stats, context, name, share)
     scale_K = found.s_K
     if shares_heads and found.loss_after >= found.loss_before:
-        context.counts["awq folds skipped: no gain with scales shared between heads"] += 1
+        context.counts[f"{context.method} folds skipped: no gain with scales shared between heads"] += 1
         return
     if fold.kind == "rows":
         _fold_into_rows(tensors, fold, scale_K, context.heads)
     else:
         plus_one = fold.kind == "norm_plus_one"
         tensors[source], scale_K = fold_into_norm(tensors[source], scale_K, context.storage, plus_one)
-    scaled = Statistics(*apply_scale(stats.gram_KK, stats.mean_abs_K, scale_K))
+    scaled = stats.divided_by(scale_K)
     for name, w_NK in zip(weights, w_list, strict=True):
         tensors[name] = w_NK * scale_K
         statistics[name] = scaled
-    context.counts["awq folds applied" if found.ratio or found.duo else "awq folds without effect"] += 1
+    context.counts[f"{context.method} folds {'without effect' if found.is_idle else 'applied'}"] += 1
+
+
+def _search(
+    weights: list[Tensor],
+    stats: Statistics,
+    context: FoldContext,
+    name: str,
+    share: Callable[[Tensor], Tensor] | None,
+) -> AwqScale | SmoothScale:
+    if context.method == "smoothquant":
+        if stats.sample is None:
+            raise ValueError(f"{name}: SmoothQuant needs tokens of the inputs")
+        return search_smoothing(weights, stats.sample, context.scheme, name, share)
+    if stats.gram_KK is None or stats.mean_abs_K is None:
+        raise ValueError(f"{name}: AWQ needs the Gram matrix and the mean magnitude of the inputs")
+    return search_scale(weights, stats.gram_KK, stats.mean_abs_K, context.scheme, name, share=share)
 
 
 def _fold_into_rows(tensors: dict[str, Tensor], fold: Fold, scale_K: Tensor, heads: Heads) -> None:
