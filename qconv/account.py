@@ -152,6 +152,7 @@ def stages(
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "symmetric": scheme.symmetric,
+            **({"activations": "static"} if scheme.static_activations else {}),
             **({"block_rows": scheme.block_rows} if scheme.block_rows > 1 else {}),
             "linears quantized": len(layout.quantized),
             "read by": TARGETS[output.quantization.target].readers,

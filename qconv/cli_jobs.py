@@ -30,7 +30,9 @@ def merge_job(
     if targets:
         quantizations = [*_quantizations(targets, options)]
     elif _given(options):
-        raise errors.UsageError("--algorithm, --bits, --group-size, --sym/--asym and --desc-act belong to --requant")
+        raise errors.UsageError(
+            "--algorithm, --bits, --group-size, --sym/--asym, --activations and --desc-act belong to --requant"
+        )
     names = ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks")
     asked = [name for name in names if options[name] not in (None, ())]
     if not validate_it and asked:
@@ -68,7 +70,9 @@ def merge_job(
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The options of targets that were given."""
-    named = {name: options[name] for name in ("algorithm", "bits", "group_size", "symmetric", "desc_act")}
+    named = {
+        name: options[name] for name in ("algorithm", "bits", "group_size", "symmetric", "activations", "desc_act")
+    }
     return {name: value for name, value in named.items() if value is not None and (name != "desc_act" or value)}
 
 

@@ -68,6 +68,11 @@ quantize_options = options(
     click.option(
         "--sym/--asym", "symmetric", default=None, help="Without or with zero points [default: sym; awq: asym]"
     ),
+    click.option(
+        "--activations",
+        type=Choice(["dynamic", "static"]),
+        help="fp8: scales of inputs for each token as it comes, or calibrated [default: dynamic]",
+    ),
     click.option("--desc-act", is_flag=True, help="gptq: groups in activation order, with a stored group index."),
     click.option(
         "--damping", default=0.03, show_default=True, help="gptq: damping, fraction of the mean Gram diagonal."

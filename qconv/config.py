@@ -37,6 +37,8 @@ class QuantizationConfig:
         desc_act: GPTQ's activation-ordered groups with a stored group index (``desc_act: true``).
             Columns are always visited in activation order; this also regroups them.
         damping: GPTQ damping as a fraction of the mean Gram diagonal.
+        activations: how the engine finds the scales of inputs that it rounds to float8: for each token as it comes, or
+            once for all, by calibration; for ``fp8``, where None = dynamic.
     """
 
     target: str
@@ -46,6 +48,7 @@ class QuantizationConfig:
     symmetric: bool | None = None
     desc_act: bool = False
     damping: float = 0.03
+    activations: Literal["dynamic", "static"] | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -63,6 +66,8 @@ class QuantizationConfig:
             )
         if self.group_size is not None and self.group_size != -1 and self.group_size < 8:
             raise SchemeError(f"--group-size must be at least 8, or -1 for one group per row, got {self.group_size}")
+        if self.activations is not None and self.target != "fp8":
+            raise UsageError(f"--activations belongs to --requant fp8, got {self.target}")
         if not 0 < self.damping < 1:
             raise UsageError(f"--damping is a fraction between 0 and 1, got {self.damping}")
 
@@ -93,6 +98,8 @@ class QuantizationConfig:
             wanted |= {"gram", "mean_abs"}
         elif self.folding == "smoothquant":
             wanted |= {"sample"}
+        if self.activations == "static":
+            wanted |= {"sample"}
         return frozenset(wanted)
 
     @property
@@ -107,7 +114,10 @@ class QuantizationConfig:
         """
         target = TARGETS[self.target]
         if target.scheme is not None:
-            return replace(target.scheme, activation_order=self.solves)
+            scheme = replace(target.scheme, activation_order=self.solves)
+            if self.activations == "static":
+                scheme = replace(scheme, dynamic_activations=False, static_activations=True)
+            return scheme
         widths = sorted(set(in_features))
         fitting = [g for g in GROUP_SIZES if all(k % g == 0 for k in widths)]
         size = self.group_size

@@ -19,7 +19,7 @@ def rules_for(
     """
     scheme = candidate.view.scheme
     if scheme is not None:
-        kind = artifact_kind(scheme.bits, scheme.kind == "float" or scheme.dynamic_activations)
+        kind = artifact_kind(scheme.bits, scheme.kind == "float" or scheme.rounds_activations)
     else:
         kind = "plain" if candidate.view.kind == "plain" else "int4"  # bitsandbytes 4-bit
     defaults = default_rules(kind, has_adapter) if config.defaults and config.policy.defaults else ()

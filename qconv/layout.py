@@ -183,4 +183,5 @@ def _meta_linear(n: int, k: int, scheme: Scheme, desc_act: bool) -> QuantizedLin
         zeros_NG=None if scheme.symmetric else torch.empty(scales_shape, dtype=torch.uint8, device="meta"),
         group_index_K=torch.empty(k, dtype=torch.int32, device="meta") if desc_act else None,
         scheme=scheme,
+        input_scale=torch.empty(1, device="meta") if scheme.static_activations else None,
     )

@@ -8,7 +8,9 @@ transformers``); or decoded by qconv and run block by block, which needs neither
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +18,7 @@ from qconv.checkpoint import SafetensorsCheckpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.layout import config_dtype
 from qconv.merge import merge
+from qconv.quantize.fp8_static import fake_quantize_static
 from qconv.quantize.int8 import fake_quantize_inputs
 from qconv.skeleton import block_linears
 from qconv.streaming import BlockModel, Decorate, StreamedModel
@@ -131,15 +134,21 @@ def streamed(
 
 
 def _input_quantization(view: DequantizedCheckpoint) -> Decorate | None:
-    """Engines quantize the inputs of W8A8 linears per token at run time; so does a model that is run here."""
+    """Engines quantize the inputs of W8A8 linears at run time; so does a model that is run here."""
     scheme = view.scheme
-    if scheme is None or not scheme.dynamic_activations:
+    if scheme is None or not scheme.rounds_activations:
         return None
     modules = frozenset(view.quantized_modules)
+
+    def rounding(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        if scheme.static_activations:
+            scale = view.input_scale(name)
+            return lambda _, args: (fake_quantize_static(args[0], scale, name), *args[1:])
+        return lambda _, args: (fake_quantize_inputs(args[0], scheme, name), *args[1:])
 
     def decorate(prefix: str, block: nn.Module) -> None:
         for name, linear in block_linears(block).items():
             if prefix + name in modules:
-                linear.register_forward_pre_hook(lambda _, args: (fake_quantize_inputs(args[0], scheme), *args[1:]))
+                linear.register_forward_pre_hook(rounding(prefix + name))
 
     return decorate

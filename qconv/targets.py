@@ -70,7 +70,7 @@ TARGETS: Mapping[str, Target] = {
     "int8": Target(
         name="int8",
         format="int-quantized",
-        algorithms=("smoothquant", "int8", "gptq", "smoothquant+gptq"),
+        algorithms=("smoothquant+gptq", "smoothquant", "gptq", "int8"),
         bits=(8,),
         symmetric=None,
         readers="vLLM, SGLang, transformers + compressed-tensors",

@@ -94,6 +94,8 @@ class Scheme:
             (GPTQ "act-order"); groups are then either static or named by a group index.
         dynamic_activations: the engine quantizes inputs at run time to 8 bits of the same kind, per token and
             ``group_size`` features (-1 = all of a token).
+        static_activations: the engine quantizes inputs at run time to 8 bits of the same kind, by one scale that is
+            stored with each linear; float8 only, and the rows of a weight share one scale, too.
         min_zero: smallest zero point of an asymmetric scheme; 1 for the GPTQ v1 layout, which stores
             zero - 1 and whose readers disagree on what a stored -1 means.
         block_rows: output features that share a scale; more than 1 for ``"float"`` blocks with a group size.
@@ -105,6 +107,7 @@ class Scheme:
     symmetric: bool = True
     activation_order: bool = False
     dynamic_activations: bool = False
+    static_activations: bool = False
     min_zero: Literal[0, 1] = 0
     block_rows: int = 1
 
@@ -120,6 +123,17 @@ class Scheme:
                 f"rows share a scale in float8 blocks only, got block_rows={self.block_rows} kind={self.kind} "
                 f"group_size={self.group_size}"
             )
+
+        if self.static_activations and (self.dynamic_activations or self.kind != "float" or self.group_size != -1):
+            raise SchemeError(
+                "static activations are those of float8 with group size -1, and not dynamic, got "
+                f"kind={self.kind} group_size={self.group_size} dynamic_activations={self.dynamic_activations}"
+            )
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether the engine quantizes inputs."""
+        return self.dynamic_activations or self.static_activations
 
     @property
     def max_code(self) -> int:
@@ -153,6 +167,8 @@ class QuantizedLinear:
         zeros_NG: ``[N, G]`` uint8 zero points, or None when the scheme is symmetric.
         group_index_K: ``[K]`` int32, the group of each input feature, or None for ``k // group_size``.
         scheme: what the codes mean.
+        input_scale: ``[1]`` float32, exact in both float16 and bfloat16, what inputs are divided by before they are
+            rounded and clipped; with ``scheme.static_activations``, else None.
     """
 
     codes_NK: Tensor
@@ -160,6 +176,7 @@ class QuantizedLinear:
     zeros_NG: Tensor | None
     group_index_K: Tensor | None
     scheme: Scheme
+    input_scale: Tensor | None = None
 
     def rows(self, rows: slice) -> QuantizedLinear:
         """Some rows, with a scale for each; where ``rows`` begins and ends need not fit blocks."""

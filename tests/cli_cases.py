@@ -39,10 +39,13 @@ class Variant:
     bits: int
     symmetric: bool | None = None
     desc_act: bool = False
+    activations: str | None = None
 
     def __str__(self) -> str:
         symmetric = {True: "-sym", False: "-asym", None: ""}[self.symmetric]
-        return f"{self.target}-{self.algorithm}{self.bits}{symmetric}{'-desc_act' if self.desc_act else ''}"
+        return f"{self.target}-{self.algorithm}{self.bits}{symmetric}{'-desc_act' if self.desc_act else ''}" + (
+            "-static" if self.activations == "static" else ""
+        )
 
     @property
     def config(self) -> QuantizationConfig:
@@ -57,6 +60,8 @@ def all_variants() -> Iterator[Variant]:
             yield Variant(target.name, algorithm, bits, symmetric)
             if target.format == "gptq" and algorithm == "gptq":
                 yield Variant(target.name, algorithm, bits, symmetric, desc_act=True)
+            if target.name == "fp8":
+                yield Variant(target.name, algorithm, bits, activations="static")
 
 
 VARIANTS = list(all_variants())
@@ -71,6 +76,7 @@ LAYOUTS = [
     Variant("w4a16", "rtn", 4, False),
     Variant("w4a16", "rtn", 8, True),
     Variant("fp8", "fp8", 8),
+    Variant("fp8", "fp8", 8, activations="static"),
 ]
 
 

@@ -17,6 +17,7 @@ INT_FORMATS = ("gptq", "gptq_v2", "awq", "pack-quantized")
 BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "awq": (4,), "pack-quantized": (4, 8)}
 FP8 = Scheme(kind="float", bits=8, group_size=-1, dynamic_activations=True)
 INT8 = Scheme(bits=8, group_size=-1, dynamic_activations=True)
+STATIC = Scheme(kind="float", bits=8, group_size=-1, static_activations=True)
 BLOCKS = Scheme(kind="float", bits=8, group_size=128, block_rows=128, dynamic_activations=True)
 W8A8 = {"float-quantized": FP8, "int-quantized": INT8, "fp8-block": BLOCKS}
 
@@ -28,7 +29,11 @@ def random_linear(scheme, n, k, seed=0, group_index=False, lowest_zero=0):
     scales = (torch.rand(scheme.scales_shape(n, k), generator=generator) * 0.1 + 1e-3).to(torch.bfloat16).float()
     if scheme.kind == "float":
         codes = (torch.randn(n, k, generator=generator) * 100).to(torch.float8_e4m3fn)
-        return QuantizedLinear(codes_NK=codes, scales_NG=scales, zeros_NG=None, group_index_K=None, scheme=scheme)
+        fields = {"codes_NK": codes, "scales_NG": scales, "zeros_NG": None, "group_index_K": None, "scheme": scheme}
+        if scheme.static_activations:
+            fields["scales_NG"] = scales[:1].expand_as(scales).contiguous()
+            fields["input_scale"] = scales[1, :1].clone()
+        return QuantizedLinear(**fields)
     draw = {"generator": generator, "dtype": torch.uint8}
     zeros = None if scheme.symmetric else torch.randint(lowest_zero, scheme.max_code + 1, (n, groups), **draw)
     index = None
@@ -45,7 +50,7 @@ def random_linear(scheme, n, k, seed=0, group_index=False, lowest_zero=0):
 
 def assert_same(left, right):
     assert left.scheme == right.scheme
-    for field in ("codes_NK", "scales_NG", "zeros_NG", "group_index_K"):
+    for field in ("codes_NK", "scales_NG", "zeros_NG", "group_index_K", "input_scale"):
         a, b = getattr(left, field), getattr(right, field)
         assert (a is None) == (b is None), field
         if a is not None:
@@ -108,6 +113,73 @@ def test_float8_round_trip():
         "layer.weight_scale": (torch.bfloat16, (24, 1)),
     }
     assert_same(fmt.unpack(tensors, "layer", FP8), q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_static_float8_round_trip(dtype):
+    q = random_linear(STATIC, 24, 40)
+    fmt = FORMATS["float-quantized"]
+    fmt.check(q, "layer", dtype)
+    tensors = fmt.pack(q, "layer", dtype)
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()} == {
+        "layer.weight": (torch.float8_e4m3fn, (24, 40)),
+        "layer.weight_scale": (dtype, (1,)),
+        "layer.input_scale": (dtype, (1,)),
+    }
+    assert_same(fmt.unpack(tensors, "layer", STATIC), q)
+    assert fmt.scheme_of(fmt.quantization_config(STATIC, ["layer"], []), "folder") == STATIC
+    on_meta = fmt.pack(
+        changed(q, **{key: getattr(q, key).to("meta") for key in ("codes_NK", "scales_NG", "input_scale")}),
+        "layer",
+        dtype,
+    )
+    assert {k: (v.dtype, v.shape) for k, v in on_meta.items()} == {k: (v.dtype, v.shape) for k, v in tensors.items()}
+
+
+def test_float8_scales_of_other_tools():
+    """A scale for each channel beside static inputs, and one for a tensor beside dynamic ones, are read, too."""
+    fmt, q = FORMATS["float-quantized"], random_linear(FP8, 24, 40)
+    channels = fmt.pack(q, "layer", torch.bfloat16) | {"layer.input_scale": torch.tensor([0.25])}
+    back = fmt.unpack(channels, "layer", STATIC)
+    assert torch.equal(back.scales_NG, q.scales_NG)
+    assert torch.equal(back.input_scale, torch.tensor([0.25]))
+    whole = random_linear(STATIC, 24, 40)
+    tensors = fmt.pack(whole, "layer", torch.bfloat16)
+    back = fmt.unpack(tensors, "layer", FP8)
+    assert back.input_scale is None
+    assert torch.equal(back.dequantize(), whole.dequantize())
+
+
+def test_input_scales_that_cannot_be():
+    fmt, q = FORMATS["float-quantized"], random_linear(STATIC, 24, 40)
+    with pytest.raises(SchemeError, match="layer: an input scale belongs to static activations"):
+        fmt.check(changed(q, input_scale=None), "layer", torch.bfloat16)
+    with pytest.raises(SchemeError, match="layer: an input scale belongs to static activations"):
+        fmt.check(changed(q, scheme=FP8), "layer", torch.bfloat16)
+    with pytest.raises(SchemeError, match="layer: beside static activations a weight has one scale"):
+        fmt.check(changed(q, scales_NG=random_linear(FP8, 24, 40).scales_NG), "layer", torch.bfloat16)
+    for value in (0.0, -0.5, 0.1, float("nan")):
+        with pytest.raises(NumericsError, match=r"layer: the input scale .* is not positive and exact"):
+            fmt.check(changed(q, input_scale=torch.tensor([value])), "layer", torch.bfloat16)
+    tensors = fmt.pack(q, "layer", torch.bfloat16)
+    for bad, error, message in (
+        (torch.tensor([-0.5]), CheckpointError, r"folder: tensor 'layer.input_scale' is -0.5; a scale is positive"),
+        (torch.tensor([0.5, 0.5]), CheckpointError, r"'layer.input_scale': expected .*\(1\), found .* \(2,\)"),
+        (torch.tensor([float("inf")]), NumericsError, "a scale of module 'layer' is NaN or infinite"),
+    ):
+        with pytest.raises(error, match=message):
+            fmt.unpack(tensors | {"layer.input_scale": bad}, "layer", STATIC, "folder")
+    with pytest.raises(CheckpointError, match=r"no tensor 'layer.input_scale'"):
+        fmt.unpack({k: v for k, v in tensors.items() if "input" not in k}, "layer", STATIC, "folder")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"dynamic_activations": True}, {"kind": "int"}, {"group_size": 128}, {"group_size": 128, "block_rows": 128}],
+)
+def test_static_activations_are_those_of_float8(fields):
+    with pytest.raises(SchemeError, match="static activations are those of float8 with group size -1, and not dynamic"):
+        Scheme(**{"kind": "float", "bits": 8, "group_size": -1, "static_activations": True} | fields)
 
 
 # Independent decoders: explicit bit positions on numpy integers -----------------------------------

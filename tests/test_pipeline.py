@@ -212,6 +212,8 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
         }
     if scheme is not None and scheme.block_rows > 1:
         numbers["block_rows"] = scheme.block_rows
+    if variant.activations == "static":
+        numbers["activations"] = "static"
     facts = numbers | {
         "format": TARGETS[variant.target].format,
         "algorithm": variant.algorithm,
@@ -238,7 +240,9 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
         assert counts.keys() <= {applied, skipped, idle}
     else:
         assert counts == {}
-    assert ("calibration" in stages) == bool({"gptq", "awq", "smoothquant"} & set(steps))
+    assert ("calibration" in stages) == (
+        variant.activations == "static" or bool({"gptq", "awq", "smoothquant"} & set(steps))
+    )
     if "calibration" in stages:
         calibration = stages["calibration"]
         assert (calibration["samples"], calibration["seq_len"], len(calibration["sha256"])) == (8, SEQ_LEN, 64)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qconv.checkpoint import open_checkpoint
 from qconv.config import QuantizationConfig
+from qconv.convert import FORMATS
 from qconv.quantize import fold_block
 from qconv.quantize.awq import AwqScale
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
@@ -96,3 +97,20 @@ def test_both_have_less_output_error_than_either(symmetric: bool, seed: int) -> 
 
     both, *either = [held_out_error(algorithm) for algorithm in ("awq+gptq", "gptq", "awq")]
     assert both < 0.9 * min(either)
+
+
+def test_gptq_of_int8_has_positive_scales_and_less_output_error() -> None:
+    generator = torch.Generator().manual_seed(4)
+    mix_KK = torch.randn(128, 128, generator=generator) / 128**0.5 + torch.eye(128)
+    x_TK = torch.randn(2048, 128, generator=generator) @ mix_KK
+    w_NK = torch.randn(64, 128, generator=generator) * 0.05
+    errors = {}
+    for algorithm in ("gptq", "int8"):
+        config = QuantizationConfig(target="int8", algorithm=algorithm)  # type: ignore[arg-type]
+        scheme = config.scheme_for([128], "model")
+        statistics = {"a.weight": Statistics(gram_KK=x_TK.T @ x_TK / len(x_TK))}
+        linear = solve({"a.weight": w_NK.clone()}, statistics, "", config, scheme, Counter())["a.weight"]
+        FORMATS["int-quantized"].check(linear, "a", torch.bfloat16)
+        assert bool((linear.scales_NG > 0).all())
+        errors[algorithm] = float((x_TK @ (linear.dequantize() - w_NK).T).square().sum())
+    assert errors["gptq"] < 0.7 * errors["int8"]

@@ -191,8 +191,13 @@ def test_what_vllm_needs_of_compressed_tensors(output: Make, variant: Variant) -
     names = stored_tensors(folder).keys()
     zero_points = [name for name in names if name.endswith(".weight_zero_point")]
     assert len(zero_points) == (NUM_LINEARS if variant.symmetric is False else 0)
-    assert not any(name.endswith((".input_scale", ".weight_g_idx")) for name in names)
-    if variant.target == "fp8":
+    assert not any(name.endswith(".weight_g_idx") for name in names)
+    is_static = variant.activations == "static"
+    assert sum(name.endswith(".input_scale") for name in names) == (NUM_LINEARS if is_static else 0)
+    if is_static:
+        assert (group.weights.strategy, group.input_activations.strategy) == ("tensor", "tensor")
+        assert group.input_activations.dynamic is False
+    elif variant.target == "fp8":
         assert (group.input_activations.strategy, group.input_activations.dynamic) == ("token", True)
     else:
         assert group.input_activations is None

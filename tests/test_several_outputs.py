@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from qconv.quantize.fold_block import Statistics
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.config import MergeJob, OutputConfig, QuantizationConfig
 from qconv.errors import CheckpointError, UsageError
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
+from qconv.quantize.fold_block import Statistics
 from qconv.quantize.memory import ModelShape, plan_memory
 from qconv.skeleton import linear_weights
 from qconv.streaming import StreamedModel

@@ -9,12 +9,14 @@ index ``weight_g_idx`` int32 [K]. Symmetric weights must not store a zero point 
 The package speaks of signed codes; what it stores is the signed code + 2**(b-1), our unsigned code.
 
 ``float-quantized``: ``weight`` float8_e4m3fn [N, K], ``weight_scale`` [N, 1] in the model's dtype;
-activations are quantized per token at run time and store nothing.
+activations are quantized per token at run time and store nothing. With static activations (the package's
+"FP8" preset) ``weight_scale`` is [1], of the whole weight, and ``input_scale`` [1] of all its inputs.
+Both shapes of ``weight_scale`` are read with either kind of activations.
 
 Rounding points: none; scales must be exact in the model's dtype. Readers multiply in that dtype,
-which rounds once more. Left out: per-tensor and block scales, static activation scales, nvfp4, mixed
-schemes; ``int-quantized`` is in `int_quantized.py`. Group indices (``actorder: group``) are read by vLLM
-and by compressed-tensors up to 0.19; version 0.20 dropped them, so prefer static groups.
+which rounds once more. Left out: block scales, nvfp4, mixed schemes; ``int-quantized`` is in
+`int_quantized.py`. Group indices (``actorder: group``) are read by vLLM and by compressed-tensors up to
+0.19; version 0.20 dropped them, so prefer static groups.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ from torch import Tensor
 
 from qconv.convert.bitpack import num_words, pack_last, unpack_last
 from qconv.convert.format import TensorReader, check_group_size, check_values
-from qconv.errors import CheckpointError, SchemeError
+from qconv.errors import CheckpointError, NumericsError, SchemeError
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
+
+INPUT_SCALE = ".input_scale"
 
 
 @dataclass(frozen=True)
@@ -142,17 +146,17 @@ class PackQuantized:
 
 @dataclass(frozen=True)
 class FloatQuantized:
-    """float8_e4m3fn weights with one scale per output channel; activations dynamic per token."""
+    """float8_e4m3fn weights: a scale per output channel and dynamic activations per token, or one and static ones."""
 
     name = "float-quantized"
-    suffixes = (".weight_scale", ".weight")
+    suffixes = (".weight_scale", ".weight", INPUT_SCALE)
 
     def check_scheme(self, scheme: Scheme) -> None:
-        if scheme.kind != "float" or scheme.group_size != -1 or not scheme.dynamic_activations:
+        if scheme.kind != "float" or scheme.group_size != -1 or not scheme.rounds_activations:
             raise SchemeError(
-                "float-quantized holds float8 weights with one scale per channel (group size -1) and dynamic "
-                f"activations, got {scheme.kind}, group size {scheme.group_size}, "
-                f"dynamic activations {scheme.dynamic_activations}"
+                "float-quantized holds float8 weights with one scale per channel or tensor (group size -1) and dynamic "
+                f"or static activations, got {scheme.kind}, group size {scheme.group_size}, "
+                f"dynamic activations {scheme.dynamic_activations}, static ones {scheme.static_activations}"
             )
 
     def check_shapes(self, module: str, n: int, k: int, scheme: Scheme) -> None:
@@ -161,17 +165,59 @@ class FloatQuantized:
     def check(self, q: QuantizedLinear, module: str, scale_dtype: torch.dtype) -> None:
         self.check_scheme(q.scheme)
         check_values(q, module, scale_dtype)
+        scale = q.input_scale
+        if (scale is not None) != q.scheme.static_activations:
+            raise SchemeError(f"{module}: an input scale belongs to static activations, and they to it")
+        if scale is None:
+            return
+        if not torch.equal(q.scales_NG, q.scales_NG[:1].expand_as(q.scales_NG)):
+            raise SchemeError(f"{module}: beside static activations a weight has one scale, found several")
+        if not torch.equal(scale.to(scale_dtype).to(torch.float32), scale) or not bool(scale > 0):
+            raise NumericsError(
+                f"{module}: the input scale {float(scale):g} is not positive and exact in {scale_dtype}"
+            )
 
     def pack(self, q: QuantizedLinear, module: str, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-        return {module + ".weight": q.codes_NK, module + ".weight_scale": q.scales_NG.to(scale_dtype)}
+        scales = q.scales_NG.to(scale_dtype)
+        if q.input_scale is None:
+            return {module + ".weight": q.codes_NK, module + ".weight_scale": scales}
+        return {
+            module + ".weight": q.codes_NK,
+            module + ".weight_scale": scales[0].clone(),
+            module + INPUT_SCALE: q.input_scale.to(scale_dtype),
+        }
 
     def unpack(
         self, tensors: Mapping[str, Tensor], module: str, scheme: Scheme, location: str = "checkpoint"
     ) -> QuantizedLinear:
         reader = TensorReader(tensors, module, location)
         codes = reader.take(".weight", (torch.float8_e4m3fn,), (None, None))
-        scales = reader.take_scales(".weight_scale", (codes.shape[0], 1))
-        return QuantizedLinear(codes_NK=codes, scales_NG=scales, zeros_NG=None, group_index_K=None, scheme=scheme)
+        n = codes.shape[0]
+        if reader.has(".weight_scale") and tensors[module + ".weight_scale"].ndim == 1:
+            scales = reader.take_scales(".weight_scale", (1,)).expand(n, 1).contiguous()
+        else:
+            scales = reader.take_scales(".weight_scale", (n, 1))
+        return QuantizedLinear(
+            codes_NK=codes,
+            scales_NG=scales,
+            zeros_NG=None,
+            group_index_K=None,
+            scheme=scheme,
+            input_scale=self.read_input_scale(tensors, module, location) if scheme.static_activations else None,
+        )
+
+    def read_input_scale(self, tensors: Mapping[str, Tensor], module: str, location: str) -> Tensor:
+        """The stored scale of a module's inputs, ``[1]`` float32.
+
+        Raises:
+            CheckpointError: it is missing, of another shape or dtype, or not positive.
+            NumericsError: it is NaN or infinite.
+        """
+        reader = TensorReader(tensors, module, location)
+        scale = reader.take_scales(INPUT_SCALE, (1,))
+        if not bool(scale > 0):
+            raise reader.error(INPUT_SCALE, f"is {float(scale):g}; a scale is positive")
+        return scale
 
     def logical_shape(self, specs: Mapping[str, TensorSpec], module: str, scheme: Scheme) -> tuple[int, int] | None:
         spec = specs.get(module + ".weight")
@@ -185,18 +231,32 @@ class FloatQuantized:
         has_group_index: bool = False,
     ) -> dict[str, Any]:
         self.check_scheme(scheme)
-        activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-        return config_of(self.name, weight_args(scheme), activations, ignored_modules)
+        weights, is_static = weight_args(scheme), scheme.static_activations
+        if is_static:
+            weights["strategy"] = "tensor"
+        activations = {
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "tensor" if is_static else "token",
+            "dynamic": not is_static,
+        }
+        return config_of(self.name, weights, activations, ignored_modules)
 
     def scheme_of(self, config: Mapping[str, Any], location: str) -> Scheme:
         weights, activations = only_group(config, location)
         found = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
-        if found != ("float", 8, "channel") or activations is None or activations.get("dynamic") is not True:
+        inputs = (activations or {}).get("strategy"), (activations or {}).get("dynamic")
+        is_static = inputs == ("tensor", False)
+        if found not in (("float", 8, "channel"), ("float", 8, "tensor")) or not (is_static or inputs[1] is True):
             raise CheckpointError(
-                f"{location}: quantization_config: read are float 8-bit weights by channel with dynamic activations, "
+                f"{location}: quantization_config: read are float 8-bit weights by channel or tensor with activations "
+                "that are dynamic, or static by tensor, "
                 f"found type, bits and strategy {found}, activations {activations}"
             )
-        return Scheme(kind="float", bits=8, group_size=-1, dynamic_activations=True)
+        return Scheme(
+            kind="float", bits=8, group_size=-1, dynamic_activations=not is_static, static_activations=is_static
+        )
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qconv.convert import bnb
 from qconv.convert.awq import Awq
-from qconv.convert.compressed_tensors import FloatQuantized, PackQuantized
+from qconv.convert.compressed_tensors import INPUT_SCALE, FloatQuantized, PackQuantized
 from qconv.convert.format import Format
 from qconv.convert.fp8_block import Fp8Block
 from qconv.convert.gptq import Gptq
@@ -59,6 +59,7 @@ SIGNS: Mapping[str, str] = {
     ".weight_shape": "compressed-tensors",
     ".weight_scale": "compressed-tensors or fp8",
     ".weight_zero_point": "compressed-tensors",
+    ".input_scale": "compressed-tensors or fp8",
     ".codebooks": "AQLM",
 }
 CODE_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -133,6 +134,17 @@ class DequantizedCheckpoint:
             raise CheckpointError(f"{self.location}: module {module!r} has no integer or float8 codes ({self.kind})")
         tensors = {name: self.source.read(name, device) for name in parts}
         return self._format.unpack(tensors, module, self.scheme, self.location)
+
+    def input_scale(self, module: str) -> float:
+        """What a module's inputs are divided by before they are rounded, where that is stored (static activations).
+
+        Raises:
+            CheckpointError: it is missing, or no such scale can be.
+        """
+        assert isinstance(self._format, FloatQuantized)
+        name = module + INPUT_SCALE
+        tensors = {name: self.source.read(name)} if name in self.source.specs() else {}
+        return float(self._format.read_input_scale(tensors, module, self.location))
 
     def bnb_state(self, weight: str) -> bnb.BnbState | None:
         """How bitsandbytes quantized one weight, or None when it is not bitsandbytes 4-bit."""

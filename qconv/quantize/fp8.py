@@ -11,7 +11,9 @@ Rounding points: a channel's scale is rounded once, to a number that bfloat16 an
 float32 quotient as it is, which formats store in float32. Codes are chosen after that. The cast to float8_e4m3fn
 rounds to nearest even; it turns overflow into NaN, so values are clamped to 448 first.
 
-Left out: e5m2, static activation scales, scales that are powers of two (ue8m0).
+Static activation scales are in `fp8_static.py`.
+
+Left out: e5m2, scales that are powers of two (ue8m0).
 
 Legend: N = out features, K = in features, T = tokens, B = blocks of rows, r = rows of a block, G = groups of columns,
 g = columns of a group.

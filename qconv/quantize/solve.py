@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from itertools import accumulate
 
 import torch
@@ -21,6 +22,7 @@ from qconv.quantize import int8
 from qconv.quantize.awq import search_block_grid
 from qconv.quantize.fold_block import Statistics
 from qconv.quantize.fp8 import quantize_per_block, quantize_per_channel
+from qconv.quantize.fp8_static import choose_input_scale, quantize_per_tensor
 from qconv.quantize.gptq import gptq
 from qconv.quantize.rtn import rtn
 from qconv.types import QuantizedLinear, Scheme
@@ -45,6 +47,8 @@ def solve(
         NumericsError: NaN or infinity, or a Gram matrix that no damping makes positive definite.
     """
     match config.resolved_algorithm:
+        case "fp8" if scheme.static_activations:
+            return _static_fp8(weights, statistics, where, scheme)
         case "fp8":
             quantize = quantize_per_channel if scheme.group_size == -1 else quantize_per_block
             return {
@@ -63,6 +67,33 @@ def solve(
             }
         case "gptq" | "awq+gptq" | "smoothquant+gptq":
             return _gptq(weights, statistics, where, config, scheme, counts, progress)
+
+
+def _static_fp8(
+    weights: dict[str, Tensor], statistics: dict[str, Statistics], where: str, scheme: Scheme
+) -> dict[str, QuantizedLinear]:
+    """Linears that share an input share both scales: engines that fuse them keep one of each."""
+    order = list(weights)
+    result: dict[str, QuantizedLinear] = {}
+    for names in _sharing(statistics, order):
+        label = where + " + ".join(names)
+        sample, *_ = [statistics.pop(name).sample for name in names]
+        if sample is None:
+            raise ValueError(f"{label}: no tokens of the inputs were gathered")
+        input_scale = choose_input_scale(sample)
+        linears = quantize_per_tensor(
+            [weights.pop(name) for name in names], input_scale, scheme, label, num_candidates=FP8_CANDIDATES
+        )
+        result |= dict(zip(names, linears, strict=True))
+    return {name: result[name] for name in order}
+
+
+def _sharing(statistics: Mapping[str, Statistics], names: Iterable[str]) -> Collection[list[str]]:
+    """The names of linears, those together that have one input."""
+    shared: dict[int, list[str]] = {}
+    for name in names:
+        shared.setdefault(id(statistics[name]), []).append(name)
+    return shared.values()
 
 
 def _clipped(w_NK: Tensor, statistics: Statistics, name: str, scheme: Scheme) -> QuantizedLinear:
@@ -85,11 +116,8 @@ def _gptq(
     progress: Progress,
 ) -> dict[str, QuantizedLinear]:
     order = list(weights)
-    shared: dict[int, list[str]] = {}
-    for name in order:
-        shared.setdefault(id(statistics[name]), []).append(name)
     result: dict[str, QuantizedLinear] = {}
-    for names in shared.values():
+    for names in _sharing(statistics, order):
         label = where + " + ".join(names)
         rows = [len(weights[name]) for name in names]
         parts = [weights.pop(name) for name in names]
