@@ -157,6 +157,11 @@ def rows(bench: Bench) -> dict[str, tuple[str, Callable[[], dict[str, Any]]]]:
         "gptq-asym": ("`--requant gptq --asym`", lambda: merge("gptq", symmetric=False)),
         "gptq-desc": ("`--requant gptq --desc-act`", lambda: merge("gptq", desc_act=True)),
         "awq-sym": ("`--requant awq --sym`", lambda: merge("awq", symmetric=True)),
+        "awq+gptq-sym": ("`--requant w4a16 --algorithm awq+gptq` (sym)", lambda: merge("w4a16", algorithm="awq+gptq")),
+        "awq+gptq": ("`--requant awq --algorithm awq+gptq` (asym)", lambda: merge("awq", algorithm="awq+gptq")),
+        "int8": ("`--requant int8`", lambda: merge("int8")),
+        "int8-plain": ("`--requant int8 --algorithm int8`", lambda: merge("int8", algorithm="int8")),
+        "fp8-static": ("`--requant fp8 --activations static`", lambda: merge("fp8", activations="static")),
         "gptq-8bit": ("`--requant gptq --bits 8`", lambda: merge("gptq", bits=8)),
     }
 
