@@ -29,16 +29,25 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> lis
             "rounding merged weights to bitsandbytes' 4-bit blocks again takes most of the adapter back (3.5% of its "
             "effect is left on SmolLM2, docs/quality.md), and the audit says so; every other 4-bit target keeps more"
         ]
-    if quantization.target == "gptq" and not scheme.symmetric:
+    if quantization.target in ("gptq", "gptq_v2"):
+        if not scheme.symmetric:
+            notes.append(
+                "current vLLM releases refuse asymmetric GPTQ"
+                + ("; --requant awq --algorithm gptq holds the same numbers for it" if scheme.bits == 4 else "")
+            )
+        if scheme.bits < 4:
+            notes.append(f"gptqmodel reads {scheme.bits} bits; Marlin kernels of vLLM and SGLang take 4 and 8")
+    if quantization.target == "gptq_v2":
         notes.append(
-            "current vLLM releases refuse asymmetric GPTQ; --requant awq --algorithm gptq holds the same numbers for it"
+            "gptqmodel tells gptq_v2 from gptq by checkpoint_format; readers that do not, among them vLLM before the end "
+            "of 2025 and onnxruntime-genai, add 1 to every zero point"
         )
     if quantization.desc_act and scheme.group_size != -1:
         notes.append(
             "current vLLM releases refuse GPTQ with a stored group index; without --desc-act columns are taken in the "
             "order of their activations, too, and their groups need no index"
         )
-    if quantization.target == "w4a16" and not scheme.symmetric:
+    if quantization.target in ("w4a16", "w8a16") and not scheme.symmetric:
         notes.append("asymmetric pack-quantized weights load in vLLM, and not in every transformers release")
         if scheme.bits == 8:
             notes.append("vLLM's and SGLang's Marlin kernels take zero points with 4 bits only")

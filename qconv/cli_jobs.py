@@ -194,7 +194,8 @@ def following_a_merge(job: MergeJob, output: OutputConfig) -> tuple[str, ...]:
         words += ["--trained-on", job.trained_on] if job.trained_on is not None else []
         lines.append(shlex.join([*words, "--candidate", str(output.out)]))
     target = output.quantization
-    if target is None or not (target.target == "gptq" and target.symmetric is False):  # that one vLLM does not take
+    # That one vLLM does not take.
+    if target is None or not (target.target in ("gptq", "gptq_v2") and target.symmetric is False):
         lines.append(shlex.join(["vllm", "serve", str(output.out)]))
     return tuple(lines)
 

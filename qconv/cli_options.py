@@ -61,7 +61,7 @@ quantize_options = options(
         type=Choice(sorted({name for target in TARGETS.values() for name in target.algorithms})),
         help="How codes are chosen [default: the target's own]",
     ),
-    click.option("--bits", type=int, help="Bits of a weight, 4 or 8 [default: 4; fp8 is 8]"),
+    click.option("--bits", type=int, help="Bits of a weight; gptq and gptq_v2: 2, 3, 4 or 8 [default: 4]"),
     click.option(
         "--group-size", type=int, help="Inputs per scale, -1 = row [default: largest of 128, 64, 32 that divides]"
     ),
@@ -73,7 +73,9 @@ quantize_options = options(
         type=Choice(["dynamic", "static"]),
         help="fp8: scales of inputs for each token as it comes, or calibrated [default: dynamic]",
     ),
-    click.option("--desc-act", is_flag=True, help="gptq: groups in activation order, with a stored group index."),
+    click.option(
+        "--desc-act", is_flag=True, help="gptq, gptq_v2: groups in activation order, with a stored group index."
+    ),
     click.option(
         "--damping", default=0.03, show_default=True, help="gptq: damping, fraction of the mean Gram diagonal."
     ),

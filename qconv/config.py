@@ -57,12 +57,15 @@ class QuantizationConfig:
         if self.algorithm is not None and self.algorithm not in target.algorithms:
             raise UsageError(f"{self.target} takes --algorithm {' or '.join(target.algorithms)}, got {self.algorithm}")
         if self.bits is not None and self.bits not in target.bits:
-            raise UsageError(f"{self.target} has --bits {' or '.join(map(str, target.bits))}, got {self.bits}")
+            raise UsageError(
+                f"{self.target} has --bits {' or '.join(map(str, sorted(target.bits)))}, got {self.bits}"
+                f"{self._same_layout_with_these_bits()}"
+            )
         if target.symmetric is None and (self.group_size is not None or self.symmetric is not None or self.desc_act):
             raise UsageError(f"{self.target} has one scheme: no --group-size, --sym/--asym or --desc-act")
-        if self.desc_act and not (target.format == "gptq" and self.solves):
+        if self.desc_act and not (target.format in ("gptq", "gptq_v2") and self.solves):
             raise UsageError(
-                "--desc-act belongs to --requant gptq with the gptq or awq+gptq algorithm (a stored group index)"
+                "--desc-act belongs to --requant gptq or gptq_v2 with the gptq or awq+gptq algorithm (a stored group index)"
             )
         if self.group_size is not None and self.group_size != -1 and self.group_size < 8:
             raise SchemeError(f"--group-size must be at least 8, or -1 for one group per row, got {self.group_size}")
@@ -70,6 +73,10 @@ class QuantizationConfig:
             raise UsageError(f"--activations belongs to --requant fp8, got {self.target}")
         if not 0 < self.damping < 1:
             raise UsageError(f"--damping is a fraction between 0 and 1, got {self.damping}")
+
+    def _same_layout_with_these_bits(self) -> str:
+        names = [t.name for t in TARGETS.values() if t.format == TARGETS[self.target].format and self.bits in t.bits]
+        return f"; {' or '.join(names)} holds {self.bits} bits" if names else ""
 
     @property
     def resolved_algorithm(self) -> Algorithm:

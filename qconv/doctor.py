@@ -32,7 +32,7 @@ PACKAGES: Mapping[str, str] = {
     "tokenizers": "text",
     "peft": "qconv train; the reference on a GPU",
     "bitsandbytes": "qconv train; the reference on a GPU",
-    "compressed-tensors": "transformers with w4a16 and fp8 outputs",
+    "compressed-tensors": "transformers with w4a16, w8a16, fp8 and int8 outputs",
     "triton": "fused kernels on a GPU",
     "lm_eval": "--tasks",
     "datasets": "--tasks",

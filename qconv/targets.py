@@ -18,7 +18,7 @@ class Target:
     name: str
     format: str
     algorithms: tuple[Algorithm, ...]
-    bits: tuple[int, ...]
+    bits: tuple[int, ...]  # the default first
     symmetric: bool | None  # the default; None where the choice does not exist
     readers: str
     scheme: Scheme | None = None  # the only one that the format holds
@@ -29,9 +29,17 @@ TARGETS: Mapping[str, Target] = {
         name="gptq",
         format="gptq",
         algorithms=("gptq", "awq+gptq", "awq", "rtn"),
-        bits=(4, 8),
+        bits=(4, 2, 3, 8),
         symmetric=True,
         readers="vLLM, SGLang, transformers + gptqmodel",
+    ),
+    "gptq_v2": Target(
+        name="gptq_v2",
+        format="gptq_v2",
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        bits=(4, 2, 3, 8),
+        symmetric=True,
+        readers="transformers + gptqmodel, vLLM",
     ),
     "awq": Target(
         name="awq",
@@ -45,7 +53,15 @@ TARGETS: Mapping[str, Target] = {
         name="w4a16",
         format="pack-quantized",
         algorithms=("gptq", "awq+gptq", "awq", "rtn"),
-        bits=(4, 8),
+        bits=(4,),
+        symmetric=True,
+        readers="vLLM, SGLang, transformers + compressed-tensors",
+    ),
+    "w8a16": Target(
+        name="w8a16",
+        format="pack-quantized",
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        bits=(8,),
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",
     ),

@@ -53,12 +53,14 @@ class Variant:
 
 
 def all_variants() -> Iterator[Variant]:
-    """Everything that `TARGETS` permits."""
+    """Everything that `TARGETS` permits; few bits and the second version of GPTQ with their own algorithm alone."""
     for target in TARGETS.values():
         choices = [None] if target.symmetric is None else [True, False]
         for algorithm, bits, symmetric in itertools.product(target.algorithms, target.bits, choices):
+            if algorithm != target.algorithms[0] and (bits < 4 or target.name == "gptq_v2"):
+                continue
             yield Variant(target.name, algorithm, bits, symmetric)
-            if target.format == "gptq" and algorithm == "gptq":
+            if target.format.startswith("gptq") and algorithm == "gptq":
                 yield Variant(target.name, algorithm, bits, symmetric, desc_act=True)
             if target.name == "fp8":
                 yield Variant(target.name, algorithm, bits, activations="static")
@@ -74,7 +76,9 @@ LAYOUTS = [
     Variant("awq", "rtn", 4, False),
     Variant("w4a16", "rtn", 4, True),
     Variant("w4a16", "rtn", 4, False),
-    Variant("w4a16", "rtn", 8, True),
+    Variant("w8a16", "rtn", 8, True),
+    Variant("gptq", "rtn", 3, True),
+    Variant("gptq_v2", "rtn", 4, False),
     Variant("fp8", "fp8", 8),
     Variant("fp8", "fp8", 8, activations="static"),
 ]
@@ -209,21 +213,24 @@ def decoded_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def decode_gptq(tensors: Mapping[str, Tensor], module: str, config: Mapping[str, Any]) -> np.ndarray:
-    """AutoGPTQ's layout, version 1: words along K, zero points along N and stored minus one."""
-    assert config["checkpoint_format"] == "gptq"
-    bits = config["bits"]
-    words = tensors[f"{module}.qweight"].numpy().view(np.uint32)  # [K * bits / 32, N]
-    zero_words = tensors[f"{module}.qzeros"].numpy().view(np.uint32)  # [G, N * bits / 32]
+    """AutoGPTQ's layout: words along K, zero points along N; version 1 stores those minus one, version 2 as they are.
+
+    The stream of 3-bit numbers crosses words (10, 1, 10, 1, 10 of them), as `QuantLinear.pack` of AutoGPTQ has it.
+    """
+    minus = {"gptq": 1, "gptq_v2": 0}[config["checkpoint_format"]]
+    words = tensors[f"{module}.qweight"].numpy()  # [K * bits / 32, N]
+    zero_words = tensors[f"{module}.qzeros"].numpy()  # [G, N * bits / 32]
     scales = tensors[f"{module}.scales"].numpy().astype(np.float32)  # [G, N]
     group = tensors[f"{module}.g_idx"].numpy()  # [K]
-    per_word, mask = 32 // bits, 2**bits - 1
-    codes = np.empty((words.shape[0] * per_word, words.shape[1]), dtype=np.int64)
-    zeros = np.empty(scales.shape, dtype=np.int64)
-    for position in range(per_word):
-        codes[position::per_word] = (words >> np.uint32(position * bits)) & mask
-        zeros[:, position::per_word] = ((zero_words >> np.uint32(position * bits)) & mask) + 1
+    codes, zeros = numbers_of(words.T, config["bits"]).T, numbers_of(zero_words, config["bits"]) + minus
     weight_KN = (codes - zeros[group]).astype(np.float32) * scales[group]
     return np.ascontiguousarray(weight_KN.T)
+
+
+def numbers_of(words: np.ndarray, bits: int) -> np.ndarray:
+    """The numbers in each row of int32 words, low bits first, as int64."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
+    return stream.reshape(len(words), -1, bits).astype(np.int64) @ (1 << np.arange(bits))
 
 
 def decode_awq(tensors: Mapping[str, Tensor], module: str, config: Mapping[str, Any]) -> np.ndarray:
@@ -239,6 +246,7 @@ def decode_awq(tensors: Mapping[str, Tensor], module: str, config: Mapping[str, 
         return values
 
     codes, zeros = unpack("qweight"), unpack("qzeros")  # [K, N], [G, N]
-    group = np.arange(codes.shape[0]) // config["group_size"]
+    size = codes.shape[0] if config["group_size"] == -1 else config["group_size"]
+    group = np.arange(codes.shape[0]) // size
     weight_KN = (codes - zeros[group]).astype(np.float32) * scales[group]
     return np.ascontiguousarray(weight_KN.T)

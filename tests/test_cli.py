@@ -397,6 +397,7 @@ USAGE: dict[str, tuple[list[str], list[str]]] = {
     "activations of int8": (["--requant", "int8", "--activations", "dynamic"], ["belongs to --requant fp8, got int8"]),
     "activations alone": (["--activations", "static"], ["--activations and --desc-act belong to --requant"]),
     "bits": (["--requant", "awq", "--bits", "8"], ["awq has --bits 4, got 8"]),
+    "bits of another target": (["--requant", "w4a16", "--bits", "8"], ["--bits 4, got 8; w8a16 holds 8 bits"]),
     "group size of fp8": (["--requant", "fp8", "--group-size", "64"], ["fp8 has one scheme: no --group-size"]),
     "shard size": (["--max-shard-size", "big"], ["a size such as 5GB", "big"]),
     "tiny shards": (["--max-shard-size", "10k"], ["at least 1MB"]),

@@ -224,7 +224,7 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
     }
     assert stages["quantization"].items() >= facts.items()
     notes = facts["notes on readers"]
-    asymmetric_gptq = variant.target == "gptq" and not symmetric
+    asymmetric_gptq = variant.target in ("gptq", "gptq_v2") and not symmetric
     assert any("vLLM releases refuse asymmetric GPTQ" in note for note in notes) == asymmetric_gptq
     assert any("vLLM releases refuse GPTQ with a stored group index" in note for note in notes) == variant.desc_act
     counts = {key: value for key, value in stages["quantization"].items() if key not in facts}
@@ -273,7 +273,7 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
         assert kl["mean"] < gain * plain["fidelity"]["total"]["kl"]["mean"]
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.target in ("gptq", "awq")], ids=str)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.target in ("gptq", "gptq_v2", "awq")], ids=str)
 def test_reported_kl_is_that_of_the_stored_bytes(
     output: Callable[..., Path], ids: Tensor, reference_logits: Tensor, variant: Variant
 ) -> None:
@@ -326,7 +326,7 @@ def test_default_texts(tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path) -> No
 
 def test_quantizing_without_an_adapter(new_job: Callable[..., MergeJob], tmp_path: Path, tiny_llama: Path) -> None:
     out = tmp_path / "out"
-    quantization = QuantizationConfig(target="w4a16", bits=8, algorithm="rtn")
+    quantization = QuantizationConfig(target="w8a16", algorithm="rtn")
     (report,) = pipeline.run(new_job(out, tiny_llama, quantization=quantization))
     assert report.fidelity is not None
     assert report.fidelity["base_without_adapter"] is None
@@ -407,7 +407,7 @@ def test_resized_vocabulary(new_job: Callable[..., MergeJob], tmp_path: Path, ti
     assert not list(tmp_path.glob("gated*"))
 
 
-@pytest.mark.parametrize("target", [None, "w4a16"])
+@pytest.mark.parametrize("target", [None, "w8a16"])
 def test_untied_head(
     new_job: Callable[..., MergeJob], tmp_path: Path, tiny_llama: Path, ids: Tensor, target: str | None
 ) -> None:

@@ -69,7 +69,7 @@ def test_transformers_computes_our_logits_from_a_plain_merge(output: Make, ids: 
     assert torch.equal(logits_of(model, ids), ours(folder, ids))
 
 
-SYMMETRIC = [v for v in VARIANTS if v.target == "w4a16" and v.symmetric and v.algorithm in ("rtn", "gptq")]
+SYMMETRIC = [v for v in VARIANTS if v.target in ("w4a16", "w8a16") and v.symmetric and v.algorithm in ("rtn", "gptq")]
 
 
 @pytest.mark.parametrize("variant", SYMMETRIC, ids=str)
@@ -111,7 +111,11 @@ def test_compressed_tensors_computes_our_logits_from_fp8(output: Make, ids: Tens
         assert torch.equal(weight, view.read(f"{module}.weight").to(weight.dtype)), module
 
 
-PACKED = [variant for variant in VARIANTS if variant.target in ("gptq", "awq") and variant.algorithm in ("rtn", "gptq")]
+PACKED = [
+    variant
+    for variant in VARIANTS
+    if variant.target in ("gptq", "gptq_v2", "awq") and variant.algorithm in ("rtn", "gptq")
+]
 
 
 @pytest.mark.parametrize("variant", PACKED, ids=str)
@@ -126,7 +130,9 @@ def test_published_layout_decodes_to_our_weights(output: Make, ids: Tensor, vari
     assert torch.equal(logits_of(whole_model(weights, torch.bfloat16), ids), ours(folder, ids))
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.target == "gptq" and v.algorithm == "gptq"], ids=str)
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if v.target.startswith("gptq") and v.algorithm == "gptq"], ids=str
+)
 def test_what_vllm_needs_of_gptq(output: Make, variant: Variant) -> None:
     """vLLM's GPTQConfig reads these keys without a default, and takes Marlin kernels for what `desc_act` says."""
     folder = output(variant)
@@ -139,7 +145,7 @@ def test_what_vllm_needs_of_gptq(output: Make, variant: Variant) -> None:
         "desc_act": variant.desc_act,
         "sym": variant.symmetric,
     }
-    assert (config["checkpoint_format"], config["lm_head"]) == ("gptq", False)
+    assert (config["checkpoint_format"], config["lm_head"]) == (variant.target, False)
     assert json.loads((folder / "quantize_config.json").read_text()) == config
     tensors = stored_tensors(folder)
     for name, tensor in tensors.items():
@@ -150,8 +156,14 @@ def test_what_vllm_needs_of_gptq(output: Make, variant: Variant) -> None:
         if name.endswith(".scales"):
             assert tensor.dtype == torch.float16
     if variant.symmetric:
-        word = {4: 0x77777777, 8: 0x7F7F7F7F}[variant.bits]
-        assert all(bool((t == word).all()) for name, t in tensors.items() if name.endswith(".qzeros"))
+        # The middle code, less one in version 1, over and over; three bits repeat after three words.
+        middle = 2 ** (variant.bits - 1) - (variant.target == "gptq")
+        stream = sum(middle << (place * variant.bits) for place in range(32)).to_bytes(4 * variant.bits, "little")
+        words = torch.frombuffer(bytearray(stream), dtype=torch.int32)
+        for name in (name for name in tensors if name.endswith(".qzeros")):
+            assert torch.equal(
+                tensors[name].view(-1, len(words)), words.expand(tensors[name].numel() // len(words), -1)
+            )
     # Engines fuse these, and one fused layer has one group index.
     layer = "model.layers.1.self_attn."
     assert torch.equal(tensors[layer + "q_proj.g_idx"], tensors[layer + "v_proj.g_idx"])
@@ -174,7 +186,7 @@ def test_what_vllm_needs_of_awq(output: Make, symmetric: bool) -> None:
     assert all(bool((t == 0x88888888 - (1 << 32)).all()) for t in zeros) == symmetric
 
 
-@pytest.mark.parametrize("variant", [v for v in LAYOUTS if v.target in ("w4a16", "fp8")], ids=str)
+@pytest.mark.parametrize("variant", [v for v in LAYOUTS if v.target in ("w4a16", "w8a16", "fp8")], ids=str)
 def test_what_vllm_needs_of_compressed_tensors(output: Make, variant: Variant) -> None:
     from compressed_tensors.quantization import QuantizationConfig
 

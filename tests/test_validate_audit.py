@@ -50,7 +50,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "rtn": {"quantization": QuantizationConfig(target="gptq", algorithm="rtn")},
     "w4a16-asym": {"quantization": QuantizationConfig(target="w4a16", symmetric=False, group_size=32)},
     "awq": {"quantization": QuantizationConfig(target="awq", algorithm="awq")},
-    "awq-8bit": {"quantization": QuantizationConfig(target="w4a16", algorithm="awq", bits=8)},
+    "awq-8bit": {"quantization": QuantizationConfig(target="w8a16", algorithm="awq")},
 }
 SIXTEEN_BIT = ("bf16", "fp16", "fp32")
 

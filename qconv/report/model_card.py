@@ -17,8 +17,10 @@ _MAX_HUB_ID = 96
 _WORDS = {"quantized": "merged with its adapter and quantized", "merge": "merged with its adapter"}
 _FORMATS = {
     "gptq": ("GPTQ (AutoGPTQ v1 layout)", "gptqmodel"),
+    "gptq_v2": ("GPTQ (v2 layout)", "gptqmodel"),
     "awq": ("AWQ (AutoAWQ gemm layout)", "gptqmodel"),
     "w4a16": ("compressed-tensors pack-quantized", "compressed-tensors"),
+    "w8a16": ("compressed-tensors pack-quantized (8-bit)", "compressed-tensors"),
     "fp8": ("compressed-tensors float-quantized (FP8)", "compressed-tensors"),
     "fp8-block": ("FP8 with 128 x 128 blocks (DeepSeek-V3 layout)", ""),
     "nf4": ("bitsandbytes NF4 with double quantization", "bitsandbytes"),
