@@ -39,8 +39,8 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> lis
             notes.append(f"gptqmodel reads {scheme.bits} bits; Marlin kernels of vLLM and SGLang take 4 and 8")
     if quantization.target == "gptq_v2":
         notes.append(
-            "gptqmodel tells gptq_v2 from gptq by checkpoint_format; readers that do not, among them vLLM before the end "
-            "of 2025 and onnxruntime-genai, add 1 to every zero point"
+            "gptqmodel goes by checkpoint_format; a reader that does not know it, such as vLLM until autumn 2025, adds "
+            "1 to every zero point"
         )
     if quantization.desc_act and scheme.group_size != -1:
         notes.append(

@@ -47,6 +47,8 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 SMALL_BYTES = 1 << 20  # below this a tensor reaches a GPU in one plain copy
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Where AutoGPTQ and AutoAWQ put what newer tools write to config.json, with the method that each stands for.
+_QUANTIZATION_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
 
 
@@ -156,9 +158,18 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Safetens
     folder = resolve_folder(source, revision)
     config = read_json(folder / "config.json", "a model folder has a config.json")
     checkpoint = _open_weights(folder, config)
+    if "quantization_config" not in config and any(name.endswith(".qweight") for name in checkpoint.specs()):
+        _add_quantization(config, folder)
     if not config.get("dtype") and not config.get("torch_dtype"):
         config["dtype"] = _common_dtype(checkpoint)
     return checkpoint
+
+
+def _add_quantization(config: dict[str, Any], folder: Path) -> None:
+    for name, method in _QUANTIZATION_FILES:
+        if (folder / name).is_file():
+            config["quantization_config"] = {"quant_method": method} | read_json(folder / name, "")
+            return
 
 
 def _common_dtype(checkpoint: SafetensorsCheckpoint) -> str:
@@ -274,6 +285,12 @@ def _refuse_files(folder: Path, found: list[Path], expected: str) -> NoReturn:
             f"{folder}: holds only pickled weights ({pickles[0]}), which can run code when they are read; "
             f"expected {expected}. Load and save it once with transformers or peft in a sandbox you trust "
             "(safetensors is their default)"
+        )
+    packed = next((path.name for path in sorted(folder.glob("*.gguf"))), None)
+    if packed:
+        raise CheckpointError(
+            f"{folder}: holds GGUF weights ({packed}), which are not read; expected {expected}. "
+            "Take the checkpoint that the GGUF file was made from"
         )
     raise CheckpointError(f"{folder}: expected {expected}, found no safetensors file")
 

@@ -9,7 +9,7 @@ from typing import Any
 from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint, resolve_folder
 from qconv.convert import dequantize
 from qconv.records import read_train_record
-from qconv.types import Checkpoint
+from qconv.types import Checkpoint, Scheme
 
 
 def describe(source: str | Path) -> dict[str, Any]:
@@ -33,16 +33,21 @@ def _describe_model(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
         "architecture": ", ".join(config.get("architectures") or [str(config.get("model_type"))]),
         "storage": view.kind,
     }
-    if view.scheme is not None:
-        scheme = view.scheme
-        facts["scheme"] = (
-            f"{scheme.kind}{scheme.bits}, group size {scheme.group_size}, "
-            f"{f'blocks of {scheme.block_rows} rows, ' if scheme.block_rows > 1 else ''}"
-            f"{'symmetric' if scheme.symmetric else 'asymmetric'}"
-        )
+    schemes = Counter(_in_words(scheme) for scheme in view.schemes.values())
+    if schemes:
+        counted = [f"{words} x {count}" for words, count in schemes.most_common()]
+        facts["scheme"] = "; ".join(counted if len(schemes) > 1 else schemes)
     facts["quantized linears"] = len(view.quantized_modules)
     facts["parameters"] = _num_elements(view)
     return facts | _sizes(checkpoint)
+
+
+def _in_words(scheme: Scheme) -> str:
+    return (
+        f"{scheme.kind}{scheme.bits}, group size {scheme.group_size}, "
+        f"{f'blocks of {scheme.block_rows} rows, ' if scheme.block_rows > 1 else ''}"
+        f"{'symmetric' if scheme.symmetric else 'asymmetric'}"
+    )
 
 
 def _describe_adapter(adapter: SafetensorsCheckpoint) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from qconv.quantize.fp8_static import fake_quantize_static
 from qconv.quantize.int8 import fake_quantize_inputs
 from qconv.skeleton import block_linears
 from qconv.streaming import BlockModel, Decorate, StreamedModel
-from qconv.types import Adapter, BnbKind, Checkpoint
+from qconv.types import Adapter, BnbKind, Checkpoint, Scheme
 from qconv.validate.reference import unmerged
 from qconv.validate.resident import load_resident, load_whole, why_not_resident
 
@@ -110,8 +110,8 @@ def candidate_model(
     how = "decoded by qconv" + (", adapter unmerged" if candidate.adapter else "")
     inputs = _input_quantization(candidate.view)
     if inputs is not None:
-        kind = "int8" if candidate.view.scheme and candidate.view.scheme.kind == "int" else "float8"
-        how += f", inputs of quantized linears rounded to {kind} as engines do"
+        kinds = {"int8" if s.kind == "int" else "float8" for s in _rounding_inputs(candidate.view).values()}
+        how += f", inputs of quantized linears rounded to {' and '.join(sorted(kinds))} as engines do"
     return streamed(view, candidate.adapter, inputs, device, keep), how
 
 
@@ -134,13 +134,10 @@ def streamed(
 
 
 def _input_quantization(view: DequantizedCheckpoint) -> Decorate | None:
-    """Engines quantize the inputs of W8A8 linears at run time; so does a model that is run here."""
-    scheme = view.scheme
-    if scheme is None or not scheme.rounds_activations:
-        return None
-    modules = frozenset(view.quantized_modules)
+    """Engines quantize the inputs of W8A8 linears; so does a model that is run here."""
+    schemes = _rounding_inputs(view)
 
-    def rounding(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def rounding(name: str, scheme: Scheme) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         if scheme.static_activations:
             scale = view.input_scale(name)
             return lambda _, args: (fake_quantize_static(args[0], scale, name), *args[1:])
@@ -148,7 +145,13 @@ def _input_quantization(view: DequantizedCheckpoint) -> Decorate | None:
 
     def decorate(prefix: str, block: nn.Module) -> None:
         for name, linear in block_linears(block).items():
-            if prefix + name in modules:
-                linear.register_forward_pre_hook(rounding(prefix + name))
+            scheme = schemes.get(prefix + name)
+            if scheme is not None:
+                linear.register_forward_pre_hook(rounding(prefix + name, scheme))
 
-    return decorate
+    return decorate if schemes else None
+
+
+def _rounding_inputs(view: DequantizedCheckpoint) -> dict[str, Scheme]:
+    """The modules whose inputs an engine quantizes."""
+    return {module: scheme for module, scheme in view.schemes.items() if scheme.rounds_activations}

@@ -33,6 +33,7 @@ from qconv.checkpoint import open_checkpoint
 from qconv.cli import cli, main
 from qconv.convert import dequantize
 from qconv.records import write_train_record
+from qconv.targets import TARGETS
 from tests.cli_cases import (
     EVAL_TOKENS,
     LAYOUTS,
@@ -551,11 +552,11 @@ def test_version_and_help(run: Run) -> None:
 def test_inspect_tells_what_an_output_is(run: Run, output: Any, variant: Variant) -> None:
     folder = output(variant)
     facts = json.loads(run("inspect", folder, "--json").out)
-    formats = {"gptq": "gptq", "awq": "awq", "w4a16": "pack-quantized", "fp8": "float-quantized"}
+    formats = {target.name: target.format for target in TARGETS.values()}
     assert (facts["kind"], facts["storage"]) == ("model", formats[variant.target])
     kind = "float8, group size -1" if variant.target == "fp8" else f"int{variant.bits}, group size 128"
     assert facts["scheme"].startswith(kind)
-    if variant.target in ("gptq", "w4a16"):
+    if variant.target in ("gptq", "gptq_v2", "w4a16", "w8a16"):
         assert facts["scheme"].endswith(", symmetric" if variant.symmetric else ", asymmetric")
     tensors = stored_tensors(folder)
     assert facts["quantized linears"] == NUM_LINEARS

@@ -118,7 +118,8 @@ class Awq:
         group_size = config.get("group_size", config.get("q_group_size", 128))
         if version != "gemm" or bits != 4 or type(group_size) is not int:
             raise CheckpointError(
-                f"{where}: AWQ version {version!r}, bits {bits!r}, group_size {group_size!r}; read is 4-bit 'gemm'"
+                f"{where}: AWQ version {version!r}, bits {bits!r}, group_size {group_size!r}; read is 4-bit 'gemm'. "
+                "For another version take the gemm folder of the same model, or the 16-bit one"
             )
         return Scheme(bits=4, group_size=group_size, symmetric=not config.get("zero_point", True))
 

@@ -21,6 +21,7 @@ from qconv.convert.format import Format
 from qconv.convert.fp8_block import Fp8Block
 from qconv.convert.gptq import Gptq
 from qconv.convert.int_quantized import IntQuantized
+from qconv.convert.module_config import config_for, formats_of
 from qconv.errors import CheckpointError
 from qconv.read_ahead import read_ahead
 from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
@@ -70,21 +71,24 @@ class DequantizedCheckpoint:
     """A frozen view: every quantized linear ``X`` appears as its logical tensor ``X.weight``.
 
     Attributes:
-        kind: ``"plain"``, ``"bnb-nf4"``, ``"bnb-nf4-dq"``, ``"bnb-fp4"``, ``"bnb-fp4-dq"``, or a key of `FORMATS`.
+        kind: ``"plain"``, ``"bnb-nf4"``, ``"bnb-nf4-dq"``, ``"bnb-fp4"``, ``"bnb-fp4-dq"``, a key of `FORMATS`, or
+            several of them with ``+`` between.
         quantized_modules: names without ``.weight``, in the order of the checkpoint.
-        scheme: of the integer or float8 codes; None for bitsandbytes and plain checkpoints.
+        schemes: of the integer or float8 codes of each quantized module; empty for bitsandbytes and plain checkpoints.
+        scheme: of the module with the fewest bits, the first of them; None where there are no schemes.
     """
 
     def __init__(self, source: Checkpoint):
         self.source = source
-        self.scheme: Scheme | None = None
-        self._format: Format | None = None
+        self.schemes: dict[str, Scheme] = {}
+        self._formats: dict[str, Format] = {}  # of each module
         self._states: dict[str, bnb.BnbState] = {}
         config = dict(source.config)
         quantization = config.pop("quantization_config", None)
         self.config: Mapping[str, Any] = MappingProxyType(config)
         self._parts: dict[str, tuple[str, ...]] = {}  # logical weight -> stored tensors
         self.kind = self._detect(quantization)
+        self.scheme = min(self.schemes.values(), key=lambda scheme: scheme.bits, default=None)
         self._specs = self._logical_specs()
         _refuse_leftovers(source, self._specs)
 
@@ -130,10 +134,10 @@ class DequantizedCheckpoint:
             CheckpointError: the module is not stored in such a format, or its tensors do not fit.
         """
         parts = self._parts.get(module + ".weight")
-        if self._format is None or self.scheme is None or parts is None:
+        if parts is None or module not in self._formats:
             raise CheckpointError(f"{self.location}: module {module!r} has no integer or float8 codes ({self.kind})")
         tensors = {name: self.source.read(name, device) for name in parts}
-        return self._format.unpack(tensors, module, self.scheme, self.location)
+        return self._formats[module].unpack(tensors, module, self.schemes[module], self.location)
 
     def input_scale(self, module: str) -> float:
         """What a module's inputs are divided by before they are rounded, where that is stored (static activations).
@@ -167,10 +171,8 @@ class DequantizedCheckpoint:
         if method not in ("gptq", "awq", "compressed-tensors", "fp8"):
             raise CheckpointError(f"{self.location}: quantized with {method!r}, which is not read; read are {READ}")
         assert isinstance(quantization, dict)
-        self._format = _format_of(method, quantization, self.location)
-        self.scheme = self._format.scheme_of(quantization, self.location)
-        self._find_modules(self._format)
-        return self._format.name
+        self._find_modules(_formats_of(method, quantization, self.location), quantization)
+        return "+".join(dict.fromkeys(fmt.name for fmt in self._formats.values()))
 
     def _detect_bnb(self, packed: Mapping[str, str]) -> str:
         model_type = self.source.config.get("model_type")
@@ -188,21 +190,31 @@ class DequantizedCheckpoint:
             raise CheckpointError(f"{self.location}: mixes bitsandbytes kinds {', '.join(sorted(kinds))}")
         return "bnb-" + kinds.pop()
 
-    def _find_modules(self, fmt: Format) -> None:
-        specs, mark = self.source.specs(), fmt.suffixes[0]
+    def _find_modules(self, formats: list[Format], config: Mapping[str, Any]) -> None:
+        """Every quantized module with its format and scheme; ``formats`` are those that the configuration names."""
+        specs, marks = self.source.specs(), dict.fromkeys(fmt.suffixes[0] for fmt in formats)
         for name in specs:
-            module = name.removesuffix(mark)
-            if not name.endswith(mark):
+            mark = next((mark for mark in marks if name.endswith(mark)), None)
+            if mark is None:
                 continue
+            module = name.removesuffix(mark)
+            if module + ".weight" in self._parts:
+                continue  # weights of several layouts have scales
+            own = config_for(config, module, self.location)
+            (fmt,) = _formats_of(str(config["quant_method"]), own, self.location)
             if ".weight" in fmt.suffixes and module + ".weight" not in specs:
                 raise CheckpointError(f"{self.location}: a scale {name!r} but no weight {module + '.weight'!r}")
+            self._formats[module], self.schemes[module] = fmt, fmt.scheme_of(own, self.location)
             self._parts[module + ".weight"] = tuple(
                 module + suffix for suffix in fmt.suffixes if module + suffix in specs
             )
         if not self._parts:
+            for fmt in formats:
+                fmt.scheme_of(config, self.location)  # what cannot be read at all is said first
             raise CheckpointError(
-                f"{self.location}: config.json announces {fmt.name}, but no tensor ends in {mark!r}; "
-                "if the weights are 16-bit, remove quantization_config from config.json"
+                f"{self.location}: config.json announces {' and '.join(fmt.name for fmt in formats)}, but no tensor "
+                f"ends in {' or '.join(map(repr, marks))}; if the weights are 16-bit, "
+                "remove quantization_config from config.json"
             )
 
     def _logical_specs(self) -> Mapping[str, TensorSpec]:
@@ -221,10 +233,8 @@ class DequantizedCheckpoint:
         if weight in self._states:
             state = self._states[weight]
             return TensorSpec(name=weight, shape=state.shape, dtype=state.dtype)
-        assert self._format is not None
-        assert self.scheme is not None
         module = weight.removesuffix(".weight")
-        shape = self._format.logical_shape(self.source.specs(), module, self.scheme)
+        shape = self._formats[module].logical_shape(self.source.specs(), module, self.schemes[module])
         if shape is None:
             shape = self._stored_shape(module)
         return TensorSpec(name=weight, shape=shape, dtype=torch.float32)
@@ -251,20 +261,28 @@ def dequantize(checkpoint: Checkpoint) -> DequantizedCheckpoint:
     return DequantizedCheckpoint(checkpoint)
 
 
-def _format_of(method: str, config: Mapping[str, Any], location: str) -> Format:
+def _formats_of(method: str, config: Mapping[str, Any], location: str) -> list[Format]:
+    """The layouts that a configuration names: one, but for compressed-tensors with several."""
     if method in ("awq", "fp8"):
-        return FORMATS[{"awq": "awq", "fp8": "fp8-block"}[method]]
+        return [FORMATS[{"awq": "awq", "fp8": "fp8-block"}[method]]]
     if method == "gptq":
         name = str(config.get("checkpoint_format") or "gptq").lower()
+        if config.get("is_marlin_format"):
+            name = "marlin"
         if name in ("gptq", "gptq_v2"):
-            return FORMATS[name]
-        raise CheckpointError(f"{location}: GPTQ checkpoint_format {name!r} is not read; read are gptq and gptq_v2")
-    name = str(config.get("format"))
-    if name in COMPRESSED:
-        return FORMATS[name]
-    raise CheckpointError(
-        f"{location}: compressed-tensors format {name!r} is not read; read are {', '.join(COMPRESSED)}"
-    )
+            return [FORMATS[name]]
+        raise CheckpointError(
+            f"{location}: GPTQ checkpoint_format {name!r} is not read; read are gptq and gptq_v2. Layouts that were "
+            "repacked for one kernel lose the order of the codes: take the folder from before, which engines repack "
+            "as they load it"
+        )
+    names = formats_of(config)
+    for name in names:
+        if name not in COMPRESSED:
+            raise CheckpointError(
+                f"{location}: compressed-tensors format {name!r} is not read; read are {', '.join(COMPRESSED)}"
+            )
+    return [FORMATS[name] for name in names]
 
 
 def _refuse_leftovers(source: Checkpoint, logical: Mapping[str, TensorSpec]) -> None:
