@@ -56,6 +56,32 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> lis
     return notes
 
 
+def _notes(quantization: QuantizationConfig, layout: Layout) -> list[str]:
+    """The notes on every scheme that the output has."""
+    schemes = dict.fromkeys(layout.schemes.values()) or [None]
+    notes = [note for scheme in schemes for note in reader_notes(quantization, scheme)]
+    if layout.head is not None:
+        notes.append(
+            "not every release of a serving engine reads a quantized output head; it was rounded to nearest on a "
+            "searched grid, without calibration"
+        )
+    return list(dict.fromkeys(notes))
+
+
+def _mixture(layout: Layout) -> list[str]:
+    """The linears that do not have the scheme of most, by scheme."""
+    others: dict[Scheme, list[str]] = {}
+    for name, scheme in layout.schemes.items():
+        if scheme != layout.scheme:
+            others.setdefault(scheme, []).append(name.removesuffix(".weight"))
+    return [
+        f"{len(names)} in {scheme.bits}-bit {'symmetric' if scheme.symmetric else 'asymmetric'}, "
+        f"group {'row' if scheme.group_size == -1 else scheme.group_size}: {names[0]}"
+        + (f" to {names[-1]}" if len(names) > 1 else "")
+        for scheme, names in others.items()
+    ]
+
+
 def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout]) -> Iterator[str]:
     """What is about to happen, for the terminal."""
     if reference.adapter is not None:
@@ -83,10 +109,11 @@ def _describe_output(output: OutputConfig, layout: Layout) -> Iterator[str]:
             f"quantizing {len(layout.quantized)} linears to {output.quantization.target}: {kind}, group {group}, "
             f"by {output.quantization.resolved_algorithm}"
         )
+        yield from (f"of these: {line}" for line in _mixture(layout))
     elif output.quantization is not None:
         yield f"quantizing {len(layout.quantized)} linears to {output.quantization.target} (bitsandbytes 4-bit blocks)"
     if output.quantization is not None:
-        yield from (f"note: {note}" for note in reader_notes(output.quantization, layout.scheme))
+        yield from (f"note: {note}" for note in _notes(output.quantization, layout))
     size = sum(spec.num_bytes for spec in layout.specs)
     yield f"writing {size / 1e6:.0f} MB to {output.out}"
 
@@ -165,7 +192,9 @@ def stages(
             **({"block_rows": scheme.block_rows} if scheme.block_rows > 1 else {}),
             "linears quantized": len(layout.quantized),
             "read by": TARGETS[output.quantization.target].readers,
-            "notes on readers": reader_notes(output.quantization, scheme),
+            "notes on readers": _notes(output.quantization, layout),
+            **({"linears with other settings": _mixture(layout)} if _mixture(layout) else {}),
+            **({"left unquantized by": list(output.quantization.ignore)} if output.quantization.ignore else {}),
             **dict(sorted(counts.items())),
         }
     elif output.quantization is not None:
@@ -176,6 +205,7 @@ def stages(
             "linears quantized": len(layout.quantized),
             "read by": TARGETS[output.quantization.target].readers,
             "notes on readers": reader_notes(output.quantization, None),
+            **({"left unquantized by": list(output.quantization.ignore)} if output.quantization.ignore else {}),
         }
     if calibration is not None and output.quantization is not None and output.quantization.needs_calibration:
         result["calibration"] = _describe(job.calibration, calibration, calibration_text)

@@ -104,8 +104,10 @@ def _write_in_lockstep(
 ) -> None:
     """Block by block, what is not quantized too: a file of weights is then complete soon after it was begun."""
     names = in_order(view)
+    heads = {filling.layout.head for filling in fillings}  # come after the blocks, as one more
     inside = [name for name in names if block_number(name) is not None]
-    outside = [name for name in names if block_number(name) is None]
+    inside += [name for name in names if name in heads]
+    outside = [name for name in names if block_number(name) is None and name not in heads]
     if not device.startswith("cuda"):
         _write_to_all(fillings, view, outside, device)
         outside = []

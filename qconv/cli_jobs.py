@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qconv import errors
@@ -19,6 +20,7 @@ from qconv.config import (
     parse_size,
 )
 from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
+from qconv.overrides import parse_override
 from qconv.progress import Progress
 
 
@@ -31,7 +33,8 @@ def merge_job(
         quantizations = [*_quantizations(targets, options)]
     elif _given(options):
         raise errors.UsageError(
-            "--algorithm, --bits, --group-size, --sym/--asym, --activations and --desc-act belong to --requant"
+            "--algorithm, --bits, --group-size, --sym/--asym, --activations, --desc-act, --ignore, --override and --lm-head "
+            "belong to --requant"
         )
     names = ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks")
     asked = [name for name in names if options[name] not in (None, ())]
@@ -68,12 +71,31 @@ def merge_job(
     )
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of targets that were given."""
-    named = {
-        name: options[name] for name in ("algorithm", "bits", "group_size", "symmetric", "activations", "desc_act")
-    }
-    return {name: value for name, value in named.items() if value is not None and (name != "desc_act" or value)}
+@dataclass(frozen=True)
+class _Given:
+    """An option of targets as it was typed, and the field that it sets; a tuple is added to what is there."""
+
+    field: str
+    value: Any
+    typed: str
+
+    def to(self, config: QuantizationConfig) -> QuantizationConfig:
+        value = getattr(config, self.field) + self.value if isinstance(self.value, tuple) else self.value
+        return dataclasses.replace(config, **{self.field: value})
+
+
+def _given(options: dict[str, Any]) -> list[_Given]:
+    """The options of targets that were given; of those that may be repeated, each by itself."""
+    found = []
+    for name in ("algorithm", "bits", "group_size", "activations"):
+        if options[name] is not None:
+            found.append(_Given(name, options[name], f"--{name.replace('_', '-')} {options[name]}"))
+    if options["symmetric"] is not None:
+        found.append(_Given("symmetric", options["symmetric"], "--sym" if options["symmetric"] else "--asym"))
+    found += [_Given(name, True, f"--{name.replace('_', '-')}") for name in ("desc_act", "lm_head") if options[name]]
+    found += [_Given("ignore", (text,), f"--ignore {text!r}") for text in options["ignore"]]
+    found += [_Given("overrides", (parse_override(text),), f"--override {text!r}") for text in options["overrides"]]
+    return found
 
 
 def _quantizations(targets: Sequence[str], options: dict[str, Any]) -> Iterable[QuantizationConfig]:
@@ -82,18 +104,15 @@ def _quantizations(targets: Sequence[str], options: dict[str, Any]) -> Iterable[
     Raises:
         UsageError: a target is named twice, or an option is for none of them.
     """
-    given = _given(options)
-    if len(targets) == 1:
-        return [QuantizationConfig(target=targets[0], damping=options["damping"], **given)]
     twice = next((target for target in targets if targets.count(target) > 1), None)
     if twice is not None:
         raise errors.UsageError(f"{twice} is asked for twice; name each target once, or make another run with -o")
     made = {target: QuantizationConfig(target=target, damping=options["damping"]) for target in targets}
-    for name, value in given.items():
+    for option in _given(options):
         refusals: dict[str, errors.UsageError] = {}
         for target, config in made.items():
             try:
-                made[target] = dataclasses.replace(config, **{name: value})
+                made[target] = option.to(config)
             except errors.UsageError as error:
                 refusals[target] = error
         if len(refusals) == len(made):
@@ -101,14 +120,8 @@ def _quantizations(targets: Sequence[str], options: dict[str, Any]) -> Iterable[
         if refusals:
             taking = ", ".join(target for target in targets if target not in refusals)
             reasons = "; ".join(map(str, refusals.values()))
-            progress_of(options).say(f"note: {_as_typed(name, value)} is for {taking} alone ({reasons})")
+            progress_of(options).say(f"note: {option.typed} is for {taking} alone ({reasons})")
     return made.values()
-
-
-def _as_typed(name: str, value: Any) -> str:
-    if name == "symmetric":
-        return "--sym" if value else "--asym"
-    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
 def validation_config(options: dict[str, Any]) -> ValidationConfig:

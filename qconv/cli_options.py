@@ -77,6 +77,23 @@ quantize_options = options(
         "--desc-act", is_flag=True, help="gptq, gptq_v2: groups in activation order, with a stored group index."
     ),
     click.option(
+        "--ignore",
+        multiple=True,
+        metavar="PATTERN",
+        help="Leave linears as they are: a glob such as '*.layers.0.*', or re:REGEX, on module names. Repeatable.",
+    ),
+    click.option(
+        "--override",
+        "overrides",
+        multiple=True,
+        metavar="PATTERN:SETTINGS",
+        help="gptq, gptq_v2, w4a16, w8a16: other settings for some linears: '*.down_proj:bits=8,group-size=32,asym'. "
+        "Repeatable; the first that matches a linear counts.",
+    ),
+    click.option(
+        "--lm-head", is_flag=True, help="gptq, gptq_v2, w4a16, w8a16: quantize the output head too, unless it is tied."
+    ),
+    click.option(
         "--damping", default=0.03, show_default=True, help="gptq: damping, fraction of the mean Gram diagonal."
     ),
     click.option(

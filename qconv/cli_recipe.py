@@ -15,9 +15,10 @@ from qconv import __version__, cli_jobs
 from qconv.cli_answers import Answer, answer_of, answers, made, together, training_facts, with_code
 from qconv.cli_options import json_option, message_options
 from qconv.cli_parsing import Command, devices, recipes
-from qconv.errors import RecipeError, UsageError
+from qconv.errors import RecipeError, SchemeError, UsageError
 from qconv.own_process import begin, without_collections
-from qconv.recipe import Recipe, in_words_of_recipe, load_recipe
+from qconv.recipe import Recipe, load_recipe
+from qconv.recipe_fields import in_words_of_recipe
 from qconv.recipe_schema import recipe_schema
 from qconv.recipe_show import as_document
 
@@ -106,5 +107,5 @@ def _refused_in_words_of_recipe(path: Path) -> Iterator[None]:
     """What only models can tell of a recipe's options is bad input, too, and says keys instead of flags."""
     try:
         yield
-    except UsageError as error:
+    except (UsageError, SchemeError) as error:
         raise RecipeError(f"{path}: {in_words_of_recipe(str(error))}") from error

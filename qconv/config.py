@@ -12,6 +12,7 @@ from typing import Literal
 
 from qconv.errors import SchemeError, UsageError
 from qconv.gate_rules import Policy, Rule, combine
+from qconv.overrides import OverrideConfig, check_pattern
 from qconv.targets import TARGETS, Algorithm
 from qconv.types import BnbKind, Scheme
 
@@ -39,6 +40,9 @@ class QuantizationConfig:
         damping: GPTQ damping as a fraction of the mean Gram diagonal.
         activations: how the engine finds the scales of inputs that it rounds to float8: for each token as it comes, or
             once for all, by calibration; for ``fp8``, where None = dynamic.
+        ignore: linears that stay unquantized: patterns of module names, as in ``overrides``.
+        lm_head: quantize the output head too, by round-to-nearest on a searched grid.
+        overrides: other settings for some linears; the first that matches one counts.
     """
 
     target: str
@@ -49,6 +53,9 @@ class QuantizationConfig:
     desc_act: bool = False
     damping: float = 0.03
     activations: Literal["dynamic", "static"] | None = None
+    ignore: tuple[str, ...] = ()
+    lm_head: bool = False
+    overrides: tuple[OverrideConfig, ...] = ()
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -73,6 +80,30 @@ class QuantizationConfig:
             raise UsageError(f"--activations belongs to --requant fp8, got {self.target}")
         if not 0 < self.damping < 1:
             raise UsageError(f"--damping is a fraction between 0 and 1, got {self.damping}")
+        for pattern in self.ignore:
+            check_pattern(pattern)
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        target = TARGETS[self.target]
+        mixed = [other.name for other in TARGETS.values() if other.mixed_bits]
+        if self.overrides and not target.mixed_bits:
+            raise UsageError(
+                f"--override: {self.target} has one scheme for all linears, and its config.json no place for others; "
+                f"{', '.join(mixed[:-1])} and {mixed[-1]} have"
+                + ("; --requant w4a16 --algorithm awq chooses numbers as awq does" if self.target == "awq" else "")
+            )
+        if self.lm_head and not target.mixed_bits:
+            raise UsageError(
+                f"--lm-head: readers of {self.target} expect the output head in 16 bits; "
+                f"{', '.join(mixed[:-1])} and {mixed[-1]} hold it"
+            )
+        for override in self.overrides:
+            if override.bits is not None and override.bits not in target.mixed_bits:
+                raise UsageError(
+                    f"--override {override.pattern!r}: {self.target} has bits "
+                    f"{' or '.join(map(str, target.mixed_bits))}, got {override.bits}"
+                )
 
     def _same_layout_with_these_bits(self) -> str:
         names = [t.name for t in TARGETS.values() if t.format == TARGETS[self.target].format and self.bits in t.bits]
@@ -144,8 +175,12 @@ class QuantizationConfig:
             group_size=size,
             symmetric=bool(symmetric),
             activation_order=self.solves,
-            min_zero=1 if target.format == "gptq" and not symmetric else 0,
+            min_zero=self.min_zero(bool(symmetric)),
         )
+
+    def min_zero(self, symmetric: bool) -> Literal[0, 1]:
+        """The smallest zero point, see `Scheme`."""
+        return 1 if TARGETS[self.target].format == "gptq" and not symmetric else 0
 
 
 @dataclass(frozen=True, kw_only=True)

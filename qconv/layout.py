@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from qconv.config import QuantizationConfig
-from qconv.convert import FORMATS, Bnb4bit, meta_linear
+from qconv.convert import FORMATS, Bnb4bit, meta_linear, mixed_config
 from qconv.errors import CheckpointError, SchemeError
 from qconv.plain_tensors import is_plain_float
+from qconv.selection import chosen_linears, schemes_of
 from qconv.skeleton import other_linears
 from qconv.targets import TARGETS
 from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
@@ -36,7 +37,8 @@ class Layout:
         specs: all output tensors, in order.
         storage: dtype of unquantized floating-point tensors.
         quantized: full names of the weights that are quantized, empty for a plain checkpoint.
-        scheme: their scheme, or None.
+        scheme: of those that no override is about, or None.
+        schemes: of each of them, by name; empty where there is no scheme.
         config: the content of ``config.json``.
         extra_files: further JSON files, by name.
     """
@@ -45,9 +47,15 @@ class Layout:
     storage: torch.dtype
     quantized: frozenset[str]
     scheme: Scheme | None
+    schemes: Mapping[str, Scheme]
     format: str | None
     config: Mapping[str, Any]
     extra_files: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def head(self) -> str | None:
+        """The weight of the output head, when it is quantized: the only one outside of the blocks."""
+        return next((name for name in self.schemes if block_number(name) is None), None)
 
 
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -76,6 +84,7 @@ def plan_layout(
             storage=storage,
             quantized=frozenset(),
             scheme=None,
+            schemes={},
             format=None,
             config=config,
             extra_files={},
@@ -92,29 +101,33 @@ def _plan_quantized(
 ) -> Layout:
     if not linears:
         raise SchemeError(f"{view.location}: the model has no linear layer in its decoder blocks that can be quantized")
+    linears = chosen_linears(view, linears, quantization)
     target = TARGETS[quantization.target]
     if target.format in BNB_FORMATS:
         return _plan_bnb(view, BNB_FORMATS[target.format], linears, storage, config)
     format_ = FORMATS[target.format]
-    specs_in = view.specs()
-    scheme = quantization.scheme_for([specs_in[name].shape[1] for name in linears], view.location)
-    format_.check_scheme(scheme)
+    default, schemes = schemes_of(view, linears, quantization)
+    for scheme in dict.fromkeys(schemes.values()):
+        format_.check_scheme(scheme)
 
     def packed(module: str, n: int, k: int) -> Mapping[str, Tensor]:
+        scheme = schemes[f"{module}.weight"]
         format_.check_shapes(module, n, k, scheme)
         return format_.pack(_meta_linear(n, k, scheme, quantization.desc_act), module, storage)
 
-    config["quantization_config"] = format_.quantization_config(
-        scheme,
-        quantized_modules=[name.removesuffix(".weight") for name in linears],
-        ignored_modules=other_linears(view, linears),
-        has_group_index=quantization.desc_act,
+    config["quantization_config"] = mixed_config(
+        format_,
+        default,
+        {name.removesuffix(".weight"): scheme for name, scheme in schemes.items()},
+        other_linears(view, linears),
+        quantization.desc_act,
     )
     return Layout(
         specs=_specs(view, linears, storage, packed),
         storage=storage,
         quantized=frozenset(linears),
-        scheme=scheme,
+        scheme=default,
+        schemes=schemes,
         format=target.format,
         config=config,
         extra_files=format_.extra_files(config["quantization_config"]),
@@ -134,6 +147,7 @@ def _plan_bnb(
         storage=storage,
         quantized=frozenset(linears),
         scheme=None,
+        schemes={},
         format=fmt.name,
         config=config,
         extra_files={},

@@ -172,7 +172,8 @@ def parse_yaml(
         top = yaml.compose(text, Loader=Loader)
         return _FromYaml(name, folder, lines).node(top, path, 1)
     except (yaml.YAMLError, ValueError) as error:
-        raise PlaceError(f"{name}: not YAML ({' '.join(str(error).split())})") from None
+        hint = "; a value that begins with * stands in quotes" if "while scanning an alias" in str(error) else ""
+        raise PlaceError(f"{name}: not YAML ({' '.join(str(error).split())}){hint}") from None
     except RecursionError:
         raise PlaceError(f"{name}: not YAML that is read here: nested too deep, or within itself") from None
 

@@ -238,6 +238,8 @@ def _quantized_blocks(
             config=making.output.quantization,
             scheme=making.layout.scheme,
             weights=making.layout.quantized,
+            schemes=making.layout.schemes,
+            head=making.layout.head,
             storage=making.layout.storage,
             model_type=str(view.config.get("model_type")),
             gpu_memory_limit=job.gpu_memory_limit,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qconv.config import (
     CalibrationConfig,
@@ -23,7 +23,7 @@ from qconv.config import (
 from qconv.errors import QconvError, RecipeError, UsageError
 from qconv.gate_rules import Policy, load_policy, read_policy
 from qconv.nodes import Node, PlaceError, parse_yaml, read_nodes
-from qconv.recipe_fields import CALIBRATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, Section
+from qconv.recipe_fields import CALIBRATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, at_key, built
 from qconv.recipe_values import FILE, SWITCH, WHOLE
 from qconv.work_folder import check_beside, check_inputs, check_output
 
@@ -33,20 +33,6 @@ GATE_KEYS = {"gates": "gates", "waivers": "waivers", "default-gates": "defaults"
 REQUIRED = ("recipe", "base", "outputs")
 EXCLUSIVE = (("adapter", "train"), ("trained-on", "train"), *(("policy", key) for key in GATE_KEYS))
 TOP_KEYS = ("recipe", *JOB.names, *SECTIONS, "policy", *GATE_KEYS)
-
-# What errors of the configs call by their flags, and a recipe otherwise.
-_KEY_OF_FLAG = {
-    "requant": "target",
-    "sym": "symmetric",
-    "asym": "symmetric",
-    "eval-tokens": "tokens",
-    "eval-seq-len": "seq-len",
-    "eval-data": "data",
-    "o": "out",
-}
-_FLAG = re.compile(r"(?<![\w-])--?([a-z][a-z-]*)")
-
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +101,10 @@ def _recipe(path: Path, top: Node) -> Recipe:
     if training is not None:
         job["adapter"] = str(training.out)
     outputs = tuple(map(_output, _some(keyed["outputs"])))
-    calibration = _section(CALIBRATION, keyed["calibration"]) if "calibration" in keyed else CalibrationConfig()
+    calibration = CALIBRATION.read(keyed["calibration"]) if "calibration" in keyed else CalibrationConfig()
     validation = _validation(keyed)
     values = {**job, "outputs": outputs, "calibration": calibration, "validation": validation}
-    return Recipe(path=path, train=training, job=_built(MergeJob, top, values, otherwise=keyed["outputs"]))
+    return Recipe(path=path, train=training, job=built(MergeJob, top, values, otherwise=keyed["outputs"]))
 
 
 def _check_version(top: Node, keyed: Mapping[str, Node]) -> None:
@@ -141,20 +127,20 @@ def _some(outputs: Node) -> list[Node]:
 
 def _training(keyed: Mapping[str, Node], job: Mapping[str, Any]) -> TrainConfig:
     shared = {name: job[name] for name in ("base", "device", "overwrite", "revision") if name in job}
-    return _built(TrainConfig, keyed["train"], _values(TRAIN, keyed["train"]) | shared)
+    return built(TrainConfig, keyed["train"], TRAIN.given(keyed["train"]) | shared)
 
 
 def _output(node: Node) -> OutputConfig:
     keyed = node.keys(OUTPUT.names + QUANTIZATION.names)
     quantization = None
     if "target" in keyed and keyed["target"].content is not None:
-        quantization = _built(QuantizationConfig, node, QUANTIZATION.values(keyed))
+        quantization = built(QuantizationConfig, node, QUANTIZATION.values(keyed))
     else:
         for name in QUANTIZATION.names:
             if name in keyed and name != "target":
                 raise keyed[name].error("says how to quantize, and this output has no target")
-    _check_required(OUTPUT, node)
-    return _built(OutputConfig, node, OUTPUT.values(keyed) | {"quantization": quantization})
+    OUTPUT.check_required(node)
+    return built(OutputConfig, node, OUTPUT.values(keyed) | {"quantization": quantization})
 
 
 def _validation(keyed: Mapping[str, Node]) -> ValidationConfig | None:
@@ -166,10 +152,10 @@ def _validation(keyed: Mapping[str, Node]) -> ValidationConfig | None:
         if gates:
             raise keyed[gates[0]].error(f"there is nothing to gate: validation is false ({node.where})")
         return None
-    values = {} if node is None else _values(VALIDATION, node)
+    values = {} if node is None else VALIDATION.given(node)
     policy = _policy(keyed)
     place = node or (keyed[gates[0]] if gates else keyed["outputs"])
-    return _built(ValidationConfig, place, values | {"policy": policy})
+    return built(ValidationConfig, place, values | {"policy": policy})
 
 
 def _policy(keyed: Mapping[str, Node]) -> Policy:
@@ -178,43 +164,6 @@ def _policy(keyed: Mapping[str, Node]) -> Policy:
             return load_policy(FILE.read(keyed["policy"]))
     inline: dict[str, Node] = {name: keyed[key] for key, name in GATE_KEYS.items() if key in keyed}
     return read_policy(next(iter(inline.values())).having(inline)) if inline else Policy()
-
-
-def _section(section: Section, node: Node) -> Any:
-    return _built(section.config, node, _values(section, node))
-
-
-def _values(section: Section, node: Node) -> dict[str, Any]:
-    keyed = node.keys(section.names)
-    _check_required(section, node)
-    return section.values(keyed)
-
-
-def _check_required(section: Section, node: Node) -> None:
-    keyed = node.keys()
-    for key in section.keys:
-        if key.required and key.name not in keyed:
-            raise node.error(f"{key.name} is missing")
-
-
-def _built(config: type[Config], node: Node, values: Mapping[str, Any], otherwise: Node | None = None) -> Config:
-    """A config; what it refuses is said at the key of ``node`` that it names, or else at ``otherwise``, or ``node``."""
-    try:
-        return config(**values)
-    except QconvError as error:
-        raise _at(node, error, otherwise) from None
-
-
-def _at(node: Node, error: QconvError, otherwise: Node | None = None) -> PlaceError:
-    named = [_KEY_OF_FLAG.get(flag, flag) for flag in _FLAG.findall(str(error))]
-    keyed = node.content if isinstance(node.content, dict) else {}
-    place = next((keyed[name] for name in named if name in keyed), otherwise or node)
-    return place.error(in_words_of_recipe(str(error)))
-
-
-def in_words_of_recipe(message: str) -> str:
-    """A message about flags as one about keys."""
-    return _FLAG.sub(lambda flag: _KEY_OF_FLAG.get(flag[1], flag[1]), message)
 
 
 def _check_folders(recipe: Recipe, top: Node) -> None:
@@ -240,4 +189,4 @@ def _check_folder(node: Node, out: Path, overwrite: bool, inputs: list[str | Non
         for folder in reports:
             check_beside(out, folder)
     except QconvError as error:
-        raise _at(node, error) from None
+        raise at_key(node, error) from None

@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from qconv.config import (
     BNB_KINDS,
@@ -27,12 +27,15 @@ from qconv.config import (
     TrainConfig,
     ValidationConfig,
 )
-from qconv.nodes import Node
+from qconv.errors import QconvError
+from qconv.nodes import Node, PlaceError
+from qconv.overrides import OverrideConfig
 from qconv.recipe_values import (
     FOLDER,
     MODEL,
     NUMBER,
     PATH,
+    PATTERN,
     PROMPTS,
     SIZE,
     SOURCE,
@@ -46,7 +49,22 @@ from qconv.recipe_values import (
 )
 from qconv.targets import TARGETS
 
-_KIND_OF_TYPE = {bool: SWITCH, int: WHOLE, float: NUMBER, str: TEXT, Path: PATH}
+# What errors of the configs call by their flags, and a recipe otherwise.
+_KEY_OF_FLAG = {
+    "requant": "target",
+    "sym": "symmetric",
+    "asym": "symmetric",
+    "override": "overrides",
+    "eval-tokens": "tokens",
+    "eval-seq-len": "seq-len",
+    "eval-data": "data",
+    "o": "out",
+}
+_FLAG = re.compile(r"(?<![\w-])--?([a-z][a-z-]*)")
+
+_KIND_OF_TYPE: Mapping[Any, Kind] = {bool: SWITCH, int: WHOLE, float: NUMBER, str: TEXT, Path: PATH}
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +74,7 @@ class Key:
     Attributes:
         name: in the recipe.
         field: of the config.
-        kind: of its value, or of each value of a list.
+        kind: of its value, or of each value of a list; a section, when these have keys of their own.
         many: it is a list.
         nullable: it may be null.
         required: it has no default.
@@ -66,7 +84,7 @@ class Key:
 
     name: str
     field: str
-    kind: Kind
+    kind: Kind | Section
     many: bool
     nullable: bool
     required: bool
@@ -99,14 +117,59 @@ class Section:
         """Those fields that are given, read.
 
         Raises:
-            PlaceError: a value is not of the kind of its key, or a required one is missing.
+            PlaceError: a value is not of the kind of its key.
         """
         return {key.field: key.read(keyed[key.name]) for key in self.keys if key.name in keyed}
+
+    def given(self, node: Node) -> dict[str, Any]:
+        """As `values`, of a node that has these keys and no others.
+
+        Raises:
+            PlaceError: see `values`; an unknown key, or a required one that is missing.
+        """
+        keyed = node.keys(self.names)
+        self.check_required(node)
+        return self.values(keyed)
+
+    def check_required(self, node: Node) -> None:
+        keyed = node.keys()
+        for key in self.keys:
+            if key.required and key.name not in keyed:
+                raise node.error(f"{key.name} is missing")
+
+    def read(self, node: Node) -> Any:
+        """The config that a node makes.
+
+        Raises:
+            PlaceError: see `given`; what the config refuses.
+        """
+        return built(self.config, node, self.given(node))
+
+
+def built(config: type[Config], node: Node, values: Mapping[str, Any], otherwise: Node | None = None) -> Config:
+    """A config; what it refuses is said at the key of ``node`` that it names, or else at ``otherwise``, or ``node``."""
+    try:
+        return config(**values)
+    except QconvError as error:
+        raise at_key(node, error, otherwise) from None
+
+
+def at_key(node: Node, error: QconvError, otherwise: Node | None = None) -> PlaceError:
+    """The same error, at the key that it names."""
+    named = [_KEY_OF_FLAG.get(flag, flag) for flag in _FLAG.findall(str(error))]
+    keyed = node.content if isinstance(node.content, dict) else {}
+    place = next((keyed[name] for name in named if name in keyed), otherwise or node)
+    return place.error(in_words_of_recipe(str(error)))
+
+
+def in_words_of_recipe(message: str) -> str:
+    """A message about flags as one about keys."""
+    return _FLAG.sub(lambda flag: _KEY_OF_FLAG.get(flag[1], flag[1]), message)
 
 
 def first_paragraph(config: type) -> str:
     """What a config is, from its docstring."""
-    return _in_words_of_recipe(" ".join((inspect.getdoc(config) or "").partition("\n\n")[0].split()))
+    return _without_code(" ".join((inspect.getdoc(config) or "").partition("\n\n")[0].split()))
 
 
 def descriptions(config: type) -> dict[str, str]:
@@ -116,11 +179,11 @@ def descriptions(config: type) -> dict[str, str]:
     for entry in re.findall(r"^ {4}(?=\S)(.*(?:\n {8}.*)*)", text, re.MULTILINE):
         names, _, words = entry.partition(":")
         for name in names.split(","):
-            found[name.strip()] = _in_words_of_recipe(" ".join(words.split()))
+            found[name.strip()] = _without_code(" ".join(words.split()))
     return found
 
 
-def _in_words_of_recipe(text: str) -> str:
+def _without_code(text: str) -> str:
     """Without what is about the code, and with YAML's names for values."""
     text = re.sub(r"\s*\((?:see )?`[^`]*`\)", "", text)
     text = re.sub(r"``?([^`]*)``?", r"\1", text)
@@ -134,19 +197,19 @@ def _section(
     *,
     without: Iterable[str] = (),
     names: Mapping[str, str] | None = None,
-    kinds: Mapping[str, Kind] | None = None,
+    kinds: Mapping[str, Kind | Section] | None = None,
 ) -> Section:
     hints, described = get_type_hints(config), descriptions(config)
     keys = []
     for field in dataclasses.fields(config):
         if field.name in without:
             continue
-        kind, many, nullable = _kind(hints[field.name])
+        hint, many, nullable = _unpacked(hints[field.name])
         keys.append(
             Key(
                 name=(names or {}).get(field.name, field.name.replace("_", "-")),
                 field=field.name,
-                kind=(kinds or {}).get(field.name, kind),
+                kind=(kinds or {}).get(field.name) or _kind(hint),
                 many=many,
                 nullable=nullable,
                 required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
@@ -157,8 +220,8 @@ def _section(
     return Section(config=config, keys=tuple(keys))
 
 
-def _kind(hint: Any) -> tuple[Kind, bool, bool]:
-    """The kind of a type, whether it is a list, and whether it may be None."""
+def _unpacked(hint: Any) -> tuple[Any, bool, bool]:
+    """The type of a value, whether there is a list of them, and whether it may be None."""
     nullable = False
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (one for one in get_args(hint) if one is not type(None))
@@ -166,8 +229,11 @@ def _kind(hint: Any) -> tuple[Kind, bool, bool]:
     many = get_origin(hint) is tuple
     if many:
         hint = get_args(hint)[0]
-    kind = choice(get_args(hint)) if get_origin(hint) is Literal else _KIND_OF_TYPE[hint]
-    return kind, many, nullable
+    return hint, many, nullable
+
+
+def _kind(hint: Any) -> Kind:
+    return choice(get_args(hint)) if get_origin(hint) is Literal else _KIND_OF_TYPE[hint]
 
 
 JOB = _section(
@@ -188,7 +254,8 @@ OUTPUT = _section(
     names={"max_shard_bytes": "max-shard-size"},
     kinds={"max_shard_bytes": SIZE, "dtype": choice(PLAIN_DTYPES)},
 )
-QUANTIZATION = _section(QuantizationConfig, kinds={"target": choice(TARGETS)})
+OVERRIDE = _section(OverrideConfig, kinds={"pattern": PATTERN})
+QUANTIZATION = _section(QuantizationConfig, kinds={"target": choice(TARGETS), "ignore": PATTERN, "overrides": OVERRIDE})
 VALIDATION = _section(
     ValidationConfig,
     without=("rules", "policy", "defaults", "engine"),  # gates stand at the top; only `qconv validate` has engines

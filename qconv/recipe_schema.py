@@ -101,7 +101,7 @@ def _properties(section: Section) -> dict[str, Any]:
 
 
 def _property(key: Key) -> dict[str, Any]:
-    value = dict(key.kind.schema)
+    value = _object(key.kind) if isinstance(key.kind, Section) else dict(key.kind.schema)
     if key.many:
         value = {"type": "array", "items": value}
     if key.nullable:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qconv.gate_rules import Policy, Rule, Waiver
 from qconv.recipe import RECIPE_FORMAT, Recipe
-from qconv.recipe_fields import CALIBRATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, Section
+from qconv.recipe_fields import CALIBRATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, Key, Section
 
 
 def as_document(recipe: Recipe) -> dict[str, Any]:
@@ -30,13 +30,15 @@ def as_document(recipe: Recipe) -> dict[str, Any]:
 
 def _shown(section: Section, config: object) -> dict[str, Any]:
     """The keys of a config; those that are None are left out."""
-    values = {key.name: getattr(config, key.field) for key in section.keys}
-    return {name: _plain(value) for name, value in values.items() if value is not None}
+    values = ((key, getattr(config, key.field)) for key in section.keys)
+    return {key.name: _plain(key, value) for key, value in values if value is not None}
 
 
-def _plain(value: Any) -> Any:
+def _plain(key: Key, value: Any) -> Any:
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [_plain(key, item) for item in value]
+    if isinstance(key.kind, Section):
+        return _shown(key.kind, value)
     return str(value) if isinstance(value, Path) else value
 
 

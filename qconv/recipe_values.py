@@ -19,6 +19,7 @@ from typing import Any
 from qconv.config import HUB_ID, parse_size
 from qconv.mixture import split_weight
 from qconv.nodes import Node
+from qconv.overrides import check_pattern
 from qconv.suggest import did_you_mean, did_you_mean_path
 from qconv.text_sources import EMBEDDED, SUFFIXES
 
@@ -139,6 +140,13 @@ def _text(node: Node) -> str:
     return node.text()
 
 
+def _pattern(node: Node) -> str:
+    text = _text(node)
+    with node.blamed():
+        check_pattern(text)
+    return text
+
+
 _STRING = {"type": "string", "minLength": 1}
 
 TEXT = Kind(_text, _STRING)
@@ -157,3 +165,4 @@ SOURCE = Kind(_source, _STRING)
 WEIGHTED_SOURCE = Kind(_weighted_source, _STRING)
 PROMPTS = Kind(_prompts, _STRING)
 TASK = Kind(_task, _STRING)
+PATTERN = Kind(_pattern, _STRING)

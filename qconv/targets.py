@@ -22,6 +22,7 @@ class Target:
     symmetric: bool | None  # the default; None where the choice does not exist
     readers: str
     scheme: Scheme | None = None  # the only one that the format holds
+    mixed_bits: tuple[int, ...] = ()  # of single linears, the output head among them; () = one scheme for all
 
 
 TARGETS: Mapping[str, Target] = {
@@ -32,6 +33,7 @@ TARGETS: Mapping[str, Target] = {
         bits=(4, 2, 3, 8),
         symmetric=True,
         readers="vLLM, SGLang, transformers + gptqmodel",
+        mixed_bits=(2, 3, 4, 8),
     ),
     "gptq_v2": Target(
         name="gptq_v2",
@@ -40,6 +42,7 @@ TARGETS: Mapping[str, Target] = {
         bits=(4, 2, 3, 8),
         symmetric=True,
         readers="transformers + gptqmodel, vLLM",
+        mixed_bits=(2, 3, 4, 8),
     ),
     "awq": Target(
         name="awq",
@@ -56,6 +59,7 @@ TARGETS: Mapping[str, Target] = {
         bits=(4,),
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",
+        mixed_bits=(4, 8),
     ),
     "w8a16": Target(
         name="w8a16",
@@ -64,6 +68,7 @@ TARGETS: Mapping[str, Target] = {
         bits=(8,),
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",
+        mixed_bits=(4, 8),
     ),
     "fp8": Target(
         name="fp8",

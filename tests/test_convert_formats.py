@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qconv.convert import FORMATS
+from qconv.convert import FORMATS, mixed_config
 from qconv.convert.bitpack import num_words, pack_last, unpack_last
 from qconv.errors import CheckpointError, NumericsError, QconvError, SchemeError
 from qconv.types import QuantizedLinear, Scheme
@@ -436,7 +436,7 @@ def test_the_scheme_comes_back_from_the_configuration(case):
 
 
 def test_gptq_configuration_is_what_readers_require():
-    config = FORMATS["gptq"].quantization_config(Scheme(), ["a"], ["lm_head", "model.layers.0.mlp.gate"])
+    config = mixed_config(FORMATS["gptq"], Scheme(), {"a": Scheme()}, ["lm_head", "model.layers.0.mlp.gate"], False)
     assert config == {
         "quant_method": "gptq",
         "bits": 4,
@@ -447,7 +447,7 @@ def test_gptq_configuration_is_what_readers_require():
         "true_sequential": False,
         "pack_dtype": "int32",
         "checkpoint_format": "gptq",
-        "dynamic": {r"-:^model\.layers\.0\.mlp\.gate$": {}},
+        "dynamic": {r"-:^model\.layers\.\d+\.mlp\.gate$": {}},
     }
     assert FORMATS["gptq"].extra_files(config) == {"quantize_config.json": config}
     assert FORMATS["gptq_v2"].quantization_config(Scheme(), [], [])["checkpoint_format"] == "gptq_v2"

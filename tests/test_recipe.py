@@ -69,11 +69,30 @@ def flags_to_training(*arguments: str) -> TrainConfig:
 
 # The same as flags
 
+PATTERNS = ["*.layers.0.*", "re:.*(gate|up)_proj$", "re:a:b=1,c", "lm_head", "true", "7"]
+
+
+def overrides() -> st.SearchStrategy[dict[str, Any]]:
+    settings = {
+        "bits": st.sampled_from([4, 8]),
+        "group-size": st.sampled_from([-1, 8, 96]),
+        "symmetric": st.booleans(),
+    }
+    changes = st.fixed_dictionaries({}, optional=settings).filter(bool)
+    return st.builds(lambda pattern, changed: {"pattern": pattern, **changed}, st.sampled_from(PATTERNS), changes)
+
+
+def typed(override: dict[str, Any]) -> str:
+    """As the flag has it."""
+    words = {True: "sym", False: "asym"}
+    settings = [words[v] if k == "symmetric" else f"{k}={v}" for k, v in override.items() if k != "pattern"]
+    return f"{override['pattern']}:{','.join(settings)}"
+
 
 @st.composite
 def options(draw: st.DrawFn) -> dict[str, Any]:
     """Some keys of a recipe with one output, by path."""
-    target = draw(st.sampled_from([None, "gptq", "awq", "w4a16", "fp8", "int8", "nf4"]))
+    target = draw(st.sampled_from([None, "gptq", "gptq_v2", "awq", "w4a16", "w8a16", "fp8", "int8", "nf4"]))
     possible: dict[str, Any] = {
         "device": st.sampled_from(["cpu", "auto"]),
         "gpu-memory": st.sampled_from(["24GB", "500MiB", "8g"]),
@@ -98,7 +117,11 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "validation.tasks": st.lists(st.sampled_from(["arc_easy", "piqa"]), unique=True),
         "validation.task-limit": st.integers(1, 50),
     }
-    if target in ("gptq", "awq", "w4a16"):
+    if target is not None:
+        possible |= {"outputs.0.ignore": st.lists(st.sampled_from(PATTERNS))}
+    if target in ("gptq", "gptq_v2", "w4a16", "w8a16"):
+        possible |= {"outputs.0.lm-head": st.booleans(), "outputs.0.overrides": st.lists(overrides())}
+    if target in ("gptq", "gptq_v2", "awq", "w4a16", "w8a16"):
         possible |= {
             "outputs.0.algorithm": st.sampled_from(["gptq", "awq", "rtn"]),
             "outputs.0.group-size": st.sampled_from([-1, 32, 64, 128]),
@@ -122,6 +145,8 @@ def as_flags(chosen: dict[str, Any], folder: Path) -> list[str]:
         name = FLAGS.get(path, path.rpartition(".")[2])
         if path == "outputs.0.symmetric":
             flags.append("--sym" if value else "--asym")
+        elif path == "outputs.0.overrides":
+            flags += [word for override in value for word in ("--override", typed(override))]
         elif isinstance(value, bool):
             flags += [f"--{name}"] if value else []
         elif isinstance(value, list):
@@ -277,6 +302,7 @@ def tables() -> dict[str, str]:
         "`train`": top["train"],
         "`calibration`": top["calibration"],
         "`outputs`, each": top["outputs"]["items"],
+        "`overrides`, each": top["outputs"]["items"]["properties"]["overrides"]["items"],
         "`validation`": top["validation"]["oneOf"][1],
     }
     return {
@@ -306,6 +332,7 @@ def test_the_document_has_the_keys_of_the_schema() -> None:
 # Refusals
 
 HEAD = "recipe: 1\nbase: base\nadapter: adapter\noutputs:\n  - {target: awq, out: out}\n"
+MIXED = HEAD + "  - out: b\n    target: w4a16\n"
 TRAINED = "recipe: 1\nbase: base\noutputs: [{out: out}]\n"
 
 # By name: the text, the line that is named, words of the message. What the schema refuses, too:
@@ -313,6 +340,12 @@ STRUCTURAL: dict[str, tuple[str, int, list[str]]] = {
     "misspelt key": (HEAD + "calibration:\n  sampels: 3\n", 7, ["calibration.sampels: unknown key", "mean samples?"]),
     "key of the top": (HEAD + "calibraton: {}\n", 6, ["calibraton: unknown key", "did you mean calibration"]),
     "key of an output": (HEAD + "  - out: b\n    group_size: 64\n", 7, ["outputs[1].group_size", "mean group-size?"]),
+    "key of an override": (MIXED + "    overrides: [{pattern: a, bit: 8}]\n", 8, ["overrides[0].bit", "mean bits?"]),
+    "override without pattern": (MIXED + "    overrides: [{bits: 8}]\n", 8, ["overrides[0]: pattern is missing"]),
+    "override as text": (MIXED + "    overrides: ['a:bits=8']\n", 8, ["overrides[0]", "expected keys with values"]),
+    "ignore as text": (MIXED + "    ignore: a\n", 8, ["outputs[1].ignore", "expected a list"]),
+    "empty pattern": (MIXED + "    ignore: ['']\n", 8, ["outputs[1].ignore[0]", "expected text, got none"]),
+    "ignore without target": (HEAD + "  - {out: b, ignore: [a]}\n", 6, ["outputs[1].ignore", "no target"]),
     "key of train": (TRAINED + "train: {out: a, base: b}\n", 4, ["train.base: unknown key"]),
     "key of validation": (HEAD + "validation: {rules: []}\n", 6, ["validation.rules: unknown key"]),
     "key of a waiver": (HEAD + "waivers:\n - gates: x\n", 7, ["waivers[0].gates: unknown key", "mean gate?"]),
@@ -394,6 +427,34 @@ OTHER: dict[str, tuple[str, int, list[str]]] = {
     "weight of nothing": (HEAD + "calibration: {sources: ['default:0']}\n", 6, ["sources[0]", "positive"]),
     "no such prompts": (HEAD + "validation: {prompts: p.txt}\n", 6, ["validation.prompts", "no such file"]),
     "no such task": (HEAD + "validation: {tasks: [t.yaml]}\n", 6, ["validation.tasks[0]", "no such file"]),
+    "overrides of awq": (
+        HEAD.replace("out}", "out,\n     overrides: [{pattern: a, bits: 8}]}"),
+        6,
+        ["outputs[0].overrides: overrides: awq has one scheme", "; target w4a16 algorithm awq"],
+    ),
+    "head of fp8": (HEAD + "  - {out: b, target: fp8, lm-head: true}\n", 6, ["[1].lm-head", "readers of fp8"]),
+    "bits of an override": (
+        MIXED + "    overrides:\n      - {pattern: a, bits: 3}\n",
+        8,
+        ["outputs[1].overrides: overrides 'a': w4a16 has bits 4 or 8, got 3"],
+    ),
+    "group of an override": (
+        MIXED + "    overrides:\n      - {pattern: a, bits: 8}\n      - {pattern: b, group-size: 4}\n",
+        10,
+        ["outputs[1].overrides[1]", "group-size is at least 8"],
+    ),
+    "override of nothing": (
+        MIXED + "    overrides:\n      - pattern: a\n",
+        9,
+        ["outputs[1].overrides[0]", "changes nothing: no bits, group-size or symmetric"],
+    ),
+    "broken pattern": (MIXED + "    ignore:\n      - a\n      - 're:('\n", 10, ["[1].ignore[1]", "regular expression"]),
+    "broken pattern of an override": (
+        MIXED + "    overrides:\n      - bits: 8\n        pattern: 're:['\n",
+        10,
+        ["outputs[1].overrides[0].pattern", "regular expression"],
+    ),
+    "star without quotes": (MIXED + "    ignore: [*.o_proj]\n", 0, ["line 8", "begins with * stands in quotes"]),
     "no such policy": (HEAD + "policy: p.yaml\n", 6, ["policy", "no such file"]),
     "output exists": (HEAD + "  - {out: base}\n", 6, ["outputs[1].out", "exists already", "overwrite"]),
     "output is an input": (HEAD + "  - {out: base}\noverwrite: true\n", 6, ["outputs[1].out", "base"]),

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from qconv.checkpoint import open_checkpoint
 from qconv.cli import cli, main
-from tests.cli_cases import EVAL_TOKENS, SEQ_LEN, report_of, small_texts, stored_tensors
+from qconv.convert import dequantize
+from tests.cli_cases import EVAL_TOKENS, NUM_LINEARS, SEQ_LEN, report_of, small_texts, stored_tensors
 from tests.test_cli_machines import only_document
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples" / "recipes"
@@ -98,6 +100,9 @@ def test_several_targets(runs: Runs, tiny_nf4: Path, tiny_adapter: Path) -> None
     assert targets == {"out-awq": "awq", "out-w4a16": "w4a16", "out-fp8": "fp8", "out-bf16": "plain"}
     config = json.loads((runs.folder / "out-awq" / "config.json").read_text())
     assert config["quantization_config"]["group_size"] == 64
+    bits = {m: scheme.bits for m, scheme in dequantize(open_checkpoint(runs.folder / "out-w4a16")).schemes.items()}
+    assert len(bits) == NUM_LINEARS
+    assert {module for module in bits if bits[module] == 8} == {f"model.layers.{i}.mlp.down_proj" for i in range(4)}
 
 
 def test_quantize_only(runs: Runs, tiny_llama: Path) -> None:
@@ -151,6 +156,10 @@ BEFORE_TRAINING: dict[str, tuple[list[str], str]] = {
         ["gates={prompts_identical: {min: 90%}}", "validation.prompts=null"],
         "add prompts default",
     ),
+    "pattern": (["outputs.0.ignore=['*.o_prj']"], "ignore '*.o_prj' matches no linear; did you mean *.o_proj or"),
+    "override": (["outputs.0.overrides=[{pattern: x, bits: 8}]"], "overrides 'x' matches no linear"),
+    "tied head": (["outputs.0.lm-head=true"], "lm-head: the output head is the input embedding"),
+    "nothing left": (["outputs.0.ignore=['*']"], "ignore leaves no linear to quantize; drop target"),
     "device": (["device=tpu"], "device takes cpu"),
     "no model": (["base=."], "config.json"),
 }

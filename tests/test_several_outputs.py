@@ -18,6 +18,7 @@ from qconv import pipeline
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.config import MergeJob, OutputConfig, QuantizationConfig
 from qconv.errors import CheckpointError, UsageError
+from qconv.overrides import OverrideConfig
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
 from qconv.quantize.fold_block import Statistics
 from qconv.quantize.memory import ModelShape, plan_memory
@@ -26,6 +27,7 @@ from qconv.streaming import StreamedModel
 from qconv.types import QuantizedLinear, Scheme
 from tests.cli_cases import SEQ_LEN, Variant, job, made, report_of, stored_tensors
 from tests.test_cli import Run, run, stages_of
+from tests.test_recipe import flags_to_job
 
 __all__ = ["run"]  # a fixture
 
@@ -355,6 +357,28 @@ def test_quantizing_to_several(run: Run, tiny_llama: Path) -> None:
     assert bits == {"awq": 4, "gptq": 8, "int8": 8}
 
 
+def test_each_target_gets_the_options_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    targets = [word for target in ("awq", "gptq", "w4a16", "fp8") for word in ("--requant", target)]
+    mixture = ["--override", "*.down_proj:bits=2", "--override", "*.o_proj:bits=8,asym", "--lm-head"]
+    both = flags_to_job("base", "adapter", *targets, *mixture, "--ignore", "a", "--ignore", "b", "-o", "out")
+    two, eight = (
+        OverrideConfig(pattern="*.down_proj", bits=2),
+        OverrideConfig(pattern="*.o_proj", bits=8, symmetric=False),
+    )
+    assert [output.quantization for output in both.outputs] == [
+        QuantizationConfig(target="awq", ignore=("a", "b")),
+        QuantizationConfig(target="gptq", ignore=("a", "b"), lm_head=True, overrides=(two, eight)),
+        QuantizationConfig(target="w4a16", ignore=("a", "b"), lm_head=True, overrides=(eight,)),
+        QuantizationConfig(target="fp8", ignore=("a", "b")),
+    ]
+    notes = [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines()]
+    assert notes == [
+        "note: --lm-head is for gptq, w4a16 alone",
+        "note: --override '*.down_proj:bits=2' is for gptq alone",
+        "note: --override '*.o_proj:bits=8,asym' is for gptq, w4a16 alone",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -362,6 +386,11 @@ def test_quantizing_to_several(run: Run, tiny_llama: Path) -> None:
         (["--requant", "fp8", "--requant", "int8", "--asym"], "fp8 has one scheme"),
         (["--requant", "fp8", "--requant", "awq", "--desc-act"], "--desc-act"),
         (["--requant", "fp8", "--requant", "awq", "--bits", "3"], "--bits 8, got 3"),
+        (["--requant", "fp8", "--requant", "awq", "--lm-head"], "--lm-head: readers of fp8"),
+        (["--requant", "awq", "--requant", "int8", "--override", "a:bits=8"], "--override: awq has one scheme"),
+        (["--requant", "w4a16", "--requant", "w8a16", "--override", "a:bits=3"], "w4a16 has bits 4 or 8, got 3"),
+        (["--requant", "w4a16", "--requant", "awq", "--override", "a:bit=8"], "'bit=8' is no setting"),
+        (["--requant", "fp8", "--requant", "awq", "--ignore", "re:("], "not a regular expression"),
     ],
 )
 def test_options_for_none_are_refused(

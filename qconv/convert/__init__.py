@@ -10,6 +10,7 @@ from qconv.convert.bnb_kernels import quant_map
 from qconv.convert.bnb_kernels import simulate as simulate_weight
 from qconv.convert.dequantize import FORMATS, DequantizedCheckpoint, dequantize
 from qconv.convert.format import Format
+from qconv.convert.mixed import mixed_config
 from qconv.convert.simulate import simulate_training_base
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "dequantize",
     "encode_linear",
     "meta_linear",
+    "mixed_config",
     "quant_map",
     "read_linear",
     "simulate_training_base",

@@ -71,7 +71,8 @@ class Format(Protocol):
     ) -> dict[str, Any]:
         """The ``quantization_config`` of ``config.json``.
 
-        ``ignored_modules`` are the linears that stay unquantized (``lm_head`` and the like);
+        ``ignored_modules`` are the linears that stay unquantized (``lm_head`` and the like; GPTQ excludes them by
+        rules, which `mixed_config` adds);
         ``has_group_index`` says that ``group_index_K`` is stored for some module.
         """
 

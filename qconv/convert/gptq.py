@@ -11,12 +11,11 @@ get 2**bits, GPTQModel adds to whole words and carries into the neighbour), so `
 before packing and `unpack` refuses it in files.
 
 Rounding points: none; scales must be exact in float16. Left out: 5 to 7 bits and planar words
-(``gptq_p``), pack dtypes other than int32, per-module overrides.
+(``gptq_p``), pack dtypes other than int32. Rules for single modules are in `mixed.py` and `module_config.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -129,7 +128,7 @@ class Gptq:
         has_group_index: bool = False,
     ) -> dict[str, Any]:
         self.check_scheme(scheme)
-        config: dict[str, Any] = {
+        return {
             "quant_method": "gptq",
             "bits": scheme.bits,
             "group_size": scheme.group_size,
@@ -141,11 +140,6 @@ class Gptq:
             "pack_dtype": "int32",
             "checkpoint_format": self.name,
         }
-        skipped = [name for name in ignored_modules if name != "lm_head"]
-        if skipped:
-            # vLLM and GPTQModel skip modules that match a negative rule.
-            config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
-        return config
 
     def scheme_of(self, config: Mapping[str, Any], location: str) -> Scheme:
         where = f"{location}: quantization_config"

@@ -27,6 +27,7 @@ from qconv.quantize.fold_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.folds import FOLDS, Heads
 from qconv.quantize.gather import gather
 from qconv.quantize.memory import ModelShape, free_memory, plan_memory
+from qconv.quantize.rtn import rtn
 from qconv.quantize.solve import solve
 from qconv.skeleton import StoredBlocks
 from qconv.streaming import StreamedModel
@@ -56,8 +57,10 @@ class QuantizeRequest:
 
     Attributes:
         config: algorithm and options.
-        scheme: resolved scheme of every quantized linear.
+        scheme: resolved scheme of every weight that is not in ``schemes``.
         weights: full names of the weights to quantize; others stay as they are.
+        schemes: of weights that may have another one, by full name.
+        head: the weight of the output head, when it is among ``weights``; of several requests the same one.
         storage: dtype in which unquantized tensors will be stored.
         model_type: as in config.json; selects the AWQ folds.
         gpu_memory_limit: bytes that the process may take on a GPU; None = what is free there.
@@ -70,6 +73,11 @@ class QuantizeRequest:
     model_type: str
     gpu_memory_limit: int | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    head: str | None = None
+
+    def scheme_of(self, weight: str) -> Scheme:
+        return self.schemes.get(weight, self.scheme)
 
 
 def quantize_blocks(
@@ -79,6 +87,8 @@ def quantize_blocks(
     progress: Progress = QUIET,
 ) -> Iterator[QuantizedBlock]:
     """Yields the blocks in order, each as often as there are requests; each is read once.
+
+    An output head that some request quantizes comes last, as one more block.
 
     What happened (scales folded or skipped, damping raised, dead channels) is counted in the request's ``counts``.
 
@@ -100,6 +110,26 @@ def quantize_blocks(
     label = " + ".join(dict.fromkeys(request.config.resolved_algorithm for request in requests))
     for index in progress.track(range(model.num_blocks), label, model.num_blocks):
         yield from _quantize_block(model, index, requests, hidden, progress)
+    del hidden  # the head needs room of its own
+    head = next((request.head for request in requests if request.head is not None), None)
+    if head is not None:
+        yield from _quantize_head(model, head, requests)
+
+
+def _quantize_head(
+    model: StreamedModel | StoredBlocks, name: str, requests: Sequence[QuantizeRequest]
+) -> Iterator[QuantizedBlock]:
+    """The output head, whose inputs no block sees: each group's grid searched, then round-to-nearest."""
+    with TIMELINE.stage("read block"):
+        w_NK = model.view.read(name, model.device)
+    for number, request in enumerate(requests):
+        if request.head is None:
+            yield QuantizedBlock(index=model.num_blocks, request=number, linears={}, plain={name: w_NK})
+            continue
+        with TIMELINE.stage("solve"):
+            linear = rtn(w_NK.float(), request.scheme_of(name), f"{model.view.location}: {name}", mse=True)
+        request.counts["output head rounded to nearest on a searched grid, without calibration"] = 1
+        yield QuantizedBlock(index=model.num_blocks, request=number, linears={name: linear}, plain={})
 
 
 def _embed(
@@ -188,13 +218,19 @@ def _answer(
     """
     prefix = model.block_prefix(index)
     names = [name for name in tensors if prefix + name in request.weights]
+    for name in statistics.keys() - set(names):  # another request's
+        del statistics[name]
     if request.config.folding is not None:
         with TIMELINE.stage("fold"):
             _fold(model, tensors, statistics, prefix, request, request.config.folding)
     with TIMELINE.stage("solve"):
-        weights = {name: tensors.pop(name).float() for name in names}
         where = f"{model.view.location}: {prefix}"
-        linears = solve(weights, statistics, where, request.config, request.scheme, request.counts, progress)
+        solved: dict[str, QuantizedLinear] = {}
+        # Linears with an equal scheme together: those that share an input are solved as one.
+        for scheme in dict.fromkeys(request.scheme_of(prefix + name) for name in names):
+            weights = {n: tensors.pop(n).float() for n in names if request.scheme_of(prefix + n) == scheme}
+            solved |= solve(weights, statistics, where, request.config, scheme, request.counts, progress)
+        linears = {name: solved[name] for name in names}
     if advancing is not None:
         assert isinstance(model, StreamedModel)
         with TIMELINE.stage("advance"):
@@ -237,13 +273,13 @@ def _fold(
     if not folds:
         request.counts[f"{method} folds skipped: model family without a fold table"] += 1
         return
-    context = FoldContext(
-        method=method,
-        heads=Heads.of(model.view.config),
-        scheme=request.scheme,
-        storage=request.storage,
-        counts=request.counts,
-        where=f"{model.view.location}: {prefix}",
-    )
     for fold in folds:
+        context = FoldContext(
+            method=method,
+            heads=Heads.of(model.view.config),
+            scheme=request.scheme_of(f"{prefix}{fold.targets[0]}.weight"),  # engines fuse all of them: one scheme
+            storage=request.storage,
+            counts=request.counts,
+            where=f"{model.view.location}: {prefix}",
+        )
         fold_scales(tensors, statistics, fold, context)

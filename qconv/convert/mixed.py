@@ -1,0 +1,77 @@
+"""The ``quantization_config`` of linears with several schemes: inverse of `module_config`.
+
+compressed-tensors: a config group for each scheme. GPTQ: the rules of ``dynamic``, whose first match counts, for
+modules as well as for what vLLM fuses of them (it asks with the fused name). Patterns name one role in all blocks where
+they can, and single modules elsewhere; class names are not used, since engines match them before the parts of a fused
+linear.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from qconv.convert.format import Format
+from qconv.errors import SchemeError
+from qconv.overrides import fused_linears
+from qconv.types import Scheme
+
+
+def mixed_config(
+    fmt: Format,
+    default: Scheme,
+    schemes: Mapping[str, Scheme],
+    ignored: Collection[str],
+    has_group_index: bool,
+) -> dict[str, Any]:
+    """The configuration of modules with their ``schemes``; ``default`` is that of modules that no rule is about.
+
+    ``ignored`` are the linears that stay unquantized.
+
+    Raises:
+        SchemeError: the format has one scheme for all.
+    """
+    config = fmt.quantization_config(default, list(schemes), ignored, has_group_index)
+    groups: dict[Scheme, list[str]] = {default: []}
+    for module, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(module)
+    everything = [*schemes, *ignored]
+    if config["quant_method"] == "gptq":
+        everything += fused_linears(everything)
+        skipped = [name for name in ignored if name != "lm_head"]
+        rules: dict[str, dict[str, Any]] = {
+            f"-:{pattern}": {} for pattern in _patterns([*skipped, *fused_linears(skipped)], everything)
+        }
+        for scheme, modules in list(groups.items())[1:]:
+            settings = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+            named = _patterns([*modules, *fused_linears(modules)], everything)
+            rules |= {f"+:{pattern}": dict(settings) for pattern in named}
+        return config | ({"dynamic": rules} if rules else {})
+    if len(groups) == 1 and "lm_head" not in schemes:
+        return config
+    if config["quant_method"] != "compressed-tensors":
+        raise SchemeError(f"{fmt.name} has one scheme for all linears, got {len(groups)}")
+    config["config_groups"] = {}
+    for scheme, modules in groups.items():
+        if modules:
+            own = fmt.quantization_config(scheme, modules, ignored, has_group_index)["config_groups"]["group_0"]
+            # Whole names where a pattern would stand for one module: engines that rename modules can map those.
+            by_pattern = {f"re:^{re.escape(module)}$": module for module in modules}
+            targets = [by_pattern.get(f"re:{pattern}", f"re:{pattern}") for pattern in _patterns(modules, everything)]
+            config["config_groups"][f"group_{len(config['config_groups'])}"] = own | {"targets": targets}
+    return config
+
+
+def _patterns(modules: Collection[str], everything: Collection[str]) -> list[str]:
+    """Regular expressions that match ``modules`` and nothing else of ``everything``."""
+    wanted = set(modules)
+    partial = {_role(module) for module in everything if module not in wanted}
+    return list(dict.fromkeys(
+        f"^{re.escape(module)}$" if _role(module) in partial else f"^{_role(module)}$" for module in modules
+    ))  # fmt: skip
+
+
+def _role(module: str) -> str:
+    """Of a linear in any block, as a regular expression."""
+    return r"\.".join(r"\d+" if part.isdecimal() else re.escape(part) for part in module.split("."))

@@ -1,0 +1,118 @@
+"""Which linears of a model are quantized, and with which scheme each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from qconv.config import QuantizationConfig
+from qconv.errors import SchemeError, UsageError
+from qconv.overrides import fused_linears, matches
+from qconv.skeleton import other_linears, text_config
+from qconv.suggest import did_you_mean
+from qconv.types import Checkpoint, Scheme
+
+HEAD = "lm_head"
+
+
+def chosen_linears(view: Checkpoint, linears: Collection[str], config: QuantizationConfig) -> list[str]:
+    """The weights to quantize: ``linears`` (those of the decoder blocks) without ``--ignore``, and ``--lm-head``.
+
+    Raises:
+        UsageError: a pattern that matches no linear; names those that are near.
+        SchemeError: nothing is left, an output head that cannot be quantized by itself, or linears that engines fuse of
+            which only some are left out.
+    """
+    if config.lm_head:
+        _check_head(view)
+        linears = [*linears, HEAD + ".weight"]
+    modules = [name.removesuffix(".weight") for name in linears]
+    known = [*modules, *(other_linears(view, linears) if config.ignore else ())]
+    ignored: set[str] = set()
+    for pattern in config.ignore:
+        ignored |= _matching("--ignore", pattern, known)
+    if config.lm_head and HEAD in ignored:
+        raise UsageError(f"--lm-head asks for what --ignore leaves out: {HEAD}")
+    left = [module for module in modules if module not in ignored]
+    if not left:
+        raise SchemeError(f"{view.location}: --ignore leaves no linear to quantize; drop --requant for a plain merge")
+    _check_fused({module: module not in ignored for module in modules}, view.location, "--ignore")
+    return [module + ".weight" for module in left]
+
+
+def schemes_of(
+    view: Checkpoint, weights: Collection[str], config: QuantizationConfig
+) -> tuple[Scheme, dict[str, Scheme]]:
+    """The scheme of all weights that no override is about, and that of each weight.
+
+    Raises:
+        UsageError: an override that matches no linear, or only such that an earlier one has taken.
+        SchemeError: a group size that does not divide, or linears that engines fuse with different schemes.
+    """
+    specs = view.specs()
+    modules = [name.removesuffix(".weight") for name in weights]
+    taken: dict[str, int] = {}
+    for number, override in enumerate(config.overrides):
+        found = _matching("--override", override.pattern, modules)
+        if found <= taken.keys():
+            raise UsageError(
+                f"--override {override.pattern!r}: earlier overrides have taken all linears that it matches"
+            )
+        taken |= {module: number for module in found if module not in taken}
+    own_size = {m for m, number in taken.items() if config.overrides[number].group_size is not None}
+    base = config.scheme_for([specs[f"{m}.weight"].shape[1] for m in modules if m not in own_size], view.location)
+    others = [_overridden(base, override.bits, override.group_size, override.symmetric, config)
+              for override in config.overrides]  # fmt: skip
+    schemes = {m: others[taken[m]] if m in taken else base for m in modules}
+    _check_fused(schemes, view.location, "--override")
+    return base, {f"{module}.weight": scheme for module, scheme in schemes.items()}
+
+
+def _overridden(
+    base: Scheme, bits: int | None, group_size: int | None, symmetric: bool | None, config: QuantizationConfig
+) -> Scheme:
+    symmetric = base.symmetric if symmetric is None else symmetric
+    return replace(
+        base,
+        bits=bits or base.bits,
+        group_size=group_size or base.group_size,
+        symmetric=symmetric,
+        min_zero=config.min_zero(symmetric),
+    )
+
+
+def _matching(option: str, pattern: str, modules: Collection[str]) -> set[str]:
+    found = {module for module in modules if matches(pattern, module)}
+    if not found:
+        roles = dict.fromkeys("*." + module.rpartition(".")[2] for module in modules if "." in module)
+        hint = did_you_mean(pattern, [*roles, *modules]) or f"; there are {', '.join(roles)}"
+        raise UsageError(f"{option} {pattern!r} matches no linear{hint}")
+    return found
+
+
+def _check_head(view: Checkpoint) -> None:
+    if text_config(view).tie_word_embeddings or HEAD + ".weight" not in view.specs():
+        raise SchemeError(
+            f"{view.location}: --lm-head: the output head is the input embedding (tie_word_embeddings), which stays in "
+            "16 bits; it could only be quantized as a second copy of it. Drop --lm-head"
+        )
+
+
+def _check_fused(values: Mapping[str, bool | Scheme], location: str, option: str) -> None:
+    """Engines run these as one linear, so they are quantized alike or not at all."""
+    for members in fused_linears(values).values():
+        if len({values[module] for module in members}) > 1:
+            found = ", ".join(f"{module} {_in_words(values[module])}" for module in members)
+            parent, roles = members[0].rpartition(".")[0], [module.rpartition(".")[2] for module in members]
+            raise SchemeError(
+                f"{location}: serving engines run {' and '.join(roles)} as one linear, and {option} makes them "
+                f"different: {found}; write a pattern that matches all of them or none, such as "
+                f"'re:{re.escape(parent)}\\.({'|'.join(roles)})'"
+            )
+
+
+def _in_words(value: bool | Scheme) -> str:
+    if isinstance(value, Scheme):
+        return f"({value.bits}-bit, group size {value.group_size}, {'symmetric' if value.symmetric else 'asymmetric'})"
+    return "(quantized)" if value else "(left out)"
