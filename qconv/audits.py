@@ -19,11 +19,15 @@ _PROBED_WEIGHTS = 24
 
 
 def _levels(reference: Reference, stored: DequantizedCheckpoint) -> Tensor | None:
-    """The 4-bit levels of the base, where a candidate of few bits has to be told by them; see `audit_cells`."""
-    scheme = stored.scheme
-    if scheme is None or scheme.kind != "int" or scheme.bits > 4 or not reference.kind.startswith("nf4"):
+    """The 4-bit levels of the base, where a candidate of 4 bits has to be told by them; see `audit_cells`."""
+    if not reference.kind.startswith("nf4") or not _weights_of_4_bits(stored):
         return None
     return quant_map("nf4", "cpu")
+
+
+def _weights_of_4_bits(stored: DequantizedCheckpoint) -> set[str]:
+    """With fewer bits the candidate's own errors are too large to show the base's, with more there is no need."""
+    return {f"{module}.weight" for module, s in stored.schemes.items() if s.kind == "int" and s.bits == 4}
 
 
 class StreamedAudit:
@@ -58,7 +62,8 @@ class StreamedAudit:
         )
         self._left = dict.fromkeys(self._audit.names)
         self._levels = _levels(reference, views.stored)
-        changed = [name for name in self._left if name in views.changed]
+        four = _weights_of_4_bits(views.stored)
+        changed = [name for name in self._left if name in views.changed and name in four]
         self._probed = frozenset(changed[:: max(1, len(changed) // _PROBED_WEIGHTS)])
         self._slopes: dict[str, float] = {}
 

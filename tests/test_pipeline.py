@@ -191,7 +191,10 @@ def test_the_adapters_tokenizer_and_template_win(
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -> None:
-    """Bounds are about three times what was measured: KL 0.0033 (gptq), 0.0054 (awq), 0.0082 (rtn), 0.0002 (8 bits)."""
+    """Bounds are about three times what was measured: KL 0.0033 (gptq), 0.0054 (awq), 0.0082 (rtn), 0.0002 (8 bits).
+
+    With 3 bits under 0.025 and with 2 bits 0.063 to 0.074, both by gptq.
+    """
     out = output(variant)
     report = report_of(out)
     assert (report["format"], report["verdict"], report["subject"]["target"]) == (2, "not gated", variant.target)
@@ -253,7 +256,7 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
     low, high = kl["interval_95"]
     assert 0 < low < kl["mean"] < high
     rounds_inputs = scheme is not None and scheme.dynamic_activations
-    limit = 5e-4 if variant.bits == 8 and not rounds_inputs else 0.006 if rounds_inputs else 0.025
+    limit = 0.006 if rounds_inputs else {8: 5e-4, 4: 0.025, 3: 0.06, 2: 0.2}[variant.bits]
     assert kl["mean"] < limit
     assert [block["block"] for block in fidelity["blocks"]] == [0, 1, 2, 3]
     assert fidelity["adapter_effect_retained"]["value"] == pytest.approx(
