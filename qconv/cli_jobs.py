@@ -33,8 +33,8 @@ def merge_job(
         quantizations = [*_quantizations(targets, options)]
     elif _given(options):
         raise errors.UsageError(
-            "--algorithm, --bits, --group-size, --sym/--asym, --activations, --desc-act, --ignore, --override and --lm-head "
-            "belong to --requant"
+            "--algorithm, --bits, --group-size, --sym/--asym, --activations, --desc-act, --ignore, --override and "
+            "--lm-head belong to --requant"
         )
     names = ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks")
     asked = [name for name in names if options[name] not in (None, ())]

@@ -72,7 +72,8 @@ class QuantizationConfig:
             raise UsageError(f"{self.target} has one scheme: no --group-size, --sym/--asym or --desc-act")
         if self.desc_act and not (target.format in ("gptq", "gptq_v2") and self.solves):
             raise UsageError(
-                "--desc-act belongs to --requant gptq or gptq_v2 with the gptq or awq+gptq algorithm (a stored group index)"
+                "--desc-act belongs to --requant gptq or gptq_v2 with the gptq or awq+gptq algorithm (a stored group "
+                "index)"
             )
         if self.group_size is not None and self.group_size != -1 and self.group_size < 8:
             raise SchemeError(f"--group-size must be at least 8, or -1 for one group per row, got {self.group_size}")

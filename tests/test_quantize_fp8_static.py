@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, QuantizationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig
 from qconv.errors import NumericsError
 from qconv.quantize.fp8_static import FP8_MAX, choose_input_scale, fake_quantize_static, quantize_per_tensor
 from qconv.quantize.sample import InputSample
@@ -95,9 +95,9 @@ def static_model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> 
     out = tmp_path_factory.mktemp("static") / "out"
     job = MergeJob(
         base=str(tiny_llama),
-        out=out,
-        dtype="fp32",
-        quantization=QuantizationConfig(target="fp8", activations="static"),
+        outputs=(
+            OutputConfig(out=out, dtype="fp32", quantization=QuantizationConfig(target="fp8", activations="static")),
+        ),
         calibration=CalibrationConfig(samples=4, seq_len=64),
         validation=None,
         device="cpu",

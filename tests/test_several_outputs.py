@@ -350,7 +350,8 @@ def test_quantizing_to_several(run: Run, tiny_llama: Path) -> None:
     assert result.code == 0, result.err
     notes = [line for line in result.err.splitlines() if line.startswith("note: --")]
     assert notes == [
-        "note: --algorithm rtn is for awq, gptq alone (int8 takes --algorithm int8, got rtn)",
+        "note: --algorithm rtn is for awq, gptq alone (int8 takes --algorithm smoothquant+gptq or smoothquant or gptq "
+        "or int8, got rtn)",
         "note: --bits 8 is for gptq, int8 alone (awq has --bits 4, got 8)",
     ]
     bits = {name: report_of(run.out / name)["stages"]["quantization"]["bits"] for name in ("awq", "gptq", "int8")}

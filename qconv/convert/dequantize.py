@@ -145,10 +145,11 @@ class DequantizedCheckpoint:
         Raises:
             CheckpointError: it is missing, or no such scale can be.
         """
-        assert isinstance(self._format, FloatQuantized)
+        fmt = self._formats[module]
+        assert isinstance(fmt, FloatQuantized)
         name = module + INPUT_SCALE
         tensors = {name: self.source.read(name)} if name in self.source.specs() else {}
-        return float(self._format.read_input_scale(tensors, module, self.location))
+        return float(fmt.read_input_scale(tensors, module, self.location))
 
     def bnb_state(self, weight: str) -> bnb.BnbState | None:
         """How bitsandbytes quantized one weight, or None when it is not bitsandbytes 4-bit."""
