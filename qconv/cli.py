@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv import __version__, cli_jobs, errors
-from qconv.cli_answers import Answer, Complaints, answer_of, answers, made, together, training_facts
+from qconv.cli_answers import Answer, Complaints, answer_of, answers, made, normalised_facts, together, training_facts
 from qconv.cli_looking import completion, doctor, inspect, report
 from qconv.cli_options import (
     json_option,
@@ -114,22 +114,37 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
 
 
 @cli.command()
-@click.argument("model", shell_complete=folders)
-@click.option("--to", "dtype", required=True, type=Choice(PLAIN_DTYPES), help="Plain dtype to write.")
+@click.argument("source", metavar="MODEL|ADAPTER", shell_complete=folders)
+@click.option(
+    "--to", "target", required=True, type=Choice([*PLAIN_DTYPES, "lora"]), help="Plain dtype of a model, or plain LoRA."
+)
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest shard file.")
-@click.option("--revision", help="Branch, tag or commit, when the model is a hub id.")
+@click.option("--max-shard-size", help="Largest shard file of a model [default: 5GB]")
+@click.option(
+    "--base", shell_complete=folders, help="lora: the adapter's base, where the adapter stores tensors of it."
+)
+@click.option("--dtype", type=Choice(PLAIN_DTYPES), help="lora: dtype of the factors [default: fp32]")
+@click.option("--revision", help="Branch, tag or commit, when the model or adapter is a hub id.")
 @json_option
 @run_options
 @answers
-def convert(model: str, dtype: str, **options: Any) -> Answer:
-    """Dequantize MODEL (anything that qconv reads or writes) to plain weights.
+def convert(source: str, target: str, **options: Any) -> Answer:
+    """Dequantize MODEL (anything that qconv reads or writes) to plain weights, or make ADAPTER a plain LoRA.
+
+    A plain LoRA has one rank that engines allocate (8, 16, 32, 64, 128, 256, 320, 512), padded with zeros, and
+    lora_alpha = r: rsLoRA, rank and alpha patterns are in its factors. What no such LoRA equals is refused.
 
     \b
     qconv convert ./base-nf4 --to bf16 -o ./base-bf16
+    qconv convert ./adapter --to lora -o ./adapter-served
     """
-    return _run_job(cli_jobs.convert_job(model, dtype, options), options)
+    cli_jobs.check_conversion(source, target, options)
+    if target != "lora":
+        return _run_job(cli_jobs.convert_job(source, target, options), options)
+    from qconv.normalise import normalise
+
+    return normalised_facts(normalise(cli_jobs.normalise_config(source, options), cli_jobs.progress_of(options)))
 
 
 @cli.command()

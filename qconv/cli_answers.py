@@ -16,6 +16,7 @@ from qconv import __version__, errors
 from qconv.progress import log_line
 
 if TYPE_CHECKING:
+    from qconv.normalise import Normalised
     from qconv.outcome import Outcome
     from qconv.train import TrainResult
 
@@ -125,6 +126,18 @@ def training_facts(result: TrainResult, base: str) -> tuple[str, dict[str, Any]]
         "seconds": result.train_seconds,
     }
     return text, document
+
+
+def normalised_facts(result: Normalised) -> Answer:
+    """A plain LoRA as an answer."""
+    before = ", ".join(map(str, result.ranks))
+    text = f"adapter     {result.out}\nrank        {result.rank}, lora_alpha {result.rank} ({before} before)\n"
+    text += f"modules     {result.num_modules} in {result.dtype}"
+    if result.rounding:
+        text += f", which rounds their updates by up to {result.rounding:.2e}"
+    document = {"tool": f"qconv {__version__}", "command": "convert", "folder": str(result.out)}
+    facts = {name: getattr(result, name) for name in ("num_modules", "ranks", "rank", "dtype", "rounding")}
+    return Answer(text=text, document=document | facts)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ import dataclasses
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qconv import errors
 from qconv.config import (
     CalibrationConfig,
     MergeJob,
+    NormaliseConfig,
     OutputConfig,
     QuantizationConfig,
     TrainConfig,
@@ -22,6 +24,7 @@ from qconv.config import (
 from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
 from qconv.overrides import parse_override
 from qconv.progress import Progress
+from qconv.side_files import is_adapter
 
 
 def merge_job(
@@ -149,12 +152,53 @@ def validation_config(options: dict[str, Any]) -> ValidationConfig:
     )
 
 
+def check_conversion(source: str, target: str, options: dict[str, Any]) -> None:
+    """Refuses a target that is not for what ``source`` is, and options that are not for the target.
+
+    Raises:
+        UsageError: says what would do.
+        CheckpointError: there is no such folder.
+    """
+    folder = Path(source)
+    if not folder.is_dir():  # a hub id; what is here is looked at without torch
+        from qconv.checkpoint import resolve_folder
+
+        folder = resolve_folder(source, options["revision"])
+    of_adapter = is_adapter(folder)
+    if of_adapter and target != "lora":
+        raise errors.UsageError(
+            f"{source} is an adapter: --to {target} is for models. --to lora makes a plain LoRA of it, qconv merge "
+            "puts it into its base"
+        )
+    if not of_adapter and target == "lora":
+        raise errors.UsageError(
+            f"{source} is no adapter (it has no adapter_config.json), and --to lora is for adapters; "
+            "give the folder that peft saved"
+        )
+    strange = ("max_shard_size",) if of_adapter else ("base", "dtype")
+    given = [f"--{name.replace('_', '-')}" for name in strange if options[name] is not None]
+    if given:
+        raise errors.UsageError(f"{', '.join(given)} is not for {'adapters' if of_adapter else 'models'}; drop it")
+
+
 def convert_job(model: str, dtype: str, options: dict[str, Any]) -> MergeJob:
+    size = parse_size(options["max_shard_size"] or "5GB")
     return MergeJob(
         base=model,
-        outputs=(OutputConfig(out=options["out"], dtype=dtype, max_shard_bytes=parse_size(options["max_shard_size"])),),
+        outputs=(OutputConfig(out=options["out"], dtype=dtype, max_shard_bytes=size),),
         validation=None,
         device=options["device"],
+        overwrite=options["overwrite"],
+        revision=options["revision"],
+    )
+
+
+def normalise_config(adapter: str, options: dict[str, Any]) -> NormaliseConfig:
+    return NormaliseConfig(
+        adapter=adapter,
+        out=options["out"],
+        base=options["base"],
+        dtype=options["dtype"] or "fp32",
         overwrite=options["overwrite"],
         revision=options["revision"],
     )

@@ -451,6 +451,31 @@ class TrainConfig:
             raise UsageError(f"--schedule is constant or cosine, got {self.schedule}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class NormaliseConfig:
+    """An adapter -> plain LoRA of one rank, as engines load it.
+
+    Attributes:
+        adapter: folder or hub id.
+        out: adapter folder; it must not exist, unless it may be overwritten.
+        base: the adapter's, folder or hub id; None = what the adapter itself says of it.
+        dtype: of the factors.
+        overwrite: an existing adapter folder is replaced.
+        revision: branch, tag or commit, when the adapter is a hub id.
+    """
+
+    adapter: str
+    out: Path
+    base: str | None = None
+    dtype: str = "fp32"
+    overwrite: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in PLAIN_DTYPES:
+            raise UsageError(f"--dtype takes {', '.join(PLAIN_DTYPES)}, got {self.dtype}")
+
+
 _SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 

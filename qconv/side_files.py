@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qconv.errors import CheckpointError
+
 VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -44,3 +46,19 @@ def side_files(base: Path, adapter: Path | None) -> list[Path]:
     files += [file for file in templates if file.is_file()][:1]
     files += [base / name for name in _OTHERS if (base / name).is_file()]
     return files + sorted(file for pattern in _LICENSES for file in base.glob(pattern) if file.is_file())
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and not a model.
+
+    Raises:
+        CheckpointError: it holds both.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return False
+    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+        raise CheckpointError(
+            f"{folder}: holds a model (config.json) and an adapter (adapter_config.json); keep them in folders of "
+            "their own"
+        )
+    return True

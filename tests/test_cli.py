@@ -710,7 +710,7 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
         {"--requant", "--trained-on", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json"},
     ),
     "quantize": (["model"], {"--to", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json"}),
-    "convert": (["model"], {"--to", "--json"} | OUTPUT | RUN),
+    "convert": (["source"], {"--to", "--base", "--dtype", "--json"} | OUTPUT | RUN),
     "validate": (
         [],
         {"--reference", "--adapter", "--candidate", "--candidate-adapter", "--reference-cache", "--engine"}
