@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv import __version__, cli_jobs, errors
+from qconv.cli_adapters import extract
 from qconv.cli_answers import Answer, Complaints, answer_of, answers, made, normalised_facts, together, training_facts
 from qconv.cli_looking import completion, doctor, inspect, report
 from qconv.cli_options import (
@@ -238,7 +239,7 @@ def demo(out: Path, requant: str, steps: int, **options: Any) -> None:
     run_demo(out, requant, steps, options["device"], cli_jobs.progress_of(options))
 
 
-for _command in (run, schema, report, inspect, doctor, completion):
+for _command in (extract, run, schema, report, inspect, doctor, completion):
     cli.add_command(_command)
 
 

@@ -173,7 +173,7 @@ def check_conversion(source: str, target: str, options: dict[str, Any]) -> None:
     if not of_adapter and target == "lora":
         raise errors.UsageError(
             f"{source} is no adapter (it has no adapter_config.json), and --to lora is for adapters; "
-            "give the folder that peft saved"
+            "qconv extract makes a LoRA of two models"
         )
     strange = ("max_shard_size",) if of_adapter else ("base", "dtype")
     given = [f"--{name.replace('_', '-')}" for name in strange if options[name] is not None]

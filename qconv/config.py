@@ -476,6 +476,41 @@ class NormaliseConfig:
             raise UsageError(f"--dtype takes {', '.join(PLAIN_DTYPES)}, got {self.dtype}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Two full checkpoints -> the LoRA between them.
+
+    Attributes:
+        base: folder or hub id.
+        tuned: folder or hub id; of the base's architecture.
+        out: adapter folder; it must not exist, unless it may be overwritten.
+        rank: of every module; or
+        energy: the share of each module's squared difference to keep.
+        others: what becomes of tensors that differ and are no linears.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        overwrite: an existing adapter folder is replaced.
+        revision: branch, tag or commit, when the base is a hub id.
+    """
+
+    base: str
+    tuned: str
+    out: Path
+    rank: int | None = None
+    energy: float | None = None
+    others: Literal["refuse", "save", "drop"] = "refuse"
+    device: str = "auto"
+    overwrite: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.energy is None):
+            raise UsageError("give one of --rank (of every module) and --energy (share to keep, such as 0.95)")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank must be at least 1, got {self.rank}")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"--energy is a share above 0 and up to 1, got {self.energy}")
+
+
 _SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 

@@ -711,6 +711,10 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
     ),
     "quantize": (["model"], {"--to", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json"}),
     "convert": (["source"], {"--to", "--base", "--dtype", "--json"} | OUTPUT | RUN),
+    "extract": (
+        ["base", "tuned"],
+        {"--rank", "--energy", "--others", "--json"} | (OUTPUT - {"--max-shard-size"}) | RUN,
+    ),
     "validate": (
         [],
         {"--reference", "--adapter", "--candidate", "--candidate-adapter", "--reference-cache", "--engine"}
