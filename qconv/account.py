@@ -15,10 +15,18 @@ import torch
 from qconv import __version__, corpus
 from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig
 from qconv.layout import Layout
+from qconv.merge.combine import combined_parts
+from qconv.merge.interference import Interference, measure_interference
+from qconv.progress import Progress
 from qconv.report.model_card import model_card as render_card
 from qconv.runners import Reference
 from qconv.targets import TARGETS
 from qconv.types import Checkpoint, Scheme
+
+NOT_MEASURABLE = (
+    "this combination is no low-rank update, so nothing unmerged equals it: the reference is the merged 16-bit model "
+    "itself, requantization is measured and the merge is not"
+)
 
 
 def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> list[str]:
@@ -90,8 +98,40 @@ def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout]
             f"merging {len(reference.adapter.deltas)} low-rank updates and {replaced} whole tensors into {job.base}, "
             f"as training saw it ({reference.kind})"
         )
+    if job.combination is not None:
+        yield f"combining {job.combination.summary}"
+        if reference.adapter is None:
+            yield f"note: {NOT_MEASURABLE}"
     for output, layout in zip(job.outputs, layouts, strict=True):
         yield from _describe_output(output, layout)
+
+
+def combination_facts(reference: Reference, device: str, progress: Progress) -> dict[str, Any]:
+    """How adapters that are merged together get in one another's way, for the terminal and the report."""
+    combination = reference.combination
+    if combination is None:
+        return {}
+    parts = combined_parts(combination.adapters, combination.config)
+    totals, details = measure_interference(combination.adapters, parts, device)
+    result: dict[str, Any] = {"method": combination.config.summary}
+    if not combination.is_low_rank:
+        result["merge budget"] = NOT_MEASURABLE
+    pairs: dict[str, dict[str, float]] = {}
+    for found in totals:
+        pairs[f"adapters {found.first} and {found.second}"] = _interference(found)
+        progress.say(
+            f"interference of adapters {found.first} and {found.second}: cosine {found.cosine:+.3f}, "
+            f"{found.sign_conflicts:.1%} of signs conflict, norms {found.norm_ratio:.2f} to 1"
+        )
+    result["interference"] = pairs or "the adapters change no weight in common"
+    result["interference by weight"] = {
+        f"{found.weight} ({found.first}, {found.second})": _interference(found) for found in details
+    }
+    return result
+
+
+def _interference(found: Interference) -> dict[str, float]:
+    return {"cosine": found.cosine, "sign conflicts": found.sign_conflicts, "norm ratio": found.norm_ratio}
 
 
 def _describe_output(output: OutputConfig, layout: Layout) -> Iterator[str]:
@@ -121,7 +161,7 @@ def _describe_output(output: OutputConfig, layout: Layout) -> Iterator[str]:
 def subject(job: MergeJob, output: OutputConfig) -> dict[str, Any]:
     return {
         "reference": job.base,
-        "adapter": job.adapter,
+        "adapter": _adapters(job),
         "candidate": str(output.out),
         "candidate_adapter": None,
         "target": output.quantization.target if output.quantization else "plain",
@@ -135,11 +175,15 @@ def model_card(document: Mapping[str, Any], job: MergeJob, output: OutputConfig,
     return render_card(
         document,
         base_model=str(recorded) if local and recorded else job.base,
-        adapter=job.adapter,
+        adapter=_adapters(job),
         license=_license(reference.source.folder),
         relation="quantized" if output.quantization else "merge",
         tags=["qconv", *([output.quantization.target] if output.quantization else [])],
     )
+
+
+def _adapters(job: MergeJob) -> str | None:
+    return " + ".join(job.adapters) or None
 
 
 def _license(base: Path) -> str | None:

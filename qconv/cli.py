@@ -18,6 +18,7 @@ from qconv.cli_adapters import extract
 from qconv.cli_answers import Answer, Complaints, answer_of, answers, made, normalised_facts, together, training_facts
 from qconv.cli_looking import completion, doctor, inspect, report
 from qconv.cli_options import (
+    combine_options,
     json_option,
     output_options,
     quantize_options,
@@ -61,7 +62,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("base", shell_complete=folders)
-@click.argument("adapter", shell_complete=folders)
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, shell_complete=folders)
 @click.option(
     "--requant",
     "targets",
@@ -69,6 +70,7 @@ def cli() -> None:
     type=Choice(list(TARGETS)),
     help="Re-quantize [default: write plain 16-bit shards]. Repeatable: outputs then lie in OUT/TARGET.",
 )
+@combine_options
 @trained_on_option
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the unmerged model.")
 @output_options
@@ -77,15 +79,16 @@ def cli() -> None:
 @json_option
 @run_options
 @answers
-def merge(base: str, adapter: str, targets: tuple[str, ...], no_validate: bool, **options: Any) -> Answer:
+def merge(base: str, adapters: tuple[str, ...], targets: tuple[str, ...], no_validate: bool, **options: Any) -> Answer:
     """Merge ADAPTER into the dequantized BASE, optionally re-quantize, and validate against the unmerged model.
 
     \b
     qconv merge ./base-nf4 ./adapter --requant awq -o ./out
     qconv merge ./base-nf4 ./adapter --requant awq --requant fp8 -o ./out   # ./out/awq and ./out/fp8
     qconv merge meta-llama/Llama-3.1-8B ./adapter --trained-on nf4-dq --requant w4a16 --max-kl 0.1 -o ./out
+    qconv merge ./base-nf4 ./one ./two --combine ties --weights 0.7,0.3 --density 0.5 -o ./out
     """
-    return _run_job(cli_jobs.merge_job(base, adapter, targets, not no_validate, options), options)
+    return _run_job(cli_jobs.merge_job(base, adapters, targets, not no_validate, options), options)
 
 
 @cli.command()
@@ -111,7 +114,7 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
     \b
     qconv quantize ./merged --to gptq -o ./out
     """
-    return _run_job(cli_jobs.merge_job(model, None, targets, not no_validate, options), options)
+    return _run_job(cli_jobs.merge_job(model, (), targets, not no_validate, options), options)
 
 
 @cli.command()
@@ -244,7 +247,7 @@ for _command in (extract, run, schema, report, inspect, doctor, completion):
 
 
 def _run_job(job: MergeJob, options: dict[str, Any]) -> Answer:
-    begin(job.device, [job.base, job.adapter], solves=cli_jobs.solves(job))
+    begin(job.device, [job.base, *job.adapters], solves=cli_jobs.solves(job))
     with without_collections():
         from qconv import pipeline
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from qconv import errors
 from qconv.config import (
+    COMBINE_METHODS,
     CalibrationConfig,
+    CombinationConfig,
     MergeJob,
     NormaliseConfig,
     OutputConfig,
@@ -28,7 +30,7 @@ from qconv.side_files import is_adapter
 
 
 def merge_job(
-    base: str, adapter: str | None, targets: Sequence[str], validate_it: bool, options: dict[str, Any]
+    base: str, adapters: Sequence[str], targets: Sequence[str], validate_it: bool, options: dict[str, Any]
 ) -> MergeJob:
     """``targets``: none for a plain output; with several, each output lies in a folder of its name."""
     quantizations: list[QuantizationConfig | None] = [None]
@@ -48,7 +50,8 @@ def merge_job(
         )
     return MergeJob(
         base=base,
-        adapter=adapter,
+        adapter=adapters[0] if len(adapters) == 1 else None,
+        combination=_combination(adapters, options),
         outputs=tuple(
             OutputConfig(
                 out=options["out"] if len(targets) < 2 else options["out"] / target,
@@ -72,6 +75,33 @@ def merge_job(
         revision=options["revision"],
         report_dir=options["report_dir"],
     )
+
+
+def _combination(adapters: Sequence[str], options: dict[str, Any]) -> CombinationConfig | None:
+    """How several adapters are merged together; None for one or none.
+
+    Raises:
+        UsageError: several without --combine, options of it without several, or ones that do not fit.
+    """
+    names = {"weights": "weights", "combine_rank": "rank", "density": "density", "majority_sign": "majority_sign"}
+    given = {field: options[name] for name, field in names.items() if options.get(name) is not None}
+    method = options.get("combine")
+    if len(adapters) < 2:
+        if method is not None or given:
+            raise errors.UsageError(
+                "--combine, --weights, --combine-rank, --density and --majority-sign are for two adapters or more"
+            )
+        return None
+    if method is None:
+        raise errors.UsageError(
+            f"{len(adapters)} adapters: say how with --combine {'|'.join(COMBINE_METHODS)} (linear adds their updates)"
+        )
+    if "weights" in given:
+        try:
+            given["weights"] = tuple(float(word) for word in given["weights"].split(","))
+        except ValueError:
+            raise errors.UsageError(f"--weights takes numbers, such as 0.7,0.3, got {given['weights']!r}") from None
+    return CombinationConfig(adapters=tuple(adapters), method=method, seed=options["seed"], **given)
 
 
 @dataclass(frozen=True)
@@ -242,10 +272,10 @@ def progress_of(options: dict[str, Any]) -> Progress:
 
 def following_a_merge(job: MergeJob, output: OutputConfig) -> tuple[str, ...]:
     """What to do with a folder that was made: validate it if that was left out, and serve it."""
-    if output.quantization is None and job.adapter is None:
+    if output.quantization is None and not job.adapters:
         return ()
     lines = []
-    if job.validation is None:
+    if job.validation is None and job.combination is None:  # one adapter is what `qconv validate` leaves unmerged
         words = ["qconv", "validate", "--reference", job.base]
         words += ["--adapter", job.adapter] if job.adapter is not None else []
         words += ["--trained-on", job.trained_on] if job.trained_on is not None else []

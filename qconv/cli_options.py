@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qconv.cli_parsing import Choice, devices, files, gates
-from qconv.config import BNB_KINDS, PLAIN_DTYPES
+from qconv.config import BNB_KINDS, COMBINE_METHODS, PLAIN_DTYPES
 from qconv.targets import TARGETS
 from qconv.timeline import TIMELINE
 
@@ -54,6 +54,21 @@ output_options = options(
     click.option("--dtype", type=Choice(PLAIN_DTYPES), help="Dtype of what is not quantized [default: the base's]."),
     click.option("--max-shard-size", default="5GB", show_default=True, help="Largest shard file."),
     click.option("--revision", help="Branch, tag or commit, when the base is a hub id."),
+)
+combine_options = options(
+    click.option(
+        "--combine",
+        type=Choice(COMBINE_METHODS),
+        help="How several adapters become one change (docs/lora.md). --seed is of what dare drops.",
+    ),
+    click.option("--weights", help="Of the adapters, such as 0.7,0.3 [default: 1 each]"),
+    click.option("--combine-rank", type=int, help="svd: rank of the result [default: the largest of the adapters]"),
+    click.option("--density", type=float, help="ties, dare, dare-ties, magnitude-prune: share of elements kept."),
+    click.option(
+        "--majority-sign",
+        type=Choice(["total", "frequency"]),
+        help="ties, dare-ties: signs by the sum of updates or by their number [default: total]",
+    ),
 )
 quantize_options = options(
     click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Collection
@@ -288,6 +289,69 @@ class OutputConfig:
             raise UsageError(f"--max-shard-size must be at least 1MB, got {self.max_shard_bytes} bytes")
 
 
+CombineMethod = Literal["linear", "cat", "svd", "sequential", "ties", "dare", "dare-ties", "magnitude-prune"]
+LOW_RANK_METHODS = ("linear", "cat", "svd", "sequential")
+SPARSE_METHODS = ("ties", "dare", "dare-ties", "magnitude-prune")
+COMBINE_METHODS = (*LOW_RANK_METHODS, *SPARSE_METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinationConfig:
+    """Several adapters of one base, merged together.
+
+    Attributes:
+        adapters: folders or hub ids, at least two.
+        method: how their updates are combined.
+        weights: of the adapters, in their order; empty = 1 each.
+        rank: of svd; None = the largest of the adapters.
+        density: share of elements that ties, dare, dare-ties and magnitude-prune keep.
+        majority_sign: what elects signs for ties and dare-ties: the sum of the updates, or of their signs;
+            None = ``"total"``.
+        seed: of what dare and dare-ties drop.
+    """
+
+    adapters: tuple[str, ...]
+    method: CombineMethod
+    weights: tuple[float, ...] = ()
+    rank: int | None = None
+    density: float | None = None
+    majority_sign: Literal["total", "frequency"] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.adapters) < 2:
+            raise UsageError(f"--combine takes two adapters or more, got {len(self.adapters)}")
+        if self.weights and len(self.weights) != len(self.adapters):
+            raise UsageError(f"--weights has {len(self.weights)} numbers for {len(self.adapters)} adapters")
+        if not all(math.isfinite(weight) for weight in self.weights) or (self.weights and not any(self.weights)):
+            raise UsageError(f"--weights are finite numbers and not all 0, got {', '.join(map(str, self.weights))}")
+        if self.weights and self.method == "sequential":
+            raise UsageError("--weights is not for --combine sequential, which adds each adapter as it was trained")
+        if self.rank is not None and (self.method != "svd" or self.rank < 1):
+            raise UsageError(f"--combine-rank is for --combine svd and at least 1, got {self.rank} for {self.method}")
+        if (self.density is None) == (self.method in SPARSE_METHODS):
+            what = "needs" if self.density is None else "does not take"
+            raise UsageError(f"--combine {self.method} {what} --density, the share of elements that is kept")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise UsageError(f"--density is a share above 0 and up to 1, got {self.density}")
+        if self.majority_sign is not None and self.method not in ("ties", "dare-ties"):
+            raise UsageError(f"--majority-sign is for --combine ties and dare-ties, not {self.method}")
+
+    @property
+    def resolved_weights(self) -> tuple[float, ...]:
+        return self.weights or (1.0,) * len(self.adapters)
+
+    @property
+    def summary(self) -> str:
+        """In words, for reports."""
+        settings = [f"{weight:g} x {name}" for weight, name in zip(self.resolved_weights, self.adapters, strict=True)]
+        settings += [f"rank {self.rank}"] if self.rank is not None else []
+        settings += [f"density {self.density:g}"] if self.density is not None else []
+        settings += [f"signs by {self.majority_sign or 'total'}"] if self.method in ("ties", "dare-ties") else []
+        settings += [f"seed {self.seed}"] if self.method in ("dare", "dare-ties") else []
+        return f"{self.method}: {', '.join(settings)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergeJob:
     """Base + adapter (or none) -> folders, plain or re-quantized, each validated unless told not to be.
@@ -296,6 +360,7 @@ class MergeJob:
         base: folder or hub id.
         outputs: what to write, at least one; no two in the same folder or in one another.
         adapter: folder or hub id of a PEFT adapter, or None to only quantize or convert.
+        combination: several adapters in its place.
         trained_on: how training saw a 16-bit base; None = as the adapter's record says.
         validation: None = do not validate.
         report_dir: a second place for the reports, of several outputs a folder each (see `report_folder`);
@@ -310,6 +375,7 @@ class MergeJob:
     base: str
     outputs: tuple[OutputConfig, ...]
     adapter: str | None = None
+    combination: CombinationConfig | None = None
     trained_on: BnbKind | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     validation: ValidationConfig | None = field(default_factory=ValidationConfig)
@@ -322,6 +388,8 @@ class MergeJob:
     def __post_init__(self) -> None:
         if self.trained_on is not None and self.trained_on not in BNB_KINDS:
             raise UsageError(f"--trained-on takes {', '.join(BNB_KINDS)}, got {self.trained_on}")
+        if self.adapter is not None and self.combination is not None:
+            raise UsageError("a job has one adapter or a combination of several, got both")
         if not self.outputs:
             raise UsageError("a job has at least one output, got none")
         folders = [Path(os.path.abspath(output.out)) for output in self.outputs]
@@ -337,6 +405,13 @@ class MergeJob:
                 f"--report {self.report_dir}: two outputs are called {max(names, key=names.count)}, and their reports "
                 "would be one folder; call them differently"
             )
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """All of them, in their order."""
+        if self.combination is not None:
+            return self.combination.adapters
+        return () if self.adapter is None else (self.adapter,)
 
     def report_folder(self, output: OutputConfig) -> Path | None:
         """The second place for the reports of an output: with several outputs, a folder of its name."""

@@ -58,8 +58,7 @@ def empty_facts(rows: TokenRows, config: ValidationConfig) -> dict[str, Any]:
 
 def reference_tokenizer(reference: Reference) -> Path | None:
     """The folder whose tokenizer the reference is used with; None when neither adapter nor base has one."""
-    adapter = Path(reference.adapter.location) if reference.adapter else None
-    folder = tokenizer_folder(reference.source.folder, adapter)
+    folder = tokenizer_folder(reference.source.folder, reference.side_folder)
     return folder if any((folder / name).is_file() for name in VOCABULARY_FILES) else None
 
 

@@ -7,33 +7,69 @@ import re
 import torch
 
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
-from qconv.config import BNB_KINDS
+from qconv.config import BNB_KINDS, CombinationConfig
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
 from qconv.errors import AdapterError, UsageError
-from qconv.merge import load_adapter
-from qconv.runners import Candidate, Reference
+from qconv.merge import CombinedCheckpoint, combine_adapters, load_adapter
+from qconv.runners import Candidate, Combination, Reference
 from qconv.skeleton import linear_weights
 from qconv.types import Adapter, BnbKind, Checkpoint
 
 
-def load_reference(source: SafetensorsCheckpoint, adapter_source: str | None, trained_on: BnbKind | None) -> Reference:
-    """The base as training saw it, and the checked adapter.
+def load_reference(
+    source: SafetensorsCheckpoint,
+    adapter_source: str | None,
+    trained_on: BnbKind | None,
+    combination: CombinationConfig | None = None,
+) -> Reference:
+    """The base as training saw it, and the checked adapter, or several in its place.
 
     Raises:
         UsageError: a 16-bit base whose training quantization nobody recorded, or options that disagree.
         AdapterError: the adapter was trained on another kind of base than the one given.
     """
     base = dequantize(source)
+    if combination is not None:
+        return _combined_reference(source, base, combination, trained_on)
     if adapter_source is None:
         if trained_on is not None:
             raise UsageError("--trained-on says how an adapter saw its base, and there is no adapter")
         return Reference(source=source, base=base, adapter=None, kind=_stored_kind(base))
     adapter = load_adapter(adapter_source, base)
     kind = _training_kind(base, adapter, trained_on)
-    seen: Checkpoint = base
+    return Reference(source=source, base=_seen(base, kind, adapter), adapter=adapter, kind=kind)
+
+
+def _seen(base: DequantizedCheckpoint, kind: BnbKind, adapter: Adapter) -> Checkpoint:
+    """The base with the values that training computed with."""
     if base.kind == "plain" and kind != "16bit":
-        seen = simulate_training_base(base, kind, linear_weights(base), adapter.backend)
-    return Reference(source=source, base=seen, adapter=adapter, kind=kind)
+        return simulate_training_base(base, kind, linear_weights(base), adapter.backend)
+    return base
+
+
+def _combined_reference(
+    source: SafetensorsCheckpoint, base: DequantizedCheckpoint, config: CombinationConfig, trained_on: BnbKind | None
+) -> Reference:
+    adapters = tuple(load_adapter(name, base) for name in config.adapters)
+    kinds = [(_training_kind(base, adapter, trained_on), adapter) for adapter in adapters]
+    first, one = kinds[0]
+    for kind, other in kinds[1:]:
+        if kind != first:
+            raise AdapterError(
+                f"{one.location} was trained on a base quantized as {first}, and {other.location} on {kind}; adapters "
+                "are combined that corrected the same base: merge them one after the other instead"
+            )
+        if base.kind == "plain" and first != "16bit" and other.backend != one.backend:
+            raise AdapterError(
+                f"{one.location} was trained where {one.backend} kernels quantized the base, and {other.location} with "
+                f"those of {other.backend}, which round differently; merge them one after the other instead"
+            )
+    combination, seen = Combination(config=config, adapters=adapters), _seen(base, first, one)
+    if combination.is_low_rank:
+        adapter = combine_adapters(adapters, config)
+        return Reference(source=source, base=seen, adapter=adapter, kind=first, combination=combination)
+    view = CombinedCheckpoint(seen, adapters, config)
+    return Reference(source=source, base=view, adapter=None, kind="16bit", combination=combination)
 
 
 def _stored_kind(base: DequantizedCheckpoint) -> BnbKind:

@@ -155,6 +155,11 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
         else:
             lineup.enter("base", streamed(views.base, None, None, device), controls)
             lineup.pair("base_without_adapter", REFERENCE, "base")
+    if reference.combination is not None and reference.adapter is None:
+        lineup.notes.append(
+            "the adapters were combined to an update of full rank, which nothing unmerged equals: the reference is the "
+            "merged model itself, and the merge is not measured"
+        )
     if config.rows == 1:
         lineup.notes.append("one row has one batch shape only: the noise floor says nothing, evaluate more tokens")
     lineup.enter("floor", model, min(config.rows, max(LEAST_FLOOR_ROWS, controls // 2)), 1 if batch > 1 else 2)

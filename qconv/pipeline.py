@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qconv.account import describe_plan, model_card, stages, subject
+from qconv.account import combination_facts, describe_plan, model_card, stages, subject
 from qconv.assemble import Filling, write_tensors
 from qconv.cached_fidelity import measure_cached, write_cached
 from qconv.checkpoint import open_checkpoint
@@ -60,6 +60,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
         reference, merged, calibration = plan.reference, plan.reference.merged, plan.calibration
     for line in describe_plan(job, reference, plan.layouts):
         progress.say(line)
+    with TIMELINE.stage("interference"):
+        combined = combination_facts(reference, device, progress)
     with ExitStack() as stack, Provenance(_inputs(reference)) as digests:
         makings = [
             _Making(output=output, layout=layout, writer=stack.enter_context(writer), counts=Counter())
@@ -81,6 +83,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             facts = stages(
                 job, output, reference, merged, making.layout, calibration, plan.calibration_text, making.counts
             )
+            if combined:
+                facts["combination"] = combined
             documents.append(_judge_output(job, output, reference, writer.partial, facts, digests, device, progress))
             with TIMELINE.stage("report"):
                 write_reports(writer.partial, documents[-1], (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
@@ -108,11 +112,11 @@ def _publish(writer: CheckpointWriter, out: Path, verdict: str) -> Path:
 
 def _inputs(reference: Reference | None) -> dict[str, Path | None]:
     """The folders of a reference, for their digests."""
-    adapter = None if reference is None else reference.adapter
-    return {
-        "reference": reference.source.folder if reference else None,
-        "adapter": Path(adapter.location) if adapter else None,
-    }
+    if reference is None:
+        return {"reference": None, "adapter": None}
+    folders = reference.adapter_folders
+    names = [f"adapter_{number}" for number in range(1, len(folders) + 1)] if len(folders) > 1 else ["adapter"]
+    return {"reference": reference.source.folder, **dict(zip(names, folders, strict=False))}
 
 
 def _judge_output(
@@ -126,7 +130,7 @@ def _judge_output(
     progress: Progress,
 ) -> dict[str, Any]:
     """The report on what was just written, read back from its bytes."""
-    command = "merge" if job.adapter else "quantize" if output.quantization else "convert"
+    command = "merge" if job.adapters else "quantize" if output.quantization else "convert"
     config = job.validation
     if config is None:
         return conclude(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qconv import corpus
-from qconv.checkpoint import open_checkpoint, resolve_folder
+from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig
 from qconv.evaluation import check_vocabulary, evaluation_rows
 from qconv.gating import check_rules
@@ -33,7 +33,7 @@ class Plan:
 
     Attributes:
         reference: base and adapter, opened and checked.
-        adapter_folder: None without an adapter.
+        adapter_folder: whose tokenizer counts; None without an adapter that brings one.
         layouts: of the outputs, in their order.
         writers: the same; nothing is begun.
         calibration: token rows, or None where none are needed.
@@ -59,17 +59,17 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
     """
     for output in job.outputs:
         check_output(output.out, job.overwrite)
-        check_inputs(output.out, [job.base, job.adapter])
+        check_inputs(output.out, [job.base, *job.adapters])
         for other in job.outputs:
             check_beside(output.out, job.report_folder(other))
     source = open_checkpoint(job.base, job.revision)
-    reference = load_reference(source, job.adapter, job.trained_on)
+    reference = load_reference(source, job.adapter, job.trained_on, job.combination)
     merged = reference.merged
     linears = linear_weights(merged) if any(output.quantization for output in job.outputs) else []
     layouts = [plan_layout(merged, o.dtype, o.quantization, linears if o.quantization else []) for o in job.outputs]
-    adapter_folder = resolve_folder(job.adapter) if job.adapter else None
+    adapter_folder = reference.side_folder
     tokenizer = tokenizer_folder(source.folder, adapter_folder)
-    _check_before_work(job, reference, merged, tokenizer, adapter_comes or job.adapter is not None)
+    _check_before_work(job, reference, merged, tokenizer, adapter_comes or reference.adapter is not None)
     calibration, calibration_text = _calibration_rows(job, merged, tokenizer, progress)
     writers = [
         CheckpointWriter(o.out, layout.specs, o.max_shard_bytes, job.overwrite, with_digests=True)

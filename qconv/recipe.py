@@ -23,15 +23,21 @@ from qconv.config import (
 from qconv.errors import QconvError, RecipeError, UsageError
 from qconv.gate_rules import Policy, load_policy, read_policy
 from qconv.nodes import Node, PlaceError, parse_yaml, read_nodes
-from qconv.recipe_fields import CALIBRATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, at_key, built
+from qconv.recipe_fields import CALIBRATION, COMBINATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, at_key, built
 from qconv.recipe_values import FILE, SWITCH, WHOLE
 from qconv.work_folder import check_beside, check_inputs, check_output
 
 RECIPE_FORMAT = 1
-SECTIONS = ("train", "calibration", "outputs", "validation")
+SECTIONS = ("train", "combine", "calibration", "outputs", "validation")
 GATE_KEYS = {"gates": "gates", "waivers": "waivers", "default-gates": "defaults"}  # as a policy file calls them
 REQUIRED = ("recipe", "base", "outputs")
-EXCLUSIVE = (("adapter", "train"), ("trained-on", "train"), *(("policy", key) for key in GATE_KEYS))
+EXCLUSIVE = (
+    ("adapter", "train"),
+    ("adapter", "combine"),
+    ("combine", "train"),
+    ("trained-on", "train"),
+    *(("policy", key) for key in GATE_KEYS),
+)
 TOP_KEYS = ("recipe", *JOB.names, *SECTIONS, "policy", *GATE_KEYS)
 
 
@@ -87,19 +93,21 @@ def _setting(text: str) -> tuple[list[str], str]:
 
 def _recipe(path: Path, top: Node) -> Recipe:
     keyed = dict(top.keys(TOP_KEYS))
-    for name in ("train", "adapter"):  # null as if it were not there, for --set
+    for name in ("train", "adapter", "combine"):  # null as if it were not there, for --set
         if name in keyed and keyed[name].content is None:
             del keyed[name]
     _check_version(top, keyed)
     for one, other in EXCLUSIVE:
         if one in keyed and other in keyed:
             raise keyed[one].error(f"stands beside {other} ({keyed[other].where}); a recipe has one of the two")
-    if "trained-on" in keyed and "adapter" not in keyed:
+    if "trained-on" in keyed and "adapter" not in keyed and "combine" not in keyed:
         raise keyed["trained-on"].error("says how an adapter saw its base, and there is no adapter")
     job = JOB.values(keyed)
     training = _training(keyed, job) if "train" in keyed else None
     if training is not None:
         job["adapter"] = str(training.out)
+    if "combine" in keyed:
+        job["combination"] = COMBINATION.read(keyed["combine"])
     outputs = tuple(map(_output, _some(keyed["outputs"])))
     calibration = CALIBRATION.read(keyed["calibration"]) if "calibration" in keyed else CalibrationConfig()
     validation = _validation(keyed)
@@ -175,7 +183,7 @@ def _check_folders(recipe: Recipe, top: Node) -> None:
     for output, item in zip(job.outputs, keyed["outputs"].items(), strict=True):
         node = item.keys()["out"]
         reports = [job.report_folder(other) for other in job.outputs]
-        _check_folder(node, output.out, job.overwrite, [job.base, job.adapter], reports)
+        _check_folder(node, output.out, job.overwrite, [job.base, *job.adapters], reports)
         if train is not None:
             one, other = output.out.absolute(), train.out.absolute()
             if one == other or one in other.parents or other in one.parents:

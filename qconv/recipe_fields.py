@@ -21,6 +21,7 @@ from qconv.config import (
     BNB_KINDS,
     PLAIN_DTYPES,
     CalibrationConfig,
+    CombinationConfig,
     MergeJob,
     OutputConfig,
     QuantizationConfig,
@@ -58,6 +59,8 @@ _KEY_OF_FLAG = {
     "eval-tokens": "tokens",
     "eval-seq-len": "seq-len",
     "eval-data": "data",
+    "combine": "method",
+    "combine-rank": "rank",
     "o": "out",
 }
 _FLAG = re.compile(r"(?<![\w-])--?([a-z][a-z-]*)")
@@ -238,7 +241,7 @@ def _kind(hint: Any) -> Kind:
 
 JOB = _section(
     MergeJob,
-    without=("outputs", "calibration", "validation"),
+    without=("combination", "outputs", "calibration", "validation"),
     names={"report_dir": "report", "gpu_memory_limit": "gpu-memory"},
     kinds={"base": MODEL, "adapter": MODEL, "gpu_memory_limit": SIZE, "trained_on": choice(BNB_KINDS)},
 )
@@ -247,6 +250,7 @@ TRAIN = _section(
     without=("base", "device", "overwrite", "revision"),  # those of the job
     kinds={"data": SOURCE},
 )
+COMBINATION = _section(CombinationConfig, kinds={"adapters": MODEL})
 CALIBRATION = _section(CalibrationConfig, kinds={"sources": WEIGHTED_SOURCE})
 OUTPUT = _section(
     OutputConfig,

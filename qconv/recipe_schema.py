@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, TrainConfig, ValidationConfig
+from qconv.config import CalibrationConfig, CombinationConfig, MergeJob, OutputConfig, TrainConfig, ValidationConfig
 from qconv.gate_metrics import METRICS, TASK_NAME, TASK_PATTERN
 from qconv.gate_rules import Waiver
 from qconv.recipe import EXCLUSIVE, RECIPE_FORMAT, REQUIRED, TOP_KEYS
 from qconv.recipe_fields import (
     CALIBRATION,
+    COMBINATION,
     JOB,
     OUTPUT,
     QUANTIZATION,
@@ -41,6 +42,11 @@ def recipe_schema() -> dict[str, Any]:
             **_object(TRAIN),
             "type": ["object", "null"],
             "description": f"{first_paragraph(TrainConfig)} Comes first; the adapter that it makes is merged.",
+        },
+        "combine": {
+            **_object(COMBINATION),
+            "type": ["object", "null"],
+            "description": f"{first_paragraph(CombinationConfig)} In the place of adapter.",
         },
         "calibration": {**_object(CALIBRATION), "description": first_paragraph(CalibrationConfig)},
         "outputs": {
@@ -76,13 +82,14 @@ def recipe_schema() -> dict[str, Any]:
         "required": list(REQUIRED),
         "properties": {name: properties[name] for name in TOP_KEYS},
         "not": {"anyOf": [_both(one, other) for one, other in EXCLUSIVE]},
-        "dependentRequired": {"trained-on": ["adapter"]},
+        "if": {"required": ["trained-on"]},
+        "then": {"anyOf": [{"required": ["adapter"]}, {"required": ["combine"]}]},
     }
 
 
 def _both(one: str, other: str) -> dict[str, Any]:
     """That two keys are there; train and adapter only when they are not null."""
-    given = {name: {"not": {"type": "null"}} for name in (one, other) if name in ("train", "adapter")}
+    given = {name: {"not": {"type": "null"}} for name in (one, other) if name in ("train", "adapter", "combine")}
     return {"required": [one, other], **({"properties": given} if given else {})}
 
 

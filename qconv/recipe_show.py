@@ -7,7 +7,7 @@ from typing import Any
 
 from qconv.gate_rules import Policy, Rule, Waiver
 from qconv.recipe import RECIPE_FORMAT, Recipe
-from qconv.recipe_fields import CALIBRATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, Key, Section
+from qconv.recipe_fields import CALIBRATION, COMBINATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, Key, Section
 
 
 def as_document(recipe: Recipe) -> dict[str, Any]:
@@ -18,6 +18,8 @@ def as_document(recipe: Recipe) -> dict[str, Any]:
     if recipe.train is not None:
         del document["adapter"]  # what training makes
         document["train"] = _shown(TRAIN, recipe.train)
+    if job.combination is not None:
+        document["combine"] = _shown(COMBINATION, job.combination)
     document["calibration"] = _shown(CALIBRATION, job.calibration)
     document["outputs"] = [
         ({} if output.quantization is None else _shown(QUANTIZATION, output.quantization)) | _shown(OUTPUT, output)

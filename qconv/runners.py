@@ -15,16 +15,31 @@ from typing import Any
 from torch import nn
 
 from qconv.checkpoint import SafetensorsCheckpoint
+from qconv.config import LOW_RANK_METHODS, CombinationConfig
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.layout import config_dtype
 from qconv.merge import merge
 from qconv.quantize.fp8_static import fake_quantize_static
 from qconv.quantize.int8 import fake_quantize_inputs
+from qconv.side_files import tokenizer_files
 from qconv.skeleton import block_linears
 from qconv.streaming import BlockModel, Decorate, StreamedModel
 from qconv.types import Adapter, BnbKind, Checkpoint, Scheme
 from qconv.validate.reference import unmerged
 from qconv.validate.resident import load_resident, load_whole, why_not_resident
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Combination:
+    """Several adapters, each checked against the base, and how they become one change of it."""
+
+    config: CombinationConfig
+    adapters: tuple[Adapter, ...]
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the result can be left unmerged beside the base."""
+        return self.config.method in LOW_RANK_METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,13 +50,27 @@ class Reference:
         source: the base as it lies on disk.
         base: the same as training saw it: decoded, or rounded to 4 bits and back.
         adapter: left unmerged, or None.
-        kind: how training saw the base.
+        kind: how training saw the base; ``"16bit"`` of a base that has several adapters in it.
+        combination: what ``adapter`` was made of, or ``base`` where the update has full rank; None = one adapter.
     """
 
     source: SafetensorsCheckpoint
     base: Checkpoint
     adapter: Adapter | None
     kind: BnbKind
+    combination: Combination | None = None
+
+    @property
+    def adapter_folders(self) -> tuple[Path, ...]:
+        """Of all adapters, in their order."""
+        if self.combination is not None:
+            return tuple(Path(adapter.location) for adapter in self.combination.adapters)
+        return () if self.adapter is None else (Path(self.adapter.location),)
+
+    @property
+    def side_folder(self) -> Path | None:
+        """The adapter folder whose tokenizer and chat template count: the first that has one."""
+        return next((folder for folder in self.adapter_folders if tokenizer_files(folder)), None)
 
     @property
     def merged(self) -> Checkpoint:
@@ -87,6 +116,8 @@ def reference_model(reference: Reference, base: Checkpoint, device: str, keep: b
     reason = why_not_resident(device, reference.kind, num_bytes)
     if reason is None and reference.resizes_vocabulary:
         reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
+    if reason is None and reference.combination is not None:
+        reason = "several adapters, which peft would not combine alike"
     if reason is None:
         folder = None if adapter is None else Path(adapter.location)
         resident = load_resident(reference.source.folder, folder, reference.kind, is_quantized, device)

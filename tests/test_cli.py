@@ -706,8 +706,14 @@ TRAIN = {
 }
 SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "merge": (
-        ["base", "adapter"],
-        {"--requant", "--trained-on", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json"},
+        ["base", "adapters"],
+        {"--combine", "--weights", "--combine-rank", "--density", "--majority-sign"}
+        | {"--requant", "--trained-on", "--no-validate", "--dtype"}
+        | OUTPUT
+        | QUANTIZE
+        | VALIDATE
+        | RUN
+        | {"--json"},
     ),
     "quantize": (["model"], {"--to", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json"}),
     "convert": (["source"], {"--to", "--base", "--dtype", "--json"} | OUTPUT | RUN),

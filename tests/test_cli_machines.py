@@ -434,7 +434,7 @@ def test_hints_after_training_and_caching(tmp_path: Path) -> None:
 
     (line,) = following_a_training(TrainConfig(base="./my base", out=tmp_path / "adapter"))
     context = cli.commands["merge"].make_context("merge", shlex.split(line)[2:])
-    assert (context.params["base"], context.params["adapter"]) == ("./my base", str(tmp_path / "adapter"))
+    assert (context.params["base"], context.params["adapters"]) == ("./my base", (str(tmp_path / "adapter"),))
     cache = tmp_path / "ref.qcache"
     (line,) = following_a_validation(ValidateJob(reference="base", candidate=None, reference_cache=cache))
     context = cli.commands["validate"].make_context("validate", shlex.split(line)[2:])

@@ -58,8 +58,8 @@ def flags_to_job(*arguments: str) -> MergeJob:
     """As `qconv merge` makes it."""
     command = cli.commands["merge"]
     options = dict(command.make_context("merge", list(arguments)).params)
-    base, adapter, targets = (options.pop(name) for name in ("base", "adapter", "targets"))
-    return cli_jobs.merge_job(base, adapter, targets, not options.pop("no_validate"), options)
+    base, adapters, targets = (options.pop(name) for name in ("base", "adapters", "targets"))
+    return cli_jobs.merge_job(base, adapters, targets, not options.pop("no_validate"), options)
 
 
 def flags_to_training(*arguments: str) -> TrainConfig:
@@ -300,6 +300,7 @@ def tables() -> dict[str, str]:
     sections = {
         "The recipe": SCHEMA,
         "`train`": top["train"],
+        "`combine`": top["combine"],
         "`calibration`": top["calibration"],
         "`outputs`, each": top["outputs"]["items"],
         "`overrides`, each": top["outputs"]["items"]["properties"]["overrides"]["items"],

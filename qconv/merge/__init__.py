@@ -1,7 +1,16 @@
 """Adapters: reading every kind, the update of one weight, adding it. Touches no on-disk weight format."""
 
 from qconv.merge.adapter import load_adapter
+from qconv.merge.combine import CombinedCheckpoint, combine_adapters
 from qconv.merge.delta import delta_weight, merged_weight
 from qconv.merge.merged import MergedCheckpoint, merge
 
-__all__ = ["MergedCheckpoint", "delta_weight", "load_adapter", "merge", "merged_weight"]
+__all__ = [
+    "CombinedCheckpoint",
+    "MergedCheckpoint",
+    "combine_adapters",
+    "delta_weight",
+    "load_adapter",
+    "merge",
+    "merged_weight",
+]

@@ -119,7 +119,12 @@ def _what(document: Document, base_model: str | None, adapter: str | None, relat
     yield f"{text}: {', '.join(details)}." if details else f"{text}."
     if with_adapter:
         yield ""
-        yield "The adapter was merged into the base as training saw it, so that what it corrects is what is there."
+        combined = at(document, "stages", "combination", "method")
+        yield (
+            f"The adapters were combined ({escape(combined)}) and merged into the base as training saw it."
+            if combined
+            else "The adapter was merged into the base as training saw it, so that what it corrects is what is there."
+        )
 
 
 _DETAILS = (("algorithm", "algorithm"), ("bits", "bits"), ("group_size", "group size"))
@@ -150,9 +155,10 @@ def _fidelity(document: Document) -> Iterator[str]:
     if not total:
         yield "Not measured."
         return
-    reference = (
-        "the base with the unmerged adapter" if at(document, "subject", "adapter") else "the model it was made from"
-    )
+    reference = "the model it was made from"
+    if at(document, "subject", "adapter"):
+        is_measured = at(document, "stages", "combination", "merge budget") is None
+        reference = "the base with the unmerged adapter" if is_measured else "the merged 16-bit model, unquantized"
     yield f"How close this folder is to {reference}, over {escape(content.evaluation_line(document))}:"
     yield ""
     yield from table(("measure", "value", "95% interval"), _fidelity_rows(document, total), (1, 2))
