@@ -6,12 +6,14 @@ import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import click
 
 from qconv import errors
-from qconv.cli_options import json_option
-from qconv.cli_parsing import SHELLS, Choice, Command, completion_script, folders
+from qconv.cli_options import json_option, trained_on_option
+from qconv.cli_parsing import SHELLS, Choice, Command, completion_script, devices, folders
+from qconv.types import BnbKind
 
 
 @click.command(cls=Command)
@@ -47,24 +49,53 @@ def report(reports: tuple[Path, ...], form: str, out: Path | None, debug: bool) 
 
 @click.command(cls=Command)
 @click.argument("path", shell_complete=folders)
+@click.option("--spectral", is_flag=True, help="Of an adapter: singular vectors of merged weights that the base lacks.")
+@click.option("--base", shell_complete=folders, help="--spectral: the adapter's base.")
+@trained_on_option
+@click.option("--device", shell_complete=devices, help="--spectral: cpu, cuda, or auto [default: auto]")
 @json_option
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def inspect(path: str, as_json: bool, debug: bool) -> None:
-    """Say what a checkpoint or adapter is: kind, scheme, sizes. Reads headers only.
+def inspect(
+    path: str,
+    spectral: bool,
+    base: str | None,
+    trained_on: BnbKind | None,
+    device: str | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Say what a checkpoint or adapter is: kind, scheme, sizes. Reads headers only, but with --spectral.
 
     \b
     qconv inspect ./out
     qconv inspect ./adapter --json
+    qconv inspect ./adapter --base ./base-nf4 --spectral
     """
-    from qconv.describe import describe
+    from qconv.describe import describe, describe_spectrum
 
-    facts = describe(path)
+    if spectral != (base is not None) or (not spectral and (trained_on or device)):
+        raise errors.UsageError(
+            "--spectral needs --base, and --base, --trained-on and --device are for --spectral alone"
+        )
+    facts = describe_spectrum(path, base, trained_on, device or "auto") if base is not None else describe(path)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
-    else:
-        width = max(map(len, facts))
-        for key, value in facts.items():
-            click.echo(f"{key:<{width}}  {value}")
+        return
+    rows = facts.pop("spectrum", [])
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        click.echo(f"{key:<{width}}  {value}")
+    width = max((len(row["module"]) for row in rows), default=0)
+    for row in rows:
+        click.echo(f"  {row['module']:<{width}}  {_spectrum(row)}")
+
+
+def _spectrum(row: dict[str, Any]) -> str:
+    found = ", ".join(f"{one['place'] + 1} (cosine {one['cosine']:.2f})" for one in row["intruders"])
+    return (
+        f"changed by {row['change']:.2%}, largest singular value {row['largest_before']:.3g} -> "
+        f"{row['largest_after']:.3g}, intruders {found or 'none'}"
+    )
 
 
 @click.command(cls=Command)

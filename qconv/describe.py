@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint, resolve_folder
 from qconv.convert import dequantize
+from qconv.inputs import load_reference, resolve_device
+from qconv.merge.spectrum import LOOKED_AT, THRESHOLD, spectrum_changes
 from qconv.records import read_train_record
-from qconv.types import Checkpoint, Scheme
+from qconv.types import BnbKind, Checkpoint, Scheme
 
 
 def describe(source: str | Path) -> dict[str, Any]:
@@ -22,6 +25,23 @@ def describe(source: str | Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").exists():
         return _describe_adapter(open_adapter_files(folder))
     return _describe_model(open_checkpoint(folder))
+
+
+def describe_spectrum(adapter: str, base: str, trained_on: BnbKind | None, device: str) -> dict[str, Any]:
+    """Facts about an adapter, and which singular vectors of the merged weights are foreign to the base's.
+
+    Raises:
+        UsageError: a 16-bit base whose training quantization nobody recorded.
+        CheckpointError, AdapterError: they cannot be read, or are not for one another.
+    """
+    reference = load_reference(open_checkpoint(base), adapter, trained_on)
+    assert reference.adapter is not None  # one was named
+    changes = list(spectrum_changes(reference.base, reference.adapter, resolve_device(device)))
+    return describe(adapter) | {
+        "intruder dimensions": sum(len(change.intruders) for change in changes),
+        "looked at": f"the {LOOKED_AT} leading left singular vectors of each weight; foreign below cosine {THRESHOLD}",
+        "spectrum": [asdict(change) for change in changes],
+    }
 
 
 def _describe_model(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:

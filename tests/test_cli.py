@@ -730,7 +730,7 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
     ),
     "report": (["reports"], {"--format", "-o", "--out", "--debug"}),
     "train": (["base", "data"], TRAIN | (OUTPUT - {"--max-shard-size"}) | RUN | {"--json"}),
-    "inspect": (["path"], {"--json", "--debug"}),
+    "inspect": (["path"], {"--json", "--debug", "--spectral", "--base", "--trained-on", "--device"}),
     "demo": ([], {"-o", "--out", "--requant", "--steps"} | RUN),
     "run": (["recipe"], {"--set", "--check", "--json"} | RUN),
     "schema": ([], set()),
