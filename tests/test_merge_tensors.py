@@ -243,7 +243,7 @@ def test_original_without_its_trained_copy(tmp_path: Path) -> None:
 
 def test_several_adapters(tmp_path: Path) -> None:
     adapter = load_adapter(write_adapter(tmp_path), toy_base())
-    with pytest.raises(AdapterError, match=r"expected one adapter, found 2.*not supported"):
+    with pytest.raises(AdapterError, match=r"expected one adapter, found 2.*combine_adapters first"):
         merge(toy_base(), [adapter, adapter])
     with pytest.raises(AdapterError, match="expected one adapter, found 0"):
         merge(toy_base(), [])

@@ -7,7 +7,7 @@ Tied embeddings: a LoRA or a trained copy belongs to one place. When embedding a
 different, the view has a head of its own and its config says so; the result computes what the
 unmerged peft model computes. A vocabulary that was resized in training resizes the config.
 
-Left out: more than one adapter.
+Left out: more than one adapter (`combine.py` makes one of several).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def merge(base: Checkpoint, adapters: Sequence[Adapter]) -> MergedCheckpoint:
         raise AdapterError(
             f"expected one adapter, found {len(adapters)}"
             + (f" ({', '.join(a.location for a in adapters)})" if adapters else "")
-            + "; merging several at once is not supported yet: merge the one that was trained on this base"
+            + "; make one of them with combine_adapters first"
         )
     adapter = adapters[0]
     vocabulary = find_vocabulary(base, adapter.deltas.keys() | adapter.replacements.keys())
