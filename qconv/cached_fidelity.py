@@ -53,7 +53,7 @@ def write_cached(
     Raises:
         CheckpointError: the cache cannot be written, or the reference has no tokenizer to know it by.
     """
-    _check_place(path, reference)
+    check_place(path, reference)
     writer = CacheWriter()
     losses: list[tuple[Tensor, Tensor, Tensor]] = []
     target_logps: list[Tensor] = []
@@ -88,8 +88,8 @@ def write_cached(
     return fidelity
 
 
-def _check_place(path: Path, reference: Reference) -> None:
-    """Raises before the work what would be raised after it."""
+def check_place(path: Path, reference: Reference) -> None:
+    """Raises before the work what would be raised after it: CheckpointErrors of a cache that is to be written."""
     if not path.parent.is_dir():
         raise CheckpointError(
             f"{path}: there is no folder {path.parent} to write the reference cache in; make it first"
@@ -116,10 +116,36 @@ def _describe_storage(path: Path, storage: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def open_cache(
+    path: Path, reference: Reference | None, candidate: Candidate | None, config: ValidationConfig
+) -> ReferenceCache:
+    """A cache that exists, and that the candidate can be judged by.
+
+    Raises:
+        CheckpointError: the cache is damaged, or of another model, tokenizer, template or text.
+        UsageError: something was asked for that the cache cannot tell, or there is no candidate.
+    """
+    if candidate is None:
+        raise UsageError(f"{path}: exists already; add --candidate to use it, or remove it to write it anew")
+    if config.prompts is not None or config.attribution == "always":
+        raise UsageError(
+            "--prompts and --attribution always need the reference itself: give --reference, without --reference-cache"
+        )
+    cache = ReferenceCache.open(path)
+    vocab_size = getattr(text_config(candidate.view), "vocab_size", None)
+    if vocab_size != cache.vocab_size:
+        raise CheckpointError(
+            f"{candidate.source.location}: has a vocabulary of {vocab_size}, the reference in {path} "
+            f"{cache.vocab_size}; they are different models"
+        )
+    _check_same(cache, reference, candidate, config)
+    return cache
+
+
 def measure_cached(
     path: Path,
     reference: Reference | None,
-    candidate: Candidate,
+    candidate: Candidate | None,
     config: ValidationConfig,
     device: str,
     progress: Progress,
@@ -130,19 +156,9 @@ def measure_cached(
         CheckpointError: the cache is damaged, or of another model, tokenizer, template or text.
         UsageError: something was asked for that the cache cannot tell.
     """
-    if config.prompts is not None or config.attribution == "always":
-        raise UsageError(
-            "--prompts and --attribution always need the reference itself: give --reference, without --reference-cache"
-        )
-    cache = ReferenceCache.open(path)
+    cache = open_cache(path, reference, candidate, config)
+    assert candidate is not None  # `open_cache` refuses to judge nothing
     rows = TokenRows(cache.ids_TS, cache.documents_TS)
-    vocab_size = getattr(text_config(candidate.view), "vocab_size", None)
-    if vocab_size != cache.vocab_size:
-        raise CheckpointError(
-            f"{candidate.source.location}: has a vocabulary of {vocab_size}, the reference in {path} "
-            f"{cache.vocab_size}; they are different models"
-        )
-    _check_same(cache, reference, candidate, config)
     model, runs = candidate_model(candidate, candidate.view, device, False, config.engine)
     entrant = Entrant(
         name="candidate", model=model, num_rows=len(rows.ids_TS), rows_per_batch=rows_per_batch(config, device)

@@ -19,6 +19,7 @@ from qconv.cli_answers import Answer, Complaints, answer_of, answers, made, norm
 from qconv.cli_looking import completion, doctor, inspect, report
 from qconv.cli_options import (
     combine_options,
+    dry_run_option,
     json_option,
     output_options,
     quantize_options,
@@ -28,6 +29,7 @@ from qconv.cli_options import (
     validate_options,
 )
 from qconv.cli_parsing import COMPLETE_VARIABLE, Choice, Group, files, folders
+from qconv.cli_plans import planned_merge, planned_training, planned_validation
 from qconv.cli_recipe import run, schema
 from qconv.config import PLAIN_DTYPES, MergeJob
 from qconv.own_process import begin, keep_freed_memory, without_collections
@@ -76,6 +78,7 @@ def cli() -> None:
 @output_options
 @quantize_options
 @validate_options
+@dry_run_option
 @json_option
 @run_options
 @answers
@@ -88,7 +91,7 @@ def merge(base: str, adapters: tuple[str, ...], targets: tuple[str, ...], no_val
     qconv merge meta-llama/Llama-3.1-8B ./adapter --trained-on nf4-dq --requant w4a16 --max-kl 0.1 -o ./out
     qconv merge ./base-nf4 ./one ./two --combine ties --weights 0.7,0.3 --density 0.5 -o ./out
     """
-    return _run_job(cli_jobs.merge_job(base, adapters, targets, not no_validate, options), options)
+    return _run_job(cli_jobs.merge_job(base, adapters, targets, not no_validate, options), options, "merge")
 
 
 @cli.command()
@@ -105,6 +108,7 @@ def merge(base: str, adapters: tuple[str, ...], targets: tuple[str, ...], no_val
 @output_options
 @quantize_options
 @validate_options
+@dry_run_option
 @json_option
 @run_options
 @answers
@@ -114,7 +118,7 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
     \b
     qconv quantize ./merged --to gptq -o ./out
     """
-    return _run_job(cli_jobs.merge_job(model, (), targets, not no_validate, options), options)
+    return _run_job(cli_jobs.merge_job(model, (), targets, not no_validate, options), options, "quantize")
 
 
 @cli.command()
@@ -130,6 +134,7 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
 )
 @click.option("--dtype", type=Choice(PLAIN_DTYPES), help="lora: dtype of the factors [default: fp32]")
 @click.option("--revision", help="Branch, tag or commit, when the model or adapter is a hub id.")
+@dry_run_option
 @json_option
 @run_options
 @answers
@@ -145,7 +150,7 @@ def convert(source: str, target: str, **options: Any) -> Answer:
     """
     cli_jobs.check_conversion(source, target, options)
     if target != "lora":
-        return _run_job(cli_jobs.convert_job(source, target, options), options)
+        return _run_job(cli_jobs.convert_job(source, target, options), options, "convert")
     from qconv.normalise import normalise
 
     return normalised_facts(normalise(cli_jobs.normalise_config(source, options), cli_jobs.progress_of(options)))
@@ -171,6 +176,7 @@ def convert(source: str, target: str, **options: Any) -> Answer:
 @trained_on_option
 @click.option("--seed", default=0, show_default=True, help="Seed of the evaluation sampling.")
 @validate_options
+@dry_run_option
 @json_option
 @run_options
 @answers
@@ -183,6 +189,8 @@ def validate(reference: str | None, adapter: str | None, candidate: str | None, 
     qconv validate --reference-cache ref.qcache --candidate ./out --gate 'kl_mean<=0.1'      # then, without the base
     """
     job = cli_jobs.validate_job(reference, adapter, candidate, options)
+    if options["dry_run"]:
+        return planned_validation(job)
     begin(options["device"], [reference, adapter, candidate])
     with without_collections():
         from qconv import pipeline
@@ -199,6 +207,7 @@ def validate(reference: str | None, adapter: str | None, candidate: str | None, 
 @click.option("--overwrite", is_flag=True, help="Replace an existing adapter folder.")
 @click.option("--revision", help="Branch, tag or commit, when the base is a hub id.")
 @train_options
+@dry_run_option
 @json_option
 @run_options
 @answers
@@ -211,9 +220,11 @@ def train(base: str, data: str, **options: Any) -> Answer:
     qconv train ./base ./data.jsonl -o ./adapter
     qconv train HuggingFaceTB/SmolLM2-135M ./data.txt --rank 32 --alpha 64 --steps 500 -o ./adapter
     """
+    config = cli_jobs.train_config(base, data, options)
+    if options["dry_run"]:
+        return planned_training(config)
     from qconv.train import train as run_training
 
-    config = cli_jobs.train_config(base, data, options)
     result = run_training(config, cli_jobs.progress_of(options))
     text, document = training_facts(result, base)
     return Answer(text=text, document=document, following=cli_jobs.following_a_training(config))
@@ -246,7 +257,9 @@ for _command in (extract, run, schema, report, inspect, doctor, completion):
     cli.add_command(_command)
 
 
-def _run_job(job: MergeJob, options: dict[str, Any]) -> Answer:
+def _run_job(job: MergeJob, options: dict[str, Any], command: str) -> Answer:
+    if options["dry_run"]:
+        return planned_merge(job, command, cli_jobs.progress_of(options))
     begin(job.device, [job.base, *job.adapters], solves=cli_jobs.solves(job))
     with without_collections():
         from qconv import pipeline
@@ -291,7 +304,8 @@ def _run(arguments: list[str], complaints: Complaints) -> None:
     except errors.QconvError as error:
         if is_debug:
             traceback.print_exc()
-        complaints.tell(type(error).__name__, str(error), error.exit_code, words=f"error: {error}")
+        words = f"error: {error}"
+        complaints.tell(type(error).__name__, str(error), error.exit_code, words=words, is_answered=error.is_answered)
         sys.exit(error.exit_code)
     except Exception as error:
         if is_debug:

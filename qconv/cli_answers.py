@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from qconv.outcome import Outcome
     from qconv.train import TrainResult
 
-# A gate that does not pass is an answer, and its document is out when it is raised.
-_ANSWERED = (errors.EXIT_GATE_FAILED, errors.EXIT_GATE_INCONCLUSIVE)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -75,6 +72,7 @@ def answers(command: Callable[..., Answer]) -> Callable[..., None]:
         else:
             click.echo(answer.text)
         if answer.failure is not None:
+            answer.failure.is_answered = True
             raise answer.failure
         if not as_json and not options["quiet"] and sys.stderr.isatty():
             for line in answer.following:
@@ -150,9 +148,11 @@ class Complaints:
     as_json: bool
     in_lines: bool
 
-    def tell(self, kind: str, message: str, exit_code: int, *, words: str | Callable[[], None]) -> None:
-        """``words``: the message as people read it, or what shows it."""
-        if self.as_json and exit_code not in _ANSWERED:
+    def tell(
+        self, kind: str, message: str, exit_code: int, *, words: str | Callable[[], None], is_answered: bool = False
+    ) -> None:
+        """``words``: the message as people read it, or what shows it. ``is_answered``: a document is out already."""
+        if self.as_json and not is_answered:
             _show_document({"error": {"kind": kind, "message": message, "exit_code": exit_code}})
         if self.in_lines:
             click.echo(log_line("error", kind=kind, message=message, exit_code=exit_code), err=True, nl=False)

@@ -209,6 +209,8 @@ def check_conversion(source: str, target: str, options: dict[str, Any]) -> None:
     given = [f"--{name.replace('_', '-')}" for name in strange if options[name] is not None]
     if given:
         raise errors.UsageError(f"{', '.join(given)} is not for {'adapters' if of_adapter else 'models'}; drop it")
+    if of_adapter and options["dry_run"]:
+        raise errors.UsageError("--dry-run plans what is done to models; converting an adapter takes seconds, drop it")
 
 
 def convert_job(model: str, dtype: str, options: dict[str, Any]) -> MergeJob:
@@ -251,7 +253,7 @@ def validate_job(
 
 
 def train_config(base: str, data: str, options: dict[str, Any]) -> TrainConfig:
-    about_the_run = ("quiet", "verbose", "debug", "as_json", "log_json")
+    about_the_run = ("quiet", "verbose", "debug", "as_json", "log_json", "dry_run")
     return TrainConfig(
         base=base, data=data, **{name: value for name, value in options.items() if name not in about_the_run}
     )

@@ -189,6 +189,9 @@ train_options = options(
     click.option("--seed", default=0, show_default=True, help="Seed of the adapter's start and the order of the text."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, also for an error.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Only print what it would take: stages, bytes, memory, disk, time. Writes nothing."
+)
 trained_on_option = click.option(
     "--trained-on",
     type=Choice(BNB_KINDS),

@@ -13,9 +13,10 @@ import click
 
 from qconv import __version__, cli_jobs
 from qconv.cli_answers import Answer, answer_of, answers, made, together, training_facts, with_code
-from qconv.cli_options import json_option, message_options
+from qconv.cli_options import dry_run_option, json_option, message_options
 from qconv.cli_parsing import Command, devices, recipes
-from qconv.errors import RecipeError, SchemeError, UsageError
+from qconv.cli_plans import planned_recipe
+from qconv.errors import CapacityError, RecipeError, SchemeError, UsageError
 from qconv.own_process import begin, without_collections
 from qconv.recipe import Recipe, load_recipe
 from qconv.recipe_fields import in_words_of_recipe
@@ -33,11 +34,14 @@ from qconv.recipe_show import as_document
     help="Replace one value, e.g. calibration.samples=16, outputs.0.out=./out. Repeatable.",
 )
 @click.option("--check", is_flag=True, help="Only check the recipe, and print it with every default filled in.")
+@dry_run_option
 @click.option("--device", shell_complete=devices, help="cpu, cuda or auto, whatever the recipe says.")
 @json_option
 @message_options
 @answers
-def run(recipe: Path, settings: tuple[str, ...], check: bool, device: str | None, **options: Any) -> Answer:
+def run(
+    recipe: Path, settings: tuple[str, ...], check: bool, dry_run: bool, device: str | None, **options: Any
+) -> Answer:
     """Do all that a RECIPE says: train, merge, quantize to several targets, validate, gate, report.
 
     \b
@@ -48,6 +52,8 @@ def run(recipe: Path, settings: tuple[str, ...], check: bool, device: str | None
     if check:
         return _checked(asked)
     with _refused_in_words_of_recipe(recipe):
+        if dry_run:
+            return planned_recipe(asked.train, asked.job, cli_jobs.progress_of(options))
         return _run(asked, options)
 
 
@@ -76,10 +82,13 @@ def _run(recipe: Recipe, options: dict[str, Any]) -> Answer:
     with without_collections():
         from qconv import pipeline
     if recipe.train is not None:
-        from qconv.plan import check_before_training
+        from qconv.estimate_jobs import estimate_merge
+        from qconv.inputs import resolve_device
+        from qconv.plan import plan_before_training
         from qconv.train import train
 
-        check_before_training(job)
+        device = resolve_device(job.device)
+        estimate_merge(job, plan_before_training(job), device, "run").check()
         result = train(recipe.train, progress)
         text, trained = training_facts(result, job.base)
         texts.append(text)
@@ -107,5 +116,5 @@ def _refused_in_words_of_recipe(path: Path) -> Iterator[None]:
     """What only models can tell of a recipe's options is bad input, too, and says keys instead of flags."""
     try:
         yield
-    except (UsageError, SchemeError) as error:
+    except (UsageError, SchemeError, CapacityError) as error:
         raise RecipeError(f"{path}: {in_words_of_recipe(str(error))}") from error

@@ -14,9 +14,14 @@ EXIT_INTERRUPTED = 130
 
 
 class QconvError(Exception):
-    """Base of all errors that qconv raises on purpose."""
+    """Base of all errors that qconv raises on purpose.
+
+    Attributes:
+        is_answered: it ends a command whose answer is out already, as a gate that failed does.
+    """
 
     exit_code = EXIT_OTHER
+    is_answered = False
 
 
 class UsageError(QconvError):
@@ -51,6 +56,12 @@ class CalibrationError(QconvError):
 
 class RecipeError(QconvError):
     """A recipe cannot be read, or asks for what cannot be; names file, line and key."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class CapacityError(QconvError):
+    """The job does not fit this machine: the GPU, host memory or a disk; says how much is missing where."""
 
     exit_code = EXIT_BAD_INPUT
 

@@ -191,7 +191,12 @@ def _fits(reference: Reference, candidate: Candidate | None, device: str) -> boo
     for view in (reference.base, *([candidate.view] if candidate else [])):
         width = config_dtype(view.config).itemsize
         total += sum(spec.num_bytes // spec.dtype.itemsize * width for spec in view.specs().values())
+    return fits_in_memory(total, device)
+
+
+def fits_in_memory(models_bytes: int, device: str) -> bool:
+    """Whether models of this size, together, stay in memory between passes."""
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
-        return total < min(_KEPT_BYTES, free // 4)
-    return total < _KEPT_BYTES
+        return models_bytes < min(_KEPT_BYTES, free // 4)
+    return models_bytes < _KEPT_BYTES

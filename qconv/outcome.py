@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,20 @@ def run_tasks(
 
 def _whole(make: Callable[[], BlockModel]) -> Callable[[], Any]:
     return lambda: make().whole()
+
+
+def check_report_folder(folder: Path | None) -> None:
+    """Refuses a folder for reports that cannot be made, and makes nothing.
+
+    Raises:
+        CheckpointError: a file is in its way, or what is there of the way to it cannot be written.
+    """
+    if folder is None:
+        return
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    reason = "not a folder" if not there.is_dir() else "" if os.access(there, os.W_OK) else "not writable"
+    if reason:
+        raise CheckpointError(f"{folder}: the report cannot be written there ({there}: {reason}); choose a folder")
 
 
 def make_report_folder(folder: Path | None) -> None:

@@ -16,7 +16,7 @@ from qconv.assemble import Filling, write_tensors
 from qconv.cached_fidelity import measure_cached, write_cached
 from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig, ValidateJob, ValidationConfig
-from qconv.errors import UsageError
+from qconv.estimate_jobs import estimate_merge
 from qconv.evaluation import reference_tokenizer
 from qconv.fidelity import Fidelity, measure_fidelity
 from qconv.gating import check_rules, rules_for
@@ -57,6 +57,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
     device = resolve_device(job.device)
     with TIMELINE.stage("prepare"):
         plan = make_plan(job, progress)
+        estimate_merge(job, plan, device, "").check()
+        make_report_folder(job.report_dir)
         reference, merged, calibration = plan.reference, plan.reference.merged, plan.calibration
     for line in describe_plan(job, reference, plan.layouts):
         progress.say(line)
@@ -205,8 +207,6 @@ def _measure(
         return measure_fidelity(reference, candidate, config, device, progress)
     if reference is not None and not cache.exists():
         return write_cached(cache, reference, candidate, config, device, progress)
-    if candidate is None:
-        raise UsageError(f"{cache}: exists already; add --candidate to use it, or remove it to write it anew")
     return measure_cached(cache, reference, candidate, config, device, progress)
 
 

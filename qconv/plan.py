@@ -13,10 +13,10 @@ from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig
 from qconv.evaluation import check_vocabulary, evaluation_rows
 from qconv.gating import check_rules
-from qconv.inputs import load_reference, resolve_device
+from qconv.inputs import load_reference
 from qconv.layout import Layout, config_dtype, plan_layout
 from qconv.mixture import load_mixture, pack_mixture
-from qconv.outcome import make_report_folder
+from qconv.outcome import check_report_folder
 from qconv.progress import QUIET, Progress
 from qconv.runners import Reference
 from qconv.side_files import tokenizer_folder
@@ -24,7 +24,7 @@ from qconv.skeleton import StoredBlocks, linear_weights
 from qconv.streaming import StreamedModel
 from qconv.types import Checkpoint
 from qconv.work_folder import check_beside, check_inputs, check_output
-from qconv.writer import CheckpointWriter, check_room
+from qconv.writer import CheckpointWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,6 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
         CheckpointWriter(o.out, layout.specs, o.max_shard_bytes, job.overwrite, with_digests=True)
         for o, layout in zip(job.outputs, layouts, strict=True)
     ]
-    check_room(writers)
     return Plan(
         reference=reference,
         adapter_folder=adapter_folder,
@@ -86,21 +85,20 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
     )
 
 
-def check_before_training(job: MergeJob) -> None:
-    """Refuses what can be refused of a job whose adapter is yet to be trained.
+def plan_before_training(job: MergeJob, progress: Progress = QUIET) -> Plan:
+    """What can be planned, and refused, of a job whose adapter is yet to be trained.
 
     Raises:
         QconvError: any of its kinds; see `errors`.
     """
-    resolve_device(job.device)
-    make_plan(replace(job, adapter=None, trained_on=None), QUIET, adapter_comes=True)
+    return make_plan(replace(job, adapter=None, trained_on=None), progress, adapter_comes=True)
 
 
 def _check_before_work(
     job: MergeJob, reference: Reference, merged: Checkpoint, tokenizer: Path, has_adapter: bool
 ) -> None:
     """Raises now what the run would otherwise raise after hours."""
-    make_report_folder(job.report_dir)
+    check_report_folder(job.report_dir)
     if job.validation is not None:
         check_rules(reference, job.validation, has_adapter)
         check_vocabulary(evaluation_rows(tokenizer, job.validation)[0].ids_TS, merged, tokenizer)

@@ -112,12 +112,7 @@ def reference_model(reference: Reference, base: Checkpoint, device: str, keep: b
     adapter = reference.adapter
     stored = dequantize(reference.source)
     is_quantized = stored.kind.startswith("bnb-")  # else 16-bit, quantized as it is loaded
-    num_bytes = sum(spec.num_bytes for spec in reference.source.specs().values()) // (1 if is_quantized else 3)
-    reason = why_not_resident(device, reference.kind, num_bytes)
-    if reason is None and reference.resizes_vocabulary:
-        reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
-    if reason is None and reference.combination is not None:
-        reason = "several adapters, which peft would not combine alike"
+    _, reason = _residence(reference, is_quantized, device)
     if reason is None:
         folder = None if adapter is None else Path(adapter.location)
         resident = load_resident(reference.source.folder, folder, reference.kind, is_quantized, device)
@@ -125,6 +120,26 @@ def reference_model(reference: Reference, base: Checkpoint, device: str, keep: b
     model = streamed(base, adapter, _input_quantization(stored), device, keep)
     how = "decoded by qconv" + (", adapter unmerged" if adapter else "")
     return model, f"{how} ({reason})" if reference.kind != "16bit" else how
+
+
+def resident_bytes(reference: Reference, device: str) -> int | None:
+    """Memory of a reference that will run whole on the device; None where it runs block by block."""
+    num_bytes, reason = _residence(reference, dequantize(reference.source).kind.startswith("bnb-"), device)
+    if reason is not None:
+        return None
+    adapter = reference.adapter
+    return num_bytes + (0 if adapter is None else sum(spec.num_bytes for spec in adapter.tensors.specs().values()))
+
+
+def _residence(reference: Reference, is_quantized: bool, device: str) -> tuple[int, str | None]:
+    """Bytes of the base in 4 bits, and why it does not run whole on the device; None = it does."""
+    num_bytes = sum(spec.num_bytes for spec in reference.source.specs().values()) // (1 if is_quantized else 3)
+    reason = why_not_resident(device, reference.kind, num_bytes)
+    if reason is None and reference.resizes_vocabulary:
+        reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
+    if reason is None and reference.combination is not None:
+        reason = "several adapters, which peft would not combine alike"
+    return num_bytes, reason
 
 
 def candidate_model(

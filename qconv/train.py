@@ -72,18 +72,9 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainResult:
         CalibrationError: the text cannot be read, or has not one row.
         NumericsError: the loss or a gradient is not finite.
     """
-    _require_extras()
-    check_output(config.out, config.overwrite)
-    check_inputs(config.out, [config.base, config.data])
-    folder = resolve_folder(config.base, config.revision)
-    base_config = read_json(folder / "config.json", "a model folder has a config.json")
-    kind = _training_kind(config, base_config, folder)
-    tokenizer = load_tokenizer(folder)
-    documents = load_documents(config.data, tokenizer)
-    progress.say(documents.summary())
+    ready = prepare(config, progress)
+    folder, kind, rows_BT = ready.folder, ready.kind, ready.rows_BT
     num_rows = config.steps * config.batch_size * config.gradient_accumulation
-    rows_BT = pack_tokens(documents, tokenizer, num_rows, config.seq_len, config.seed, allow_fewer=True)
-    _check_vocabulary(rows_BT, base_config, folder)
     progress.say(f"{rows_BT.numel()} tokens of text, {num_rows * config.seq_len} to train on, base as {kind}")
 
     with publishing(config.out, config.overwrite) as partial, _seeded(config.seed), quiet_libraries():
@@ -111,6 +102,32 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainResult:
         final_loss=sum(last) / len(last),
         train_seconds=seconds,
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """What a training begins with: the base's folder, how it will be loaded, and token rows, int64 ``[rows, T]``."""
+
+    folder: Path
+    kind: BnbKind
+    rows_BT: Tensor
+
+
+def prepare(config: TrainConfig, progress: Progress = QUIET) -> Prepared:
+    """Opens and checks what a training reads, and makes nothing; raises as `train` does."""
+    _require_extras()
+    check_output(config.out, config.overwrite)
+    check_inputs(config.out, [config.base, config.data])
+    folder = resolve_folder(config.base, config.revision)
+    base_config = read_json(folder / "config.json", "a model folder has a config.json")
+    kind = _training_kind(config, base_config, folder)
+    tokenizer = load_tokenizer(folder)
+    documents = load_documents(config.data, tokenizer)
+    progress.say(documents.summary())
+    num_rows = config.steps * config.batch_size * config.gradient_accumulation
+    rows_BT = pack_tokens(documents, tokenizer, num_rows, config.seq_len, config.seed, allow_fewer=True)
+    _check_vocabulary(rows_BT, base_config, folder)
+    return Prepared(folder=folder, kind=kind, rows_BT=rows_BT)
 
 
 def _require_extras() -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -102,19 +103,14 @@ class CheckpointWriter:
         """Room that the folder will take on the disk, with some to spare."""
         return sum(spec.num_bytes for spec in self._specs.values()) + SIDE_BYTES
 
+    @property
+    def weights_bytes(self) -> int:
+        """What the weights files will hold, headers included, and their index where there is one; exact."""
+        files = sum(8 + len(text) + end for text, _, end in map(_header, self._shards))
+        return files + (len(json_text(self._index())) if len(self._shards) > 1 else 0)
+
     def _start_shard(self, file_name: str, shard: list[TensorSpec]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for spec in shard:
-            end = offset + spec.num_bytes
-            header[spec.name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text, begins, offset = _header(shard)
         handle = os.open(self.partial / file_name, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
         self._handles.append(handle)
         pwrite_all(handle, len(text).to_bytes(8, "little") + text, 0)
@@ -123,8 +119,8 @@ class CheckpointWriter:
         if self._with_digests:
             self._running[handle] = RunningDigest(self.partial / file_name)
             self._running[handle].written(0, 8 + len(text))
-        for spec in shard:
-            self._places[spec.name] = (handle, 8 + len(text) + header[spec.name]["data_offsets"][0])
+        for name, begin in begins.items():
+            self._places[name] = (handle, 8 + len(text) + begin)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Hands over one tensor; its shape and dtype must be those of its spec, and it comes once.
@@ -179,7 +175,7 @@ class CheckpointWriter:
             raise disk_error(self.partial, error) from error
 
     def write_json(self, file_name: str, value: Mapping[str, Any]) -> None:
-        self.write_text(file_name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        self.write_text(file_name, json_text(value).decode())
 
     def copy_files(self, files: Iterable[Path]) -> None:
         """Copies side files (tokenizer and the like) byte for byte."""
@@ -211,12 +207,14 @@ class CheckpointWriter:
         except OSError as error:
             raise disk_error(self.partial, error) from error
         if len(self._shards) > 1:
-            weight_map = {
-                spec.name: file for file, shard in zip(self._file_names, self._shards, strict=True) for spec in shard
-            }
-            total = sum(spec.num_bytes for spec in self._specs.values())
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            self.write_json(INDEX_NAME, index)
+            self.write_json(INDEX_NAME, self._index())
+
+    def _index(self) -> dict[str, Any]:
+        weight_map = {
+            spec.name: file for file, shard in zip(self._file_names, self._shards, strict=True) for spec in shard
+        }
+        total = sum(spec.num_bytes for spec in self._specs.values())
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
     def commit(self) -> None:
         """Makes the folder visible under its final name, replacing an old one only now."""
@@ -245,28 +243,100 @@ class CheckpointWriter:
             self._folder.discard()
 
 
+def json_text(value: Mapping[str, Any]) -> bytes:
+    """A JSON file as it is written."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _header(shard: list[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
+    """The text before the data of a weights file, where each tensor begins in the data, and where that ends."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins, offset = {}, 0
+    for spec in shard:
+        begins[spec.name], end = offset, offset + spec.num_bytes
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), begins, offset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What the folders of one disk need of it, beside all that lies there now.
+
+    Attributes:
+        folder: where the first of them is made, or what is there of the way to it.
+        need, free: bytes.
+        num_folders: that share the disk.
+    """
+
+    folder: Path
+    need: int
+    free: int
+    num_folders: int
+
+    @property
+    def complaint(self) -> str | None:
+        """What is wrong, in words; None when there is room."""
+        if self.free >= self.need:
+            return None
+        what = "the output needs" if self.num_folders == 1 else f"the {self.num_folders} outputs need"
+        return (
+            f"{self.folder}: {what} {self.need / 1e9:.2f} GB and the disk has {self.free / 1e9:.2f} GB free; "
+            "make room or choose another -o"
+        )
+
+
+def rooms_for(folders: Mapping[Path, int]) -> list[Room]:
+    """What folders that are yet to be made, with their bytes, need on each disk.
+
+    Raises:
+        CheckpointError: a disk cannot be looked at.
+    """
+    sharing: dict[int, list[Path]] = {}
+    for folder in folders:
+        parent = _existing(folder.parent)
+        try:
+            sharing.setdefault(parent.stat().st_dev, []).append(folder)
+        except OSError as error:
+            raise disk_error(folder, error) from error
+    rooms = []
+    for together in sharing.values():
+        parent = _existing(together[0].parent)
+        need, free = sum(folders[folder] for folder in together), shutil.disk_usage(parent).free
+        rooms.append(Room(folder=parent, need=need, free=free, num_folders=len(together)))
+    return rooms
+
+
+def joined(rooms: Iterable[Room]) -> list[Room]:
+    """Rooms with those of one disk added up."""
+    by_disk: dict[int, list[Room]] = {}
+    for room in rooms:
+        by_disk.setdefault(room.folder.stat().st_dev, []).append(room)
+    return [
+        replace(some[0], need=sum(room.need for room in some), num_folders=sum(room.num_folders for room in some))
+        for some in by_disk.values()
+    ]
+
+
+def rooms_of(writers: Iterable[CheckpointWriter]) -> list[Room]:
+    """`rooms_for` the folders of writers; raises as it does."""
+    return rooms_for({writer.partial: writer.num_bytes for writer in writers})
+
+
 def check_room(writers: Iterable[CheckpointWriter]) -> None:
     """Refuses folders that the disks have no room for, together.
 
     Raises:
         CheckpointError: a disk is too full, or cannot be looked at.
     """
-    needs: dict[int, list[CheckpointWriter]] = {}
-    for writer in writers:
-        parent = _existing(writer.partial.parent)
-        try:
-            needs.setdefault(parent.stat().st_dev, []).append(writer)
-        except OSError as error:
-            raise disk_error(writer.partial, error) from error
-    for sharing in needs.values():
-        parent = _existing(sharing[0].partial.parent)
-        need, free = sum(writer.num_bytes for writer in sharing), shutil.disk_usage(parent).free
-        if free < need:
-            what = "the output needs" if len(sharing) == 1 else f"the {len(sharing)} outputs need"
-            raise CheckpointError(
-                f"{parent}: {what} {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
-                "make room or choose another -o"
-            )
+    for room in rooms_of(writers):
+        if room.complaint is not None:
+            raise CheckpointError(room.complaint)
 
 
 def _existing(folder: Path) -> Path:

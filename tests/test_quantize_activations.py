@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qconv.checkpoint import open_checkpoint
 from qconv.config import QuantizationConfig
-from qconv.errors import CalibrationError, NumericsError, UsageError
+from qconv.errors import CalibrationError, CapacityError, NumericsError
 from qconv.quantize import activations
 from qconv.quantize.activations import Activations
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
@@ -495,9 +495,9 @@ def test_less_memory_means_smaller_batches_then_host_memory(llama_8b: ModelShape
 
 
 def test_what_cannot_fit_is_refused_with_numbers(llama_70b: ModelShape) -> None:
-    with pytest.raises(UsageError, match=r"a model: .*gptq needs about 2\d\.\d GB .*solve .* 12\.0 GB is the limit"):
+    with pytest.raises(CapacityError, match=r"a model: .*gptq needs about 2\d\.\d GB .*solve .* 12\.0 GB is the limit"):
         plan_memory(llama_70b, 128, 2048, ["gptq"], "cuda", free_bytes=84_000_000_000, limit=12_000_000_000)
-    with pytest.raises(UsageError, match=r"16\.0 GB is free and 24\.0 GB is the limit"):
+    with pytest.raises(CapacityError, match=r"16\.0 GB is free and 24\.0 GB is the limit"):
         plan_memory(llama_70b, 128, 2048, ["gptq"], "cuda", free_bytes=16_000_000_000, limit=24_000_000_000)
 
 

@@ -100,7 +100,7 @@ def quantize_blocks(
 
     Raises:
         NumericsError: NaN or infinity in weights or activations; names the tensor.
-        UsageError: the model does not fit the GPU, however it is run.
+        CapacityError: the model does not fit the GPU, however it is run.
     """
     hidden = None
     if calibration is not None:

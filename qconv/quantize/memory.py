@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qconv.errors import UsageError
+from qconv.errors import CapacityError
 from qconv.quantize.activations import NUM_LEAVING, NUM_SLOTS, Placement
 from qconv.streaming import StreamedModel
 
@@ -139,7 +139,7 @@ def plan_memory(
         limit: bytes that the whole process may take on the device.
 
     Raises:
-        UsageError: not even the smallest way fits; says how much is missing where.
+        CapacityError: not even the smallest way fits; says how much is missing where.
     """
     if torch.device(device).type == "cpu":
         rows = max(1, min(num_rows, CPU_TOKENS // seq_len))
@@ -154,7 +154,7 @@ def plan_memory(
     steps = ", ".join(f"{step} {_gb(size)}" for step, size in smallest.steps.items())
     found = [] if free_bytes is None else [f"{_gb(free_bytes)} is free"]
     found += [] if limit is None else [f"{_gb(limit)} is the limit"]
-    raise UsageError(
+    raise CapacityError(
         f"{shape.location}: quantizing it with {' + '.join(algorithms)} needs about {_gb(smallest.peak_bytes)} of GPU "
         f"memory, even with activations in host memory and {smallest.rows_per_batch * seq_len} tokens at a time "
         f"(a block's steps: {steps}); {' and '.join(found)}; free or allow more of it, shorten the calibration rows "

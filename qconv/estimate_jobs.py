@@ -1,0 +1,282 @@
+"""The estimate of each kind of job, from what it has opened and planned; see `estimate.py`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+from qconv.config import MergeJob, OutputConfig
+from qconv.errors import CapacityError
+from qconv.estimate import Estimate, Stage
+from qconv.estimate_compare import comparison_stage
+from qconv.estimate_machine import file_bytes, machine_of, notes_of, replaced, tokenizer_bytes, usable_on_gpu
+from qconv.estimate_memory import (
+    Steps,
+    Work,
+    moving,
+    process,
+    quantizing,
+    quantizing_by_weights,
+    quantizing_on_gpu,
+    writing_plain,
+    writing_plain_on_gpu,
+)
+from qconv.layout import BNB_FORMATS, Layout, block_number, config_dtype, in_order
+from qconv.plan import Plan, is_calibrated
+from qconv.quantize.memory import LIBRARIES, MemoryPlan, ModelShape, free_memory, plan_memory
+from qconv.side_files import side_files, tokenizer_folder
+from qconv.streaming import StreamedModel
+from qconv.types import Checkpoint, TensorSpec
+from qconv.writer import json_text, rooms_of
+
+ENCODED_AT_ONCE = 300_000_000  # temporaries of encoding to bitsandbytes' 4 bits; see `convert/bnb_kernels.py`
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Making:
+    """What the stages of one job share.
+
+    Attributes:
+        changed: tensors that an adapter changes, or will.
+        sources: bytes of each folder that is read.
+    """
+
+    job: MergeJob
+    plan: Plan
+    device: str
+    merged: Checkpoint
+    changed: Collection[str]
+    sources: Sequence[int]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    def held(self, spec: TensorSpec) -> int:
+        """Bytes of a tensor as the view gives it: float32 where the adapter adds to it."""
+        return 4 * prod(spec.shape) if spec.name in self.changed else spec.num_bytes
+
+
+def estimate_merge(
+    job: MergeJob, plan: Plan, device: str, command: str, coming: int = 0, coming_changes: Collection[str] = ()
+) -> Estimate:
+    """What a planned job takes.
+
+    Args:
+        coming: bytes of an adapter that is trained before, for a job that has none yet.
+        coming_changes: what that adapter will change.
+    """
+    reference, merged = plan.reference, plan.reference.merged
+    changed = set(coming_changes) or set(getattr(merged, "changed", ()))
+    adapter = [coming] if coming else [] if reference.adapter is None else [file_bytes(reference.adapter.tensors)]
+    making = _Making(
+        job=job,
+        plan=plan,
+        device=device,
+        merged=merged,
+        changed=changed,
+        sources=[file_bytes(reference.source), *adapter],
+    )
+    running = job.validation is not None or any(map(is_calibrated, job.outputs))
+    tokenizer = tokenizer_folder(reference.source.folder, plan.adapter_folder)
+    stages = [Stage(name="prepare", units={"start running" if running else "start": 1.0})]
+    stages += _making_stages(making)
+    problems: list[str] = []
+    gpu_usable = usable_on_gpu(device, job.gpu_memory_limit)
+    if job.validation is not None:
+        for output, layout in zip(job.outputs, plan.layouts, strict=True):
+            stages.append(
+                comparison_stage(
+                    f"validate{_of(job, output)}",
+                    reference,
+                    candidate_specs={spec.name: spec for spec in layout.specs},
+                    candidate_dtype=layout.storage,
+                    config=job.validation,
+                    device=device,
+                    merges=bool(changed),
+                )
+            )
+    return Estimate(
+        command=command,
+        device=device,
+        stages=[_fitted(making, stage, problems) for stage in stages],
+        process=process(running, tokenizer_bytes(tokenizer), making.on_gpu),
+        rooms=rooms_of(plan.writers),
+        replaced=replaced(job.overwrite, [output.out for output in job.outputs]),
+        machine=machine_of(device),
+        cores=torch.get_num_threads(),
+        gpu_usable=gpu_usable,
+        problems=problems,
+        notes=notes_of(device),
+    )
+
+
+def _fitted(making: _Making, stage: Stage, problems: list[str]) -> Stage:
+    """A stage with its GPU plan; why there is none goes to ``problems``."""
+    job, plan = making.job, making.plan
+    if stage.name != "quantize" or not making.on_gpu or plan.calibration is None:
+        return stage
+    try:
+        found = _gpu_plan(making)
+    except CapacityError as error:
+        problems.append(str(error))
+        return stage
+    algorithms = _algorithms(job.outputs)
+    host = {"quantize": {**moving(making.sources, stage.writes, len(algorithms), True)}}
+    host["quantize"]["activations of the calibration, page-locked"] = found.host_bytes
+    return replace(stage, gpu=quantizing_on_gpu(found), host=host)
+
+
+def _gpu_plan(making: _Making) -> MemoryPlan:
+    assert making.plan.calibration is not None
+    rows, seq_len = making.plan.calibration.shape
+    return plan_memory(
+        _shape(making),
+        rows,
+        seq_len,
+        _algorithms(making.job.outputs),
+        making.device,
+        free_memory(making.device),
+        making.job.gpu_memory_limit,
+    )
+
+
+def _making_stages(making: _Making) -> Iterator[Stage]:
+    job, plan = making.job, making.plan
+    pairs = list(zip(job.outputs, plan.layouts, strict=True))
+    in_blocks = [(output, layout) for output, layout in pairs if layout.scheme is not None]
+    if in_blocks:
+        yield _quantize_stage(making, in_blocks)
+    for output, layout in pairs:
+        if layout.scheme is None:
+            yield _alone_stage(making, output, layout)
+
+
+def _quantize_stage(making: _Making, pairs: Sequence[tuple[OutputConfig, Layout]]) -> Stage:
+    plan = making.plan
+    written = sum(_written(making, output) for output, _ in pairs)
+    through = moving(making.sources, written, len(pairs), making.on_gpu)
+    elements = sum(prod(spec.shape) for spec in making.merged.specs().values())
+    parameters, source, largest, linears = _largest_block(making)
+    units: dict[str, float] = {"merge": elements, "write": written}
+    weights = sum(n * k for n, k in linears.values())
+    for output, _ in pairs:
+        assert output.quantization is not None
+        algorithm = output.quantization.resolved_algorithm
+        for unit in _units(algorithm):
+            units[unit] = units.get(unit, 0.0) + weights
+    steps: Steps
+    if plan.calibration is None:
+        steps = quantizing_by_weights(parameters, source, largest)
+    else:
+        shape = _shape(making)
+        rows, seq_len = plan.calibration.shape
+        steps = quantizing(shape, rows, seq_len, _algorithms([output for output, _ in pairs]))
+        blocks = max(1, round(weights / max(1, sum(n * k for n, k in shape.stacks))))
+        tokens = rows * seq_len
+        units["forward"] = blocks * tokens * (4.0 * shape.parameters + sum(k * k for k in shape.grams))
+        solves = [output for output, _ in pairs if "gptq" in _algorithms([output])[0]]
+        if solves:
+            units["gptq"] = float(len(solves) * blocks * sum(n * k * k for n, k in shape.stacks))
+    gpu: dict[str, Mapping[str, int]] = {}
+    if making.on_gpu and plan.calibration is None:
+        gpu = {"solve": {"CUDA and its libraries": LIBRARIES, **dict(steps["solve"])}}
+    outside = [_work(making, pairs[0][1], name) for name in in_order(making.merged) if block_number(name) is None]
+    host = {"outside": writing_plain(outside, torch.get_num_threads())["write"]}
+    host |= {} if making.on_gpu else steps
+    return Stage(
+        name="quantize",
+        reads=sum(making.sources),
+        writes=written,
+        host={name: {**through, **terms} for name, terms in host.items()},
+        gpu=gpu,
+        units=units,
+    )
+
+
+def _alone_stage(making: _Making, output: OutputConfig, layout: Layout) -> Stage:
+    """A plain output, or one in bitsandbytes' 4 bits: reads everything for itself."""
+    written = _written(making, output)
+    through = moving(making.sources, written, 1, making.on_gpu)
+    names = [name for name in in_order(making.merged) if name not in layout.quantized]
+    works = [_work(making, layout, name) for name in names]
+    steps = writing_plain_on_gpu(works) if making.on_gpu else writing_plain(works, torch.get_num_threads())
+    specs = making.merged.specs()
+    units = {"merge": float(sum(prod(spec.shape) for spec in specs.values())), "write": float(written)}
+    if layout.format in BNB_FORMATS:
+        largest = max(prod(specs[name].shape) for name in layout.quantized)
+        encoding = {"linear in work": 8 * largest, "encoding": min(ENCODED_AT_ONCE, 36 * largest)}
+        steps = {**steps, "encode": {**({"CUDA and its libraries": LIBRARIES} if making.on_gpu else {}), **encoding}}
+        units["round"] = float(sum(prod(specs[name].shape) for name in layout.quantized))
+    host = {"write": through} if making.on_gpu else {name: {**through, **terms} for name, terms in steps.items()}
+    return Stage(
+        name=f"write{_of(making.job, output)}",
+        reads=sum(making.sources),
+        writes=written,
+        host=host,
+        gpu=steps if making.on_gpu else {},
+        units=units,
+    )
+
+
+def _work(making: _Making, layout: Layout, name: str) -> Work:
+    spec = making.merged.specs()[name]
+    elements = prod(spec.shape)
+    stored = elements * layout.storage.itemsize if spec.dtype.is_floating_point else spec.num_bytes
+    is_changed, is_cast = name in making.changed, spec.dtype not in (layout.storage,)
+    base = elements * config_dtype(making.merged.config).itemsize if is_changed else 0
+    return Work(
+        elements=elements, held=making.held(spec) + base + (stored if is_cast or is_changed else 0), stored=stored
+    )
+
+
+def _largest_block(making: _Making) -> tuple[int, int, int, dict[str, tuple[int, int]]]:
+    """Elements and bytes of the largest block, elements of the largest linear, and the linears to quantize."""
+    quantized = frozenset().union(*(layout.quantized for layout in making.plan.layouts))
+    sizes: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    linears: dict[str, tuple[int, int]] = {}
+    for name, spec in making.merged.specs().items():
+        number = block_number(name)
+        if number is not None:
+            sizes[number][0] += prod(spec.shape)
+            sizes[number][1] += making.held(spec)
+        if name in quantized:
+            linears[name] = (spec.shape[0], spec.shape[1])
+    parameters, source = max(sizes.values(), default=[0, 0])
+    return parameters, source, max((n * k for n, k in linears.values()), default=0), linears
+
+
+def _shape(making: _Making) -> ModelShape:
+    """Of what is calibrated, with the bytes of blocks as an adapter that is yet to come will make them."""
+    layout = next(layout for layout in making.plan.layouts if layout.scheme is not None)
+    model = StreamedModel(making.merged, "cpu", layout.storage)
+    weights = frozenset().union(*(layout.quantized for layout in making.plan.layouts))
+    return replace(ModelShape.of(model, weights), source_bytes=_largest_block(making)[1])
+
+
+def _units(algorithm: str) -> list[str]:
+    """What weights go through, beside the solver of GPTQ."""
+    if algorithm == "gptq":
+        return []
+    return ["awq"] if algorithm.startswith(("awq", "smoothquant")) else ["fp8" if algorithm == "fp8" else "round"]
+
+
+def _algorithms(outputs: Iterable[OutputConfig]) -> list[str]:
+    return [o.quantization.resolved_algorithm for o in outputs if o.quantization is not None]
+
+
+def _written(making: _Making, output: OutputConfig) -> int:
+    """Bytes of a folder: weights and side files exactly, its JSON as it is written; reports come on top."""
+    number = making.job.outputs.index(output)
+    layout, writer = making.plan.layouts[number], making.plan.writers[number]
+    files = side_files(making.plan.reference.source.folder, making.plan.adapter_folder)
+    texts = [layout.config, *layout.extra_files.values()]
+    return writer.weights_bytes + sum(file.stat().st_size for file in files) + sum(len(json_text(t)) for t in texts)
+
+
+def _of(job: MergeJob, output: OutputConfig) -> str:
+    return f" {output.out}" if len(job.outputs) > 1 else ""
