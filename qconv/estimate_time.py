@@ -53,18 +53,18 @@ H100 = Machine(
 )
 CPU = Machine(
     name="CPU",
-    origin="benchmarks/plan.py on 1 core of a shared x86 server with AVX512-BF16",
+    origin="docs/planning.md: 1 core of a busy x86 server with AVX512-BF16",
     per_second={
         "start": 2.0,
         "start running": 8.0,
-        "merge": 2.0e8,
-        "write": 5.0e8,
+        "merge": 1.0e8,
+        "write": 1.5e8,
         "forward": 8.0e10,
         "gptq": 2.5e9,
         "awq": 1.0e6,
-        "fp8": 6.0e6,
+        "fp8": 4.5e6,
         "round": 2.0e7,
-        "compare": 5.0e10,
+        "compare": 8.0e10,
         "train": 3.3e10,
     },
     spread=2.5,
