@@ -93,9 +93,12 @@ def _mixture(layout: Layout) -> list[str]:
 def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout]) -> Iterator[str]:
     """What is about to happen, for the terminal."""
     if reference.adapter is not None:
-        replaced = len(reference.adapter.replacements)
+        adapter = reference.adapter
+        updates = (
+            f"{len(adapter.transforms)} {adapter.kind}" if adapter.transforms else f"{len(adapter.deltas)} low-rank"
+        )
         yield (
-            f"merging {len(reference.adapter.deltas)} low-rank updates and {replaced} whole tensors into {job.base}, "
+            f"merging {updates} updates and {len(adapter.replacements)} whole tensors into {job.base}, "
             f"as training saw it ({reference.kind})"
         )
     if job.combination is not None:
@@ -219,9 +222,11 @@ def stages(
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if reference.adapter is not None:
+        adapter = reference.adapter
+        what = f"{adapter.kind} update" if adapter.transforms else "low-rank update"
         result["merge"] = {
-            "weights changed by a low-rank update": len(reference.adapter.deltas),
-            "tensors replaced whole": len(reference.adapter.replacements),
+            f"weights changed by a {what}": len(adapter.transforms or adapter.deltas),
+            "tensors replaced whole": len(adapter.replacements),
             "notes": list(getattr(merged, "notes", ())),
         }
     if output.quantization is not None and layout.scheme is not None:

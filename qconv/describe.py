@@ -10,6 +10,7 @@ from typing import Any
 from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint, resolve_folder
 from qconv.convert import dequantize
 from qconv.inputs import load_reference, resolve_device
+from qconv.merge.kinds import KINDS, LOW_RANK, how_merged
 from qconv.merge.spectrum import LOOKED_AT, THRESHOLD, spectrum_changes
 from qconv.records import read_train_record
 from qconv.types import BnbKind, Checkpoint, Scheme
@@ -73,15 +74,22 @@ def _in_words(scheme: Scheme) -> str:
 def _describe_adapter(adapter: SafetensorsCheckpoint) -> dict[str, Any]:
     config = adapter.config
     record = read_train_record(adapter.folder)
+    kind = KINDS.get(str(config.get("peft_type")))
+    decisive = {} if kind is None else {key: config.get(key) for key in sorted(kind.keys)}
+    if config.get("peft_type") in LOW_RANK:
+        decisive = {
+            **{key: config.get(key) for key in ("r", "init_r", "lora_alpha") if key in config},
+            "use_rslora": bool(config.get("use_rslora")),
+            "use_dora": bool(config.get("use_dora")),
+        }
     return {
         "kind": "adapter",
         "folder": adapter.location,
         "peft_type": config.get("peft_type"),
+        **({} if kind is None else {"method": kind.title}),
+        "merge": how_merged(config.get("peft_type")),
         "base": config.get("base_model_name_or_path"),
-        "r": config.get("r"),
-        "lora_alpha": config.get("lora_alpha"),
-        "use_rslora": bool(config.get("use_rslora")),
-        "use_dora": bool(config.get("use_dora")),
+        **decisive,
         "target_modules": config.get("target_modules"),
         "modules_to_save": config.get("modules_to_save"),
         "trained on": record.trained_on if record else "not recorded (a 16-bit base needs --trained-on)",

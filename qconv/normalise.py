@@ -97,6 +97,11 @@ def normalise(config: NormaliseConfig, progress: Progress = QUIET) -> Normalised
 
 
 def _refuse_what_is_no_lora(adapter: Adapter) -> None:
+    for transform in adapter.transforms.values():
+        _refuse(adapter, next(iter(transform.tensors.values())), f"peft_type {adapter.kind} is no low-rank product")
+    for delta in adapter.deltas.values():
+        if delta.singular is not None:
+            _refuse(adapter, delta.singular, "AdaLoRA's singular values are not folded in yet")
     for delta in adapter.deltas.values():
         if delta.magnitude is not None:
             _refuse(adapter, delta.magnitude, "DoRA rescales the rows of the whole base weight, which has full rank")

@@ -139,6 +139,8 @@ def _residence(reference: Reference, is_quantized: bool, device: str) -> tuple[i
         reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
     if reason is None and reference.combination is not None:
         reason = "several adapters, which peft would not combine alike"
+    if reason is None and reference.adapter is not None and reference.adapter.transforms:
+        reason = f"peft's {reference.adapter.kind} layers run on decoded weights"
     return num_bytes, reason
 
 
@@ -168,8 +170,8 @@ def streamed(
     decorations = [] if inputs is None else [inputs]
     dtype = config_dtype(view.config)
     if adapter is not None:
-        # Whole replacements (biases, saved modules) join the view; low-rank updates stay beside it.
-        view = merge(view, [dataclasses.replace(adapter, deltas={})])
+        # Whole replacements (biases, saved modules) join the view; updates stay beside it.
+        view = merge(view, [dataclasses.replace(adapter, deltas={}, transforms={})])
         decorations.append(unmerged(adapter))
 
     def decorate(prefix: str, module: nn.Module) -> None:

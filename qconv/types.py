@@ -9,7 +9,7 @@ G = number of quantization groups along K, R = adapter rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -232,6 +232,8 @@ class LoraDelta:
         transposed: the base weight is stored ``[in, out]`` (``fan_in_fan_out``, Conv1D).
         b_bias: adapter tensor ``[out]`` added, scaled, to the layer's bias (``lora_bias``), or None.
         magnitude: adapter tensor ``[out]`` of DoRA (Liu et al. 2024, equation 5), or None.
+        singular: adapter tensor ``[R, 1]`` that multiplies the rows of A (AdaLoRA, Zhang et al. 2023, equation 3), or
+            None.
     """
 
     weight: str
@@ -242,6 +244,38 @@ class LoraDelta:
     transposed: bool = False
     b_bias: str | None = None
     magnitude: str | None = None
+    singular: str | None = None
+
+    @property
+    def module(self) -> str:
+        return self.weight.removesuffix(".weight")
+
+    @property
+    def bias(self) -> str:
+        return self.module + ".bias"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """Where an update that is not made of LoRA's factors lies in an adapter.
+
+    It names tensors and numbers; the formula of its kind is `merge/kinds`' to know.
+
+    Attributes:
+        kind: the ``peft_type``.
+        weight: base tensor that changes.
+        tensors: part -> adapter tensor, the ones that layers share included.
+        settings: what the formula needs of the config.
+        transposed: the base weight is stored ``[in, out]`` (Conv1D).
+        changes_bias: the layer's bias changes, too.
+    """
+
+    kind: str
+    weight: str
+    tensors: Mapping[str, str]
+    settings: Mapping[str, Any]
+    transposed: bool = False
+    changes_bias: bool = False
 
     @property
     def module(self) -> str:
@@ -261,6 +295,7 @@ class Adapter:
         deltas: low-rank updates by base tensor name.
         replacements: base tensor name -> adapter tensor that replaces it whole
             (biases, ``modules_to_save``).
+        transforms: updates of other kinds by base tensor name; an adapter has one kind.
         trained_on: the base quantization recorded by ``qconv train``, or None when unknown.
         backend: where the base was quantized for training; a GPU unless the record says otherwise.
     """
@@ -268,8 +303,14 @@ class Adapter:
     tensors: Checkpoint
     deltas: Mapping[str, LoraDelta]
     replacements: Mapping[str, str]
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
     trained_on: BnbKind | None = None
     backend: BnbBackend = "cuda"
+
+    @property
+    def kind(self) -> str:
+        """The ``peft_type``."""
+        return str(self.tensors.config.get("peft_type"))
 
     @property
     def location(self) -> str:

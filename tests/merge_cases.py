@@ -95,16 +95,17 @@ def _shaken(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def trained(model: nn.Module, seed: int = 0, **config: Any) -> nn.Module:
+def trained(model: nn.Module, seed: int = 0, config_class: str = "LoraConfig", **config: Any) -> nn.Module:
     """A peft model on ``model``, every trainable parameter moved as training would."""
-    from peft import LoraConfig, get_peft_model
+    import peft
 
     torch.manual_seed(seed)
-    adapted = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, **config}))
+    defaults = {"r": 4, "lora_alpha": 6} if config_class == "LoraConfig" else {}
+    adapted = peft.get_peft_model(model, getattr(peft, config_class)(**{**defaults, **config}))
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
-                scale = 0.1 if parameter.ndim == 2 and min(parameter.shape) <= 16 else 0.02
+                scale = 0.1 if parameter.ndim >= 2 and min(parameter.shape) <= 16 else 0.02
                 parameter.add_(torch.randn_like(parameter) * scale)
     return adapted.eval()
 

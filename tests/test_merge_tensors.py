@@ -175,7 +175,10 @@ def test_module_to_save_of_another_shape(tmp_path: Path) -> None:
 
 def test_lora_and_whole_weight_of_one_module(tmp_path: Path) -> None:
     tensors = {**factors(), PREFIX + Q_WEIGHT: torch.ones(N, K)}
-    refused(write_adapter(tmp_path, tensors, modules_to_save=["q_proj"]), "both a LoRA and a whole trained weight")
+    refused(
+        write_adapter(tmp_path, tensors, modules_to_save=["q_proj"]),
+        "both a layer of the adapter and a whole trained weight",
+    )
 
 
 def test_frozen_copy_of_another_base(tmp_path: Path) -> None:

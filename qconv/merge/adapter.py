@@ -1,9 +1,10 @@
-"""Reading a PEFT LoRA adapter against its base: every tensor finds its place, or it is an error.
+"""Reading a PEFT adapter against its base: every tensor finds its place, or it is an error.
 
 Method: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024) as peft 0.21
-saves them, with trained biases, ``lora_bias`` and ``modules_to_save``. Nothing is rounded here.
+saves them, with trained biases, ``lora_bias`` and ``modules_to_save``, and the other kinds of `kinds/`. Nothing is
+rounded here.
 
-Left out, and refused by name: every other peft type, LoRA on embeddings, convolutions and bare
+Left out, and refused by name: the kinds that `kinds/refused.py` lists, LoRA on embeddings, convolutions and bare
 parameters, trained token rows, pickled adapters.
 """
 
@@ -12,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files
+from qconv.checkpoint import open_adapter_files
 from qconv.errors import AdapterError, NumericsError
 from qconv.merge.adapter_config import parse_adapter_config
 from qconv.merge.adapter_names import sort_names
 from qconv.merge.adapter_source import AdapterSource
+from qconv.merge.kinds import Kind
 from qconv.merge.lora_layers import find_deltas
+from qconv.merge.transform import find_transforms
 from qconv.merge.vocabulary import find_vocabulary
 from qconv.merge.whole_tensors import drop_unchanged, find_replacements
 from qconv.records import read_train_record
-from qconv.types import Adapter, Checkpoint, LoraDelta
+from qconv.types import Adapter, Checkpoint, LoraDelta, Transform
 
 
 def load_adapter(
@@ -51,9 +54,9 @@ def load_adapter(
     files = open_adapter_files(source, revision)
     config = parse_adapter_config(files.config, str(files.folder / "adapter_config.json"))
     where = str(files.folder / "adapter_model.safetensors")
-    names = sort_names(files.specs(), where)
+    names = sort_names(files.specs(), files.config["peft_type"], where)
     record = read_train_record(files.folder)
-    touched = {module + ".weight" for module in names.lora} | names.plain.keys()
+    touched = {module + ".weight" for module in names.layers} | names.plain.keys()
     opened = AdapterSource(
         files=files,
         where=where,
@@ -62,24 +65,34 @@ def load_adapter(
         base=base,
         vocabulary=find_vocabulary(base, touched),
     )
-    zeros = _check_values(files, where)
+    zeros = _check_values(opened)
     replacements = find_replacements(opened)
     deltas = find_deltas(opened, replacements, linear_weights)
-    _check_trained(deltas, zeros, where)
+    transforms = find_transforms(opened, replacements, linear_weights)
+    if config.kind is not None:
+        _check_changes(transforms, config.kind, zeros, where)
+    elif not names.tuned:
+        _check_trained(deltas, zeros, where)
     return Adapter(
         tensors=files,
         deltas=deltas,
         replacements=drop_unchanged(opened, replacements),
+        transforms=transforms,
         trained_on=None if record is None else record.trained_on,
         backend="cuda" if record is None else record.backend,
     )
 
 
-def _check_values(files: SafetensorsCheckpoint, where: str) -> set[str]:
+def _check_values(source: AdapterSource) -> set[str]:
     """Reads every tensor once; returns the names of those that are all zero."""
+    files, where, kind = source.files, source.where, source.config.kind
+    parts = {} if kind is None else {parts[p]: p for parts in source.names.layers.values() for p in parts}
     zeros = set()
     for name, spec in files.specs().items():
-        if not spec.dtype.is_floating_point:
+        is_index = kind is not None and parts.get(name) in kind.indices
+        if spec.dtype.is_floating_point is is_index:
+            if is_index:
+                raise AdapterError(f"{where}: tensor {name!r}: expected integers, found {spec.dtype}")
             raise AdapterError(
                 f"{where}: tensor {name!r}: expected floating point values, found {spec.dtype}; "
                 "save the adapter from an unquantized layer"
@@ -94,6 +107,19 @@ def _check_values(files: SafetensorsCheckpoint, where: str) -> set[str]:
         if not tensor.any():
             zeros.add(name)
     return zeros
+
+
+def _check_changes(transforms: Mapping[str, Transform], kind: Kind, zeros: set[str], where: str) -> None:
+    """The same for other kinds, as far as zeros tell."""
+    if not transforms:
+        raise AdapterError(f"{where}: holds no layer of peft_type {kind.peft_type}; expected {', '.join(kind.parts)}")
+    if kind.vanishing and all(
+        any(t.tensors.get(part) in zeros for part in kind.vanishing) for t in transforms.values()
+    ):
+        raise AdapterError(
+            f"{where}: {' or '.join(sorted(kind.vanishing))} is zero in all {len(transforms)} modules: the adapter was "
+            "never trained, or its tensors were saved before training; merging it would change nothing"
+        )
 
 
 def _check_trained(deltas: Mapping[str, LoraDelta], zeros: set[str], where: str) -> None:

@@ -5,8 +5,11 @@ Method: LoRA (Hu et al. 2021, section 4.1) scales its update by alpha / r, rsLoR
 is either understood, known not to touch the weights, or refused by name: a key that a newer peft
 invents may change the maths, so an unknown key that is set is an error.
 
-Left out, and refused with the reason: every peft type but LORA, LoRA variants whose forward pass
-is not one matrix, and initialisations that changed the base weights.
+AdaLoRA (Zhang et al. 2023, equation 3) prunes components of each update; its ``rank_pattern`` holds masks. Other kinds
+bring the names of their keys along (`kinds/`).
+
+Left out, and refused with the reason: kinds and LoRA variants whose forward pass is not one matrix, and
+initialisations that changed the base weights.
 """
 
 from __future__ import annotations
@@ -15,24 +18,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 from qconv.errors import AdapterError
+from qconv.merge.config_values import ConfigReader, alpha_value, rank_value, short
+from qconv.merge.kinds import KINDS, LOW_RANK, Kind, check_type
 
 BiasMode = Literal["none", "lora_only", "all"]
-
-MAX_RANK, MIN_ALPHA, MAX_ALPHA = 1 << 20, 1e-9, 1e9  # keep alpha / r finite and above zero
-PROMPT_TYPES = frozenset(
-    {
-        "PROMPT_TUNING",
-        "MULTITASK_PROMPT_TUNING",
-        "P_TUNING",
-        "PREFIX_TUNING",
-        "ADAPTION_PROMPT",
-        "CPT",
-        "CARTRIDGE",
-    }
-)
 
 # Set by peft or by tools, without effect on the merged weights once training is over.
 HARMLESS_KEYS = frozenset(
@@ -91,6 +83,32 @@ REFUSED_KEYS = {
     "use_qalora": "QA-LoRA pools the inputs in groups before A, so its update is not B @ A",
     "velora_config": "VeLoRA adds its own tensors, which are not read",
 }
+# Of AdaLoRA: its schedule, which is over once it was saved, and what is read.
+ADALORA_KEYS = frozenset(
+    {"beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"}
+)
+# Of every other kind, beside its own.
+KEYS_OF_ALL_KINDS = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+    }
+)
 PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
 BASE_CHANGING_INITS = {
     "pissa": "PiSSA subtracts the principal components from the base",
@@ -103,17 +121,22 @@ BASE_CHANGING_INITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """The keys of a LoRA adapter that decide the merge.
+    """The keys of an adapter that decide the merge.
 
     Attributes:
         where: the file, for messages.
-        rank, alpha: defaults for modules that no pattern names.
+        rank, alpha: defaults for modules that no pattern names; 1 for a kind that has none.
         rank_pattern, alpha_pattern: regular expressions that end a module name -> value.
         modules_to_save: ends of module names that were trained whole.
         tie_trained: ``ensure_weight_tying``; the output head uses the trained embedding.
+        kind: what the adapter is, when its update is not made of LoRA's two factors.
+        read: for the keys that only this kind has.
+        kept_ranks: AdaLoRA alone: module -> components that were kept. Modules without an entry keep all.
     """
 
     where: str
+    kind: Kind | None
+    read: ConfigReader
     rank: int
     alpha: float
     use_rslora: bool
@@ -125,8 +148,15 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     modules_to_save: tuple[str, ...]
     tie_trained: bool
+    kept_ranks: Mapping[str, int] | None = None
+
+    @property
+    def is_adalora(self) -> bool:
+        return self.kept_ranks is not None
 
     def rank_of(self, module: str) -> int:
+        if self.kept_ranks is not None:
+            return self.kept_ranks.get(module, self.rank)
         matches = self._matches(self.rank_pattern, "rank_pattern", module)
         return int(self.rank_pattern[matches[0]]) if matches else self.rank
 
@@ -147,6 +177,9 @@ class AdapterConfig:
         return self.alpha_pattern[matches[0]] if matches else self.alpha
 
     def scaling_of(self, module: str) -> float:
+        """What the update is multiplied by; AdaLoRA divides by the rank that training began with, and peft's 1e-5."""
+        if self.is_adalora:
+            return self.alpha / (self.rank + 1e-5)
         rank, alpha = self.rank_of(module), self.alpha_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -164,86 +197,71 @@ class AdapterConfig:
 
 
 def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig:
-    """Reads the config of a LoRA adapter.
+    """Reads the config of an adapter of any kind that is merged.
 
     Raises:
-        AdapterError: not LoRA, a variant or initialisation that cannot be merged exactly, an
+        AdapterError: a kind, a variant or an initialisation that cannot be merged exactly, an
             unknown key that is set, or a value of the wrong type.
     """
-    _check_type(config.get("peft_type"), where)
-    for key, reason in REFUSED_KEYS.items():
-        if config.get(key):
-            raise AdapterError(f"{where}: {key} is set ({_short(config[key])}), which cannot be merged: {reason}")
-    _check_init(config.get("init_lora_weights", True), where)
-    for key in sorted(config.keys() - HARMLESS_KEYS - UNDERSTOOD_KEYS - REFUSED_KEYS.keys()):
+    check_type(config.get("peft_type"), where)
+    kind, is_adalora = KINDS.get(config["peft_type"]), config["peft_type"] == "ADALORA"
+    has_factors = config["peft_type"] in LOW_RANK
+    read = ConfigReader(config, where)
+    if has_factors:
+        for key, reason in REFUSED_KEYS.items():
+            if config.get(key):
+                raise AdapterError(f"{where}: {key} is set ({short(config[key])}), which cannot be merged: {reason}")
+        _check_init(config.get("init_lora_weights", True), where)
+        known = HARMLESS_KEYS | UNDERSTOOD_KEYS | REFUSED_KEYS.keys() | ADALORA_KEYS
+    else:
+        known = KEYS_OF_ALL_KINDS | (frozenset() if kind is None else kind.keys | kind.harmless)
+    for key in sorted(config.keys() - known):
         if config[key]:
             raise AdapterError(
-                f"{where}: unknown key {key!r} is set to {_short(config[key])}; a newer peft may mean other maths by "
+                f"{where}: unknown key {key!r} is set to {short(config[key])}; a newer peft may mean other maths by "
                 "it. Update qconv, or remove the key if you know that it does not change the weights"
             )
-    read = _Reader(config, where)
     bias = config.get("bias") or "none"
-    if bias not in ("none", "lora_only", "all"):
+    if bias not in ("none", "all", f"{config['peft_type'].lower()}_only", "lora_only"):
         read.refuse("bias", "'none', 'lora_only' or 'all'")
+    rank_key, alpha_key = (None, None) if kind is None else (kind.rank_key, kind.alpha_key)
+    if has_factors:
+        rank_key, alpha_key = "init_r" if is_adalora else "r", "lora_alpha"
+    masks = read.table("rank_pattern") if is_adalora else []
+    pattern_key = "rank_pattern" if kind is None else kind.rank_pattern
+    ranks = [] if is_adalora or rank_key is None else read.table(pattern_key)
+    alphas = [] if alpha_key is None else read.table("alpha_pattern")
     return AdapterConfig(
         where=where,
-        rank=_rank(config.get("r"), "r", where),
-        alpha=_alpha(config.get("lora_alpha"), "lora_alpha", where),
-        use_rslora=read.flag("use_rslora"),
-        use_dora=read.flag("use_dora"),
+        kind=kind,
+        read=read,
+        rank=1 if rank_key is None else read.rank(rank_key),
+        alpha=1.0 if alpha_key is None else read.number(alpha_key),
+        use_rslora=has_factors and not is_adalora and read.flag("use_rslora"),
+        use_dora=has_factors and read.flag("use_dora"),
         fan_in_fan_out=read.flag("fan_in_fan_out"),
-        bias=cast(BiasMode, bias),
-        lora_bias=read.flag("lora_bias"),
-        rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]", where) for key, value in read.table("rank_pattern")},
-        alpha_pattern={
-            key: _alpha(value, f"alpha_pattern[{key!r}]", where) for key, value in read.table("alpha_pattern")
-        },
+        bias=cast(BiasMode, bias if bias in ("none", "all") else "lora_only"),
+        lora_bias=has_factors and read.flag("lora_bias"),
+        rank_pattern={key: rank_value(value, f"{pattern_key}[{key!r}]", where) for key, value in ranks},
+        alpha_pattern={key: alpha_value(value, f"alpha_pattern[{key!r}]", where) for key, value in alphas},
         modules_to_save=read.names("modules_to_save"),
         tie_trained=read.flag("ensure_weight_tying"),
+        kept_ranks={_module_of(key): _kept_rank(value, key, where) for key, value in masks} if is_adalora else None,
     )
 
 
-class _Reader:
-    def __init__(self, config: Mapping[str, Any], where: str):
-        self.config = config
-        self.where = where
-
-    def refuse(self, key: str, expected: str) -> NoReturn:
-        raise AdapterError(f"{self.where}: expected {key} to be {expected}, found {_short(self.config.get(key))}")
-
-    def flag(self, key: str) -> bool:
-        value = self.config.get(key)
-        if value is not None and not isinstance(value, bool):
-            self.refuse(key, "true or false")
-        return bool(value)
-
-    def table(self, key: str) -> list[tuple[str, Any]]:
-        value = self.config.get(key)
-        if value is not None and not isinstance(value, dict):
-            self.refuse(key, "an object")
-        return list((value or {}).items())
-
-    def names(self, key: str) -> tuple[str, ...]:
-        value = self.config.get(key)
-        if value is not None and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
-            self.refuse(key, "a list of module names")
-        return tuple(value or ())
+def _module_of(key: str) -> str:
+    """The module that a ``rank_pattern`` key of AdaLoRA names (``<module>.lora_E``, and with the adapter's name)."""
+    return key.removesuffix(".default").removesuffix(".lora_E")
 
 
-def _check_type(peft_type: Any, where: str) -> None:
-    if peft_type == "LORA":
-        return
-    if isinstance(peft_type, str) and peft_type in PROMPT_TYPES:
+def _kept_rank(mask: Any, key: str, where: str) -> int:
+    if not (isinstance(mask, list) and all(isinstance(value, bool) for value in mask)):
         raise AdapterError(
-            f"{where}: peft_type {peft_type} learns prompts or prefixes and has no weight delta, so there is nothing "
-            "to merge; serve it beside the base model, or train with LoRA"
+            f"{where}: expected rank_pattern[{key!r}] to be a list of true and false, as AdaLoRA writes it, "
+            f"found {short(mask)}"
         )
-    if not isinstance(peft_type, str) or not peft_type:
-        raise AdapterError(f"{where}: expected peft_type 'LORA', found {_short(peft_type)}; not a peft adapter config?")
-    raise AdapterError(
-        f"{where}: expected peft_type LORA (plain, rsLoRA or DoRA), found {peft_type}, whose weight update is "
-        "another formula that qconv does not merge; train with LoRA"
-    )
+    return sum(mask)
 
 
 def _check_init(init: Any, where: str) -> None:
@@ -257,7 +275,7 @@ def _check_init(init: Any, where: str) -> None:
                 f"{_init_advice(prefix)}"
             )
     raise AdapterError(
-        f"{where}: unknown init_lora_weights {_short(init)}; if it did not change the base weights, set it to true"
+        f"{where}: unknown init_lora_weights {short(init)}; if it did not change the base weights, set it to true"
     )
 
 
@@ -272,23 +290,3 @@ def _init_advice(prefix: str) -> str:
         "Convert the adapter with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), or "
         + own_base
     )
-
-
-def _rank(value: Any, key: str, where: str) -> int:
-    if type(value) is not int or not 0 < value <= MAX_RANK:
-        raise AdapterError(f"{where}: expected {key} to be a positive integer, found {_short(value)}")
-    return value
-
-
-def _alpha(value: Any, key: str, where: str) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if value == 0:
-            raise AdapterError(f"{where}: {key} is 0, so the adapter changes nothing; was the config edited?")
-        if MIN_ALPHA <= abs(value) <= MAX_ALPHA:
-            return float(value)
-    raise AdapterError(f"{where}: expected {key} to be a number, found {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""How a PEFT LoRA adapter names its tensors (peft 0.21, and the older spellings it still reads).
+"""How a PEFT adapter names its tensors (peft 0.21, and the older spellings it still reads).
 
 A tensor is called ``base_model.model.<module>.<part>``. peft strips the adapter's name on save;
 files of older versions keep it, and the usual name ``default`` is accepted in the middle.
@@ -7,22 +7,23 @@ files of older versions keep it, and the usual name ``default`` is accepted in t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from qconv.errors import AdapterError
+from qconv.merge.kinds import KINDS
 
 PREFIX = "base_model.model."
-_LORA = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
-)
-_PARTS = {
-    ("lora_A", "weight"): "a",
-    ("lora_B", "weight"): "b",
-    ("lora_B", "bias"): "b_bias",
-    ("lora_magnitude_vector", None): "magnitude",
-    ("lora_magnitude_vector", "weight"): "magnitude",
+_LORA_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_B.bias": "b_bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
 }
+_PARTS_OF_LOW_RANK = {"LORA": _LORA_PARTS, "ADALORA": {"lora_A": "a", "lora_B": "b", "lora_E": "singular"}}
+_HEADS = frozenset(part.partition(".")[0] for part in _LORA_PARTS)
+_TUNED = "ln_tuning_layers"
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.(?=[^.]+$)|\.modules_to_save(?:\.default)?(?=\.)")
 _REFUSED = {
     "lora_embedding_A": "LoRA on an embedding is not read yet; train with modules_to_save=['embed_tokens']",
@@ -39,37 +40,54 @@ class AdapterNames:
     """The tensors of an adapter by what they do.
 
     Attributes:
-        lora: module -> part (``a``, ``b``, ``b_bias``, ``magnitude``) -> adapter tensor.
+        layers: module -> part -> adapter tensor. Parts are ``a``, ``b``, ``b_bias``, ``magnitude``, ``singular`` for
+            the low-rank kinds, and as the file spells them for others (`Kind.parts`).
+        shared: part -> adapter tensor, for those that all layers share.
+        tuned: base tensor names whose values are trained copies of whole layers (LN tuning).
         plain: base tensor name -> adapter tensors that hold a value for it (more than one only
             where peft saves a module twice).
         copies: base tensor name -> copy of the layer under a LoRA (``base_layer.weight`` is frozen,
             ``base_layer.bias`` may have been trained).
     """
 
-    lora: dict[str, dict[str, str]] = field(default_factory=dict)
+    layers: dict[str, dict[str, str]] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    tuned: set[str] = field(default_factory=set)
     plain: dict[str, list[str]] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
 
 
-def sort_names(tensor_names: Iterable[str], where: str) -> AdapterNames:
-    """Sorts every tensor of an adapter file; ``where`` is the file, for messages.
+def sort_names(tensor_names: Iterable[str], peft_type: str, where: str) -> AdapterNames:
+    """Sorts every tensor of an adapter file of a kind that is merged; ``where`` is the file, for messages.
 
     Raises:
         AdapterError: no tensors, a missing prefix, a name of another method, a double.
     """
     names = AdapterNames()
+    kind = KINDS.get(peft_type)
+    parts = _PARTS_OF_LOW_RANK.get(peft_type, {}) if kind is None else {part: part for part in kind.parts}
+    shared = {} if kind is None else kind.shared
     frozen: dict[str, str] = {}
     tensor_name = None
     for tensor_name in tensor_names:
+        if tensor_name.removesuffix(".default") in shared:
+            names.shared[shared[tensor_name.removesuffix(".default")]] = tensor_name
+            continue
         if not tensor_name.startswith(PREFIX):
             raise AdapterError(
                 f"{where}: expected tensor names to start with {PREFIX!r}, found {tensor_name!r}; not an adapter that "
                 "peft saved? Load it with the tool that made it and save it with peft's save_pretrained"
             )
         name = tensor_name.removeprefix(PREFIX)
-        _refuse_foreign(name, tensor_name, where)
-        if match := _LORA.fullmatch(name):
-            _add_lora(names, match, tensor_name, where)
+        layer = _layer_of(name, parts)
+        if layer is not None:
+            _add_part(names, *layer, tensor_name, where)
+            continue
+        _refuse_foreign(name, tensor_name, peft_type, where)
+        if f".{_TUNED}." in name and peft_type == "LN_TUNING":
+            name = name.replace(f".{_TUNED}.default.", ".").replace(f".{_TUNED}.", ".")
+            names.tuned.add(name)
+            names.plain.setdefault(name, []).append(tensor_name)
         elif ".original_module." in name:
             frozen[name.replace(".original_module.", ".")] = tensor_name
         elif ".base_layer." in name:
@@ -90,29 +108,32 @@ def sort_names(tensor_names: Iterable[str], where: str) -> AdapterNames:
     return names
 
 
-def _refuse_foreign(name: str, tensor_name: str, where: str) -> None:
+def _layer_of(name: str, parts: Mapping[str, str]) -> tuple[str, str] | None:
+    """Module and part of ``<module>.<part>``; an adapter name ``default`` may stand within the part."""
+    for spelled, part in parts.items():
+        head, dot, leaf = spelled.partition(".")
+        for suffix in (f".{spelled}", f".{head}.default{dot}{leaf}"):
+            if name.endswith(suffix):
+                return name.removesuffix(suffix), part
+    return None
+
+
+def _refuse_foreign(name: str, tensor_name: str, peft_type: str, where: str) -> None:
+    """Refuses what is named as a part of a layer and is none of this kind."""
     for component in name.split("."):
         reason = _REFUSED.get(component)
-        if (
-            reason is None
-            and component.startswith("lora_")
-            and component
-            not in (
-                "lora_A",
-                "lora_B",
-                "lora_magnitude_vector",
+        if component in _HEADS and peft_type == "LORA":
+            raise AdapterError(f"{where}: tensor {tensor_name!r} is no part of a LoRA layer that peft saves")
+        if reason is None and component.startswith("lora_"):
+            reason = f"{component!r} is not a part of " + (
+                "plain LoRA, rsLoRA or DoRA" if peft_type == "LORA" else f"peft_type {peft_type}"
             )
-        ):
-            reason = f"{component!r} is not a part of plain LoRA, rsLoRA or DoRA"
         if reason is not None:
             raise AdapterError(f"{where}: tensor {tensor_name!r} cannot be merged: {reason}")
 
 
-def _add_lora(names: AdapterNames, match: re.Match[str], tensor_name: str, where: str) -> None:
-    part = _PARTS.get((match["part"], match["leaf"]))
-    if part is None:
-        raise AdapterError(f"{where}: tensor {tensor_name!r} is no part of a LoRA layer that peft saves")
-    parts = names.lora.setdefault(match["module"], {})
+def _add_part(names: AdapterNames, module: str, part: str, tensor_name: str, where: str) -> None:
+    parts = names.layers.setdefault(module, {})
     if part in parts:
         raise AdapterError(f"{where}: tensors {parts[part]!r} and {tensor_name!r} are the same part; keep one adapter")
     parts[part] = tensor_name

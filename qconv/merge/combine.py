@@ -60,6 +60,11 @@ def combined_parts(adapters: Sequence[Adapter], config: CombinationConfig) -> di
     """
     parts: dict[str, list[Part]] = {}
     for adapter, weight in zip(adapters, config.resolved_weights, strict=True):
+        if adapter.transforms or any(d.singular is not None for d in adapter.deltas.values()):
+            raise AdapterError(
+                f"{adapter.location}: peft_type {adapter.kind} cannot be combined with others, which is defined for LoRA "
+                "alone; merge it by itself first, and combine the rest on the result"
+            )
         for delta in adapter.deltas.values():
             if delta.magnitude is not None or delta.b_bias is not None:
                 what = "DoRA: its magnitude rescales" if delta.magnitude is not None else "lora_bias: it adds to"

@@ -1,4 +1,4 @@
-"""The low-rank update of one weight, and the weight with it.
+"""The low-rank update of one weight, and the weight with it; `transform.py` has the other kinds.
 
 Method: ``W' = W + scaling * B @ A`` (LoRA, Hu et al. 2021, section 4.1), and for DoRA (Liu et al.
 2024, equation 5) ``W' = m * (W + scaling * B @ A) / ||W + scaling * B @ A||`` with the norm over
@@ -78,11 +78,13 @@ def _row_slices(x_NK: Tensor, num_elements: int) -> Iterator[slice]:
 
 
 def _factors(adapter: Adapter, delta: LoraDelta, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A ``[R, K]`` and B ``[N, R]`` in float32; in float64 where float32 products would run in TF32."""
+    """A ``[R, K]`` (AdaLoRA: its rows scaled) and B ``[N, R]``; float32, float64 where products would run in TF32."""
     dtype = torch.float32
     if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         dtype = torch.float64
     a_RK = adapter.tensors.read(delta.a, str(device)).to(dtype)
+    if delta.singular is not None:
+        a_RK *= adapter.tensors.read(delta.singular, str(device)).to(dtype)
     b_NR = adapter.tensors.read(delta.b, str(device)).to(dtype)
     return a_RK, b_NR
 

@@ -30,9 +30,16 @@ class ImpliedBase:
         self.config: Mapping[str, Any] = {}
         config_file = str(adapter.folder / "adapter_config.json")
         config = parse_adapter_config(adapter.config, config_file)
-        names = sort_names(adapter.specs(), str(adapter.folder / "adapter_model.safetensors"))
+        if adapter.config["peft_type"] != "LORA":
+            raise AdapterError(
+                f"{config_file}: expected peft_type LORA, found {adapter.config['peft_type']}, whose layers do not tell the "
+                "base's shapes; give the base with --base"
+            )
+        names = sort_names(
+            adapter.specs(), adapter.config["peft_type"], str(adapter.folder / "adapter_model.safetensors")
+        )
         shapes: dict[str, tuple[int, ...]] = {}
-        for module, parts in names.lora.items():
+        for module, parts in names.layers.items():
             if "a" in parts and "b" in parts:
                 update = (*adapter.specs()[parts["b"]].shape[:1], *adapter.specs()[parts["a"]].shape[1:])
                 shapes[module + ".weight"] = update[::-1] if config.fan_in_fan_out else update

@@ -9,7 +9,13 @@ from qconv.types import LoraDelta
 
 # Model types whose linears are Conv1D layers, stored [in, out]; only the head is a Linear.
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-_SPELLED = {"a": "lora_A", "b": "lora_B", "b_bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
+_SPELLED = {
+    "a": "lora_A",
+    "b": "lora_B",
+    "b_bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+    "singular": "lora_E",
+}
 
 
 def find_deltas(
@@ -22,7 +28,7 @@ def find_deltas(
             weight or the bias, or the weight is no linear layer's.
     """
     deltas = {}
-    for module, parts in source.names.lora.items():
+    for module, parts in source.names.layers.items() if source.config.kind is None else ():
         _check_parts(source, module, parts)
         delta = _delta(source, module, parts, replacements)
         if linear_weights is not None and delta.weight not in linear_weights and delta.weight != source.vocabulary.head:
@@ -34,7 +40,8 @@ def find_deltas(
 
 def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -> None:
     config = source.config
-    for part, wanted in {"a": True, "b": True, "b_bias": config.lora_bias, "magnitude": config.use_dora}.items():
+    wanted_parts = {"b_bias": config.lora_bias, "magnitude": config.use_dora, "singular": config.is_adalora}
+    for part, wanted in {"a": True, "b": True, **wanted_parts}.items():
         if wanted and part not in parts:
             found = ", ".join(map(repr, parts.values()))
             source.refuse(f"{module} has no {_SPELLED[part]} (found only {found}); the file is incomplete")
@@ -58,11 +65,16 @@ def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replace
         transposed=_is_transposed(source, weight, a, b, base_shape),
         b_bias=parts.get("b_bias"),
         magnitude=parts.get("magnitude"),
+        singular=parts.get("singular"),
     )
     num_out = source.shape(b)[0]
     for vector in (delta.b_bias, delta.magnitude):
         if vector is not None and source.shape(vector) != (num_out,):
             source.refuse(f"tensor {vector!r}: expected shape [{num_out}], found {list(source.shape(vector))}")
+    if delta.singular is not None and source.shape(delta.singular) != (delta.rank, 1):
+        source.refuse(
+            f"tensor {delta.singular!r}: expected shape [{delta.rank}, 1], found {list(source.shape(delta.singular))}"
+        )
     if delta.b_bias is not None and delta.bias not in source.base.specs():
         source.refuse(
             f"tensor {delta.b_bias!r} (lora_bias) adds to {delta.bias}, which {source.base.location} does not have; "

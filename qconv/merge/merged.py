@@ -1,7 +1,7 @@
 """The merged model: a frozen, lazy view of a base with one adapter in it.
 
-Method: each touched tensor is the base's (or the adapter's whole tensor in its place) plus the
-low-rank update, computed when it is read (see `delta.py` for the formulas and the rounding).
+Method: each touched tensor is the base's (or the adapter's whole tensor in its place) with the update of its
+kind, computed when it is read (see `delta.py` and `kinds/` for the formulas and the rounding).
 
 Tied embeddings: a LoRA or a trained copy belongs to one place. When embedding and head end up
 different, the view has a head of its own and its config says so; the result computes what the
@@ -22,9 +22,10 @@ from torch import Tensor
 from qconv.errors import AdapterError, CheckpointError, NumericsError
 from qconv.finite import all_finite
 from qconv.merge.delta import merged_weight
+from qconv.merge.transform import transformed_bias, transformed_weight
 from qconv.merge.vocabulary import Vocabulary, find_vocabulary, resized_config, untied_config
 from qconv.read_ahead import read_ahead
-from qconv.types import Adapter, Checkpoint, LoraDelta, TensorSpec
+from qconv.types import Adapter, Checkpoint, LoraDelta, TensorSpec, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,19 @@ class _Recipe:
         whole: adapter tensor it starts from instead, or None.
         delta: low-rank update of a weight, or None.
         bias_of: the layer whose scaled ``b_bias`` is added (the tensor is its bias), or None.
+        transform: update of another kind, or None; ``of_bias`` when the tensor is its layer's bias.
     """
 
     base: str
     whole: str | None = None
     delta: LoraDelta | None = None
     bias_of: LoraDelta | None = None
+    transform: Transform | None = None
+    of_bias: bool = False
+
+    @property
+    def is_computed(self) -> bool:
+        return self.delta is not None or self.bias_of is not None or self.transform is not None
 
 
 class MergedCheckpoint:
@@ -94,6 +102,9 @@ class MergedCheckpoint:
             tensor = self._base.read(recipe.base, device)
         if recipe.delta is not None:
             return merged_weight(tensor, self._adapter, recipe.delta)
+        if recipe.transform is not None:
+            change = transformed_bias if recipe.of_bias else transformed_weight
+            return change(tensor, self._adapter, recipe.transform)
         if recipe.bias_of is not None and recipe.bias_of.b_bias is not None:
             b_bias_N = self._adapter.tensors.read(recipe.bias_of.b_bias, device).float()
             tensor = tensor.float() + recipe.bias_of.scaling * b_bias_N
@@ -112,7 +123,9 @@ class MergedCheckpoint:
             else:
                 of_adapter.append(recipe.whole)
             if recipe.delta is not None:
-                of_adapter += [recipe.delta.a, recipe.delta.b, recipe.delta.magnitude]
+                of_adapter += [recipe.delta.a, recipe.delta.b, recipe.delta.magnitude, recipe.delta.singular]
+            elif recipe.transform is not None:
+                of_adapter += recipe.transform.tensors.values()
             elif recipe.bias_of is not None:
                 of_adapter.append(recipe.bias_of.b_bias)
         read_ahead(self._base, of_base, pin, max_bytes)
@@ -137,7 +150,7 @@ def merge(base: Checkpoint, adapters: Sequence[Adapter]) -> MergedCheckpoint:
             + "; make one of them with combine_adapters first"
         )
     adapter = adapters[0]
-    vocabulary = find_vocabulary(base, adapter.deltas.keys() | adapter.replacements.keys())
+    vocabulary = find_vocabulary(base, adapter.deltas.keys() | adapter.transforms.keys() | adapter.replacements.keys())
     recipes = _recipes(base, adapter, vocabulary)
     config, notes = dict(base.config), []
     untied = _untie(recipes, vocabulary)
@@ -155,8 +168,9 @@ def merge(base: Checkpoint, adapters: Sequence[Adapter]) -> MergedCheckpoint:
 
 def _recipes(base: Checkpoint, adapter: Adapter, vocabulary: Vocabulary) -> dict[str, _Recipe]:
     biases = {delta.bias: delta for delta in adapter.deltas.values() if delta.b_bias is not None}
+    changed = {t.bias: t for t in adapter.transforms.values() if t.changes_bias and t.bias in base.specs()}
     recipes = {}
-    for name in dict.fromkeys([*adapter.deltas, *biases, *adapter.replacements]):
+    for name in dict.fromkeys([*adapter.deltas, *adapter.transforms, *biases, *changed, *adapter.replacements]):
         source = vocabulary.embedding if vocabulary.head_is_embedding and name == vocabulary.head else name
         if source is None or source not in base.specs():
             raise AdapterError(
@@ -168,6 +182,8 @@ def _recipes(base: Checkpoint, adapter: Adapter, vocabulary: Vocabulary) -> dict
             whole=adapter.replacements.get(name),
             delta=adapter.deltas.get(name),
             bias_of=biases.get(name),
+            transform=adapter.transforms.get(name) or changed.get(name),
+            of_bias=name in changed,
         )
     return recipes
 
@@ -179,14 +195,14 @@ def _untie(recipes: dict[str, _Recipe], vocabulary: Vocabulary) -> str | None:
         return None
     of_embedding = recipes.get(embedding, _Recipe(base=embedding))
     of_head = recipes.get(head, _Recipe(base=embedding))
-    if of_head.delta is None and of_head.whole == of_embedding.whole:
+    if not of_head.is_computed and of_head.whole == of_embedding.whole:
         if not vocabulary.head_stored:
             recipes.pop(head, None)
         return None
     if not vocabulary.head_stored:
         recipes[head] = of_head
-    if of_head.delta is not None:
-        return "the adapter has a LoRA on the head, which must not change the embedding"
+    if of_head.is_computed:
+        return "the adapter has an update on the head, which must not change the embedding"
     if of_head.whole is None:
         return "the adapter trained the embedding alone, and the unmerged model keeps the base's as its head"
     if of_embedding.whole is None:
@@ -199,8 +215,9 @@ def _specs(base: Checkpoint, adapter: Adapter, recipes: Mapping[str, _Recipe]) -
     specs = dict(base.specs())
     for name, recipe in recipes.items():
         source = base.specs()[recipe.base] if recipe.whole is None else adapter.tensors.specs()[recipe.whole]
-        is_sum = recipe.delta is not None or recipe.bias_of is not None
-        specs[name] = TensorSpec(name=name, shape=source.shape, dtype=torch.float32 if is_sum else source.dtype)
+        specs[name] = TensorSpec(
+            name=name, shape=source.shape, dtype=torch.float32 if recipe.is_computed else source.dtype
+        )
     return specs
 
 

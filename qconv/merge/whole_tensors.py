@@ -56,28 +56,28 @@ def _check_explained(source: AdapterSource, name: str, tensor: str) -> None:
     """A tensor stored whole is something the config says was trained, or the vocabulary saved along."""
     config, module = source.config, name.rpartition(".")[0]
     trained_bias = name.endswith(".bias") and (
-        config.bias == "all" or (config.bias == "lora_only" and module in source.names.lora)
+        config.bias == "all" or (config.bias == "lora_only" and module in source.names.layers)
     )
-    saved = config.saves_module(module) or name in _vocabulary_names(source)
+    saved = config.saves_module(module) or name in _vocabulary_names(source) or name in source.names.tuned
     if not trained_bias and not saved:
         source.base_spec(name, tensor)  # when the base lacks the name, that is the better thing to report
         source.refuse(
-            f"spare tensor {tensor!r}: it is no part of a LoRA, and {config.where} does not say that it was trained "
-            f"(modules_to_save={list(config.modules_to_save)}, bias={config.bias!r}); "
+            f"spare tensor {tensor!r}: it is no part of a layer of this kind, and {config.where} does not say that it "
+            f"was trained (modules_to_save={list(config.modules_to_save)}, bias={config.bias!r}); "
             "add its module to modules_to_save if it was"
         )
-    if name.endswith(".weight") and module in source.names.lora:
+    if name.endswith(".weight") and module in source.names.layers:
         source.refuse(
-            f"{module} has both a LoRA and a whole trained weight {tensor!r}; it cannot be in target_modules and in "
-            "modules_to_save"
+            f"{module} has both a layer of the adapter and a whole trained weight {tensor!r}; it cannot be in "
+            "target_modules and in modules_to_save"
         )
 
 
 def _check_copy(source: AdapterSource, name: str, tensor: str) -> None:
     """Checks a ``base_layer`` tensor: a trained bias, or the frozen weight that peft keeps of a head under LoRA."""
     module = name.rpartition(".")[0]
-    if module not in source.names.lora:
-        source.refuse(f"tensor {tensor!r} is the layer under a LoRA, but {module} has no LoRA in this file")
+    if module not in source.names.layers:
+        source.refuse(f"tensor {tensor!r} is the layer under an update, but {module} has none in this file")
     if name.endswith(".bias"):
         if source.config.bias == "none" and name not in _vocabulary_names(source):
             source.refuse(f"spare tensor {tensor!r}: {source.config.where} says bias='none'")

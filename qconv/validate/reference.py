@@ -3,8 +3,9 @@
 The side branch follows peft's `lora.Linear` / `lora.bnb.Linear4bit` forward: the input is cast to
 the adapter's float32, ``scaling * B(A(x))`` is formed there, rounded once to the activation dtype,
 and added to the base linear's output. DoRA (Liu et al. 2024, equation 5) scales the result by
-magnitude / ||W + dW|| per output feature, as peft's `DoraLinearLayer` does. No merging code is used,
-so that a mistake there cannot hide here.
+magnitude / ||W + dW|| per output feature, as peft's `DoraLinearLayer` does. AdaLoRA (Zhang et al. 2023, equation 3)
+scales what A gives. No merging code is used, so that a mistake there cannot hide here; adapters of other kinds run in
+peft's own layers (`peft_layers.py`).
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from torch import Tensor, nn
 from qconv.errors import AdapterError
 from qconv.streaming import Decorate
 from qconv.types import Adapter, LoraDelta
+from qconv.validate.peft_layers import attach_peft_layers, check_peft
 
 
 def unmerged(adapter: Adapter) -> Decorate:
-    """A `Decorate` that hangs the adapter's low-rank branches on the linears it targets.
+    """A `Decorate` that hangs the adapter's branches on the linears it targets.
 
     Whole replacements (biases, saved modules) are not branches: read the reference through a view
     that already substitutes them.
 
     Raises:
         AdapterError: a target is not a linear of the running model.
+        UsageError: an adapter that is not low-rank, where peft is not installed.
     """
+
+    check_peft(adapter)
 
     def decorate(prefix: str, module: nn.Module) -> None:
         loaded = {name: child for name, child in module.named_modules() if _is_loaded(child)}
@@ -36,6 +41,13 @@ def unmerged(adapter: Adapter) -> Decorate:
             local = delta.module.removeprefix(prefix)
             if name.startswith(prefix) and local in loaded:
                 _attach(loaded[local], adapter, delta)
+        transforms = {
+            transform.module.removeprefix(prefix): transform
+            for name, transform in adapter.transforms.items()
+            if name.startswith(prefix) and transform.module.removeprefix(prefix) in loaded
+        }
+        if transforms:
+            attach_peft_layers(module, adapter, transforms)
 
     return decorate
 
@@ -52,6 +64,8 @@ def _attach(linear: nn.Module, adapter: Adapter, delta: LoraDelta) -> None:
         raise AdapterError(f"{adapter.location}: {delta.module!r} is not a linear layer, cannot run it unmerged")
     device = str(weight.device)
     a_RK = adapter.tensors.read(delta.a, device).float()
+    if delta.singular is not None:
+        a_RK = adapter.tensors.read(delta.singular, device).float() * a_RK
     b_NR = adapter.tensors.read(delta.b, device).float()
     b_bias_N = adapter.tensors.read(delta.b_bias, device).float() if delta.b_bias else None
     factor_N = _dora_factor(weight, adapter, delta, a_RK, b_NR) if delta.magnitude else None
