@@ -42,6 +42,29 @@ def test_b_without_a(tmp_path: Path) -> None:
     refused(write_adapter(tmp_path, change(lambda t: t.pop(Q_PROJ + "lora_A.weight"))), "has no lora_A", "incomplete")
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (PREFIX, PREFIX + "_orig_mod."),
+        (PREFIX, "_orig_mod." + PREFIX),
+        (".layers.0.", ".layers.0._orig_mod."),
+        (PREFIX, "module." + PREFIX),
+        (PREFIX, PREFIX + "module."),
+    ],
+)
+def test_names_of_a_wrapped_model(before: str, after: str, tmp_path: Path) -> None:
+    expected = load_adapter(write_adapter(tmp_path / "plain"), toy_base()).deltas[Q_WEIGHT]
+    tensors = {name.replace(before, after): tensor for name, tensor in factors().items()}
+    found = load_adapter(write_adapter(tmp_path / "wrapped", tensors), toy_base()).deltas[Q_WEIGHT]
+    assert found.a == expected.a.replace(before, after)
+    assert (found.rank, found.scaling) == (expected.rank, expected.scaling)
+
+
+def test_both_spellings_of_one_tensor(tmp_path: Path) -> None:
+    tensors = {**factors(), **{"module." + name: tensor.clone() for name, tensor in factors().items()}}
+    refused(write_adapter(tmp_path, tensors), "same part", "module." + PREFIX)
+
+
 def test_wrong_prefix(tmp_path: Path) -> None:
     tensors = {name.removeprefix("base_model."): tensor for name, tensor in factors().items()}
     refused(write_adapter(tmp_path, tensors), "'base_model.model.'", "'model.model.layers.0")

@@ -1,7 +1,8 @@
 """How a PEFT adapter names its tensors (peft 0.21, and the older spellings it still reads).
 
 A tensor is called ``base_model.model.<module>.<part>``. peft strips the adapter's name on save;
-files of older versions keep it, and the usual name ``default`` is accepted in the middle.
+files of older versions keep it, and the usual name ``default`` is accepted in the middle. Names from a
+model that was wrapped when it was saved are taken without what the wrapper put in.
 """
 
 from __future__ import annotations
@@ -70,15 +71,16 @@ def sort_names(tensor_names: Iterable[str], peft_type: str, where: str) -> Adapt
     frozen: dict[str, str] = {}
     tensor_name = None
     for tensor_name in tensor_names:
-        if tensor_name.removesuffix(".default") in shared:
-            names.shared[shared[tensor_name.removesuffix(".default")]] = tensor_name
+        name = _unwrapped(tensor_name)
+        if name.removesuffix(".default") in shared:
+            names.shared[shared[name.removesuffix(".default")]] = tensor_name
             continue
-        if not tensor_name.startswith(PREFIX):
+        if not name.startswith(PREFIX):
             raise AdapterError(
                 f"{where}: expected tensor names to start with {PREFIX!r}, found {tensor_name!r}; not an adapter that "
                 "peft saved? Load it with the tool that made it and save it with peft's save_pretrained"
             )
-        name = tensor_name.removeprefix(PREFIX)
+        name = name.removeprefix(PREFIX)
         layer = _layer_of(name, parts)
         if layer is not None:
             _add_part(names, *layer, tensor_name, where)
@@ -106,6 +108,13 @@ def sort_names(tensor_names: Iterable[str], peft_type: str, where: str) -> Adapt
                 "but the trained one is missing; save the adapter again"
             )
     return names
+
+
+def _unwrapped(tensor_name: str) -> str:
+    """Without what wrappers add: ``_orig_mod`` (torch.compile) anywhere, ``module`` (data parallel) first."""
+    parts = [part for part in tensor_name.split(".") if part != "_orig_mod"]
+    name = ".".join(parts).removeprefix("module.")
+    return PREFIX + name.removeprefix(PREFIX).removeprefix("module.") if name.startswith(PREFIX) else name
 
 
 def _layer_of(name: str, parts: Mapping[str, str]) -> tuple[str, str] | None:
