@@ -240,3 +240,26 @@ def test_unchanged_tensors_are_the_bases_own(tmp_path: Path) -> None:
     assert list(view.specs()) == list(base.specs())
     for name in view.specs().keys() - view.changed:
         assert torch.equal(view.read(name), base.read(name))
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "LoHaConfig", "IA3Config", "OFTConfig"])
+def test_fused_projections(kind: str, tmp_path: Path) -> None:
+    """Phi-3 holds q, k and v in one linear, and gate and up in another; so does an adapter on them."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(13)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    model = Phi3ForCausalLM(Phi3Config(**sizes, **heads, **tokens, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    base_folder = save_model(model, tmp_path / "base")
+    before = logits(model)
+    config: dict[str, Any] = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    adapted = trained(model, config_class=kind, target_modules=["qkv_proj", "gate_up_proj"], **config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    view = merged_view(base_folder, tmp_path / "adapter")
+    assert_matches_unmerged(view, adapted, before, tmp_path)
+    assert_matches_peft_merge(view, adapted)
