@@ -62,7 +62,7 @@ def combined_parts(adapters: Sequence[Adapter], config: CombinationConfig) -> di
     for adapter, weight in zip(adapters, config.resolved_weights, strict=True):
         if adapter.transforms or any(d.singular is not None for d in adapter.deltas.values()):
             raise AdapterError(
-                f"{adapter.location}: peft_type {adapter.kind} cannot be combined with others, which is defined for LoRA "
+                f"{adapter.location}: peft_type {adapter.kind} cannot be combined with others, that is for LoRA "
                 "alone; merge it by itself first, and combine the rest on the result"
             )
         for delta in adapter.deltas.values():

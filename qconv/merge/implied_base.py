@@ -32,7 +32,7 @@ class ImpliedBase:
         config = parse_adapter_config(adapter.config, config_file)
         if adapter.config["peft_type"] != "LORA":
             raise AdapterError(
-                f"{config_file}: expected peft_type LORA, found {adapter.config['peft_type']}, whose layers do not tell the "
+                f"{config_file}: expected peft_type LORA, found {adapter.config['peft_type']}, which does not tell the "
                 "base's shapes; give the base with --base"
             )
         names = sort_names(
