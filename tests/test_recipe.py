@@ -119,11 +119,13 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
     }
     if target is not None:
         possible |= {"outputs.0.ignore": st.lists(st.sampled_from(PATTERNS))}
+    if target == "fp8":
+        possible |= {"outputs.0.activations": st.sampled_from(["dynamic", "static"])}
     if target in ("gptq", "gptq_v2", "w4a16", "w8a16"):
         possible |= {"outputs.0.lm-head": st.booleans(), "outputs.0.overrides": st.lists(overrides())}
     if target in ("gptq", "gptq_v2", "awq", "w4a16", "w8a16"):
         possible |= {
-            "outputs.0.algorithm": st.sampled_from(["gptq", "awq", "rtn"]),
+            "outputs.0.algorithm": st.sampled_from(["gptq", "awq+gptq", "awq", "rtn"]),
             "outputs.0.group-size": st.sampled_from([-1, 32, 64, 128]),
             "outputs.0.symmetric": st.booleans(),
             "outputs.0.damping": st.floats(1e-6, 0.9),
