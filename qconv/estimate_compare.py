@@ -71,7 +71,7 @@ def comparison_stage(
     host: Steps = steps
     if on_gpu:
         host = {"blocks": {"next block, page-locked": 2 * contest.ahead_bytes}}
-    read = file_bytes(reference.source) + (0 if reference.adapter is None else file_bytes(reference.adapter.tensors))
+    read = file_bytes(reference.source) + sum(file_bytes(adapter.tensors) for adapter in reference.adapters)
     rows = sum(entrants.values())
     return Stage(
         name=name,

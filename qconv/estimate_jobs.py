@@ -72,14 +72,14 @@ def estimate_merge(
     """
     reference, merged = plan.reference, plan.reference.merged
     changed = set(coming_changes) or set(getattr(merged, "changed", ()))
-    adapter = [coming] if coming else [] if reference.adapter is None else [file_bytes(reference.adapter.tensors)]
+    adapters = [coming] if coming else [file_bytes(adapter.tensors) for adapter in reference.adapters]
     making = _Making(
         job=job,
         plan=plan,
         device=device,
         merged=merged,
         changed=changed,
-        sources=[file_bytes(reference.source), *adapter],
+        sources=[file_bytes(reference.source), *adapters],
     )
     running = job.validation is not None or any(map(is_calibrated, job.outputs))
     tokenizer = tokenizer_folder(reference.source.folder, plan.adapter_folder)

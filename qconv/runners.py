@@ -61,11 +61,16 @@ class Reference:
     combination: Combination | None = None
 
     @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """As they lie on disk, in their order."""
+        if self.combination is not None:
+            return self.combination.adapters
+        return () if self.adapter is None else (self.adapter,)
+
+    @property
     def adapter_folders(self) -> tuple[Path, ...]:
         """Of all adapters, in their order."""
-        if self.combination is not None:
-            return tuple(Path(adapter.location) for adapter in self.combination.adapters)
-        return () if self.adapter is None else (Path(self.adapter.location),)
+        return tuple(Path(adapter.location) for adapter in self.adapters)
 
     @property
     def side_folder(self) -> Path | None:
