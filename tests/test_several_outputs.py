@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from qconv import pipeline
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.config import MergeJob, OutputConfig, QuantizationConfig
-from qconv.errors import CheckpointError, UsageError
+from qconv.errors import CapacityError, CheckpointError, UsageError
 from qconv.overrides import OverrideConfig
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
 from qconv.quantize.fold_block import Statistics
@@ -211,7 +211,7 @@ def test_memory_of_a_shared_pass_is_planned() -> None:
     both = plan_memory(shape, 128, 2048, ["gptq", "awq"], "cuda")
     grams, copies = sum(4 * k * k for k in shape.grams), 4 * shape.parameters
     assert both.steps["solve"] == max(plan.steps["solve"] for plan in alone) + grams + copies
-    with pytest.raises(UsageError, match=r"quantizing it with gptq \+ awq needs about"):
+    with pytest.raises(CapacityError, match=r"quantizing it with gptq \+ awq needs about"):
         plan_memory(shape, 128, 2048, ["gptq", "awq"], "cuda", limit=3_000_000_000)
 
 
