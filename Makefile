@@ -8,7 +8,7 @@ STAMP := $(VENV)/.complete
 # Threads that wait for work sleep instead of spinning, which starves everything else where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-engines check format clean
+.PHONY: help setup demo test test-engines peers check format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,7 +38,9 @@ $(VENV)/.test: $(STAMP) constraints-test.txt
 test-engines: $(STAMP) .venv-vllm/.complete .venv-gptqmodel/.complete  ## other engines read our artifacts (half an hour, 6 GB); writes docs/engines.md
 	$(BIN)/python -m scripts.engines.check
 
-# An engine pins its own torch, transformers and compressed-tensors, so each has an environment of its own.
+peers: $(STAMP) .venv-llm-compressor/.complete .venv-gptqmodel/.complete .venv-auto-round/.complete  ## environments for benchmarks/quality.py --peers (6 GB)
+
+# Each pins its own torch, transformers and compressed-tensors, so each has an environment of its own.
 .venv-%/.complete: constraints-%.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --constraint $< $(TORCH)

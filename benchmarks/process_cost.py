@@ -106,7 +106,10 @@ class Usage:
             self.tree = process_tree(self.pid)
         self.polls += 1
         memory = [fields(f"/proc/{pid}/status", ("VmRSS", "RssAnon", "RssShmem")) for pid in self.tree]
-        self.resident = max(self.resident, sum(row[0] for row in memory) * 1024)
+        # The kernel's own maximum misses nothing between two polls. Not that of wait4, which for a process that a large
+        # one started begins with what the large one held.
+        (peak,) = fields(f"/proc/{self.pid}/status", ("VmHWM",))
+        self.resident = max(self.resident, peak * 1024, sum(row[0] for row in memory) * 1024)
         self.anonymous = max(self.anonymous, sum(row[1] + row[2] for row in memory) * 1024)
         read, written = fields(f"/proc/{self.pid}/io", ("read_bytes", "write_bytes"))
         self.read, self.written = max(self.read, read), max(self.written, written)
@@ -123,7 +126,7 @@ def measure(command: list[str], folder: Path, environment: dict[str, str], log: 
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
         usage = Usage(process.pid)
         while True:
-            ended, status, kernel = os.wait4(process.pid, os.WNOHANG)
+            ended, status = os.waitpid(process.pid, os.WNOHANG)
             if ended:
                 break
             usage.poll()
@@ -137,8 +140,7 @@ def measure(command: list[str], folder: Path, environment: dict[str, str], log: 
         "status": process.returncode,
         "seconds": round(seconds, 2),
         "gpu_gb": gpu.peak_gb(),
-        # The kernel's own maximum of the process itself misses nothing between two polls.
-        "host_gb": round(max(usage.resident, kernel.ru_maxrss * 1024) / GB, 2),
+        "host_gb": round(usage.resident / GB, 2),
         "anonymous_gb": round(usage.anonymous / GB, 2),
         "read_gb": round(usage.read / GB, 2),
         "written_gb": round(usage.written / GB, 2),

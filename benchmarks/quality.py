@@ -1,10 +1,12 @@
 """Prints how far every kind of output is from base + unmerged adapter, on SmolLM2-135M with a real adapter.
 
     .venv/bin/python benchmarks/quality.py --out build/quality
+    make peers && .venv/bin/python benchmarks/quality.py --out build/quality --peers llm-compressor,gptqmodel,auto-round
 
 The first run builds the model (NF4 and 16-bit) and trains an adapter on all seven linears (90 steps of 8 x 256
 tokens of prose, the setting of the tables in docs/quality.md); later runs reuse them. About 40 minutes on two cores;
-``--rows`` takes a part, e.g. ``--rows gptq,rtn-sym``.
+``--rows`` takes a part, e.g. ``--rows gptq,rtn-sym``. ``--peers`` prints another table: other tools and qconv quantize
+the same merged model with the same calibration rows (`peer_table`), all judged by qconv.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import peer_table
 
 from qconv import pipeline
 from qconv.config import (
@@ -166,19 +171,11 @@ def rows(bench: Bench) -> dict[str, tuple[str, Callable[[], dict[str, Any]]]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("build/quality"))
-    parser.add_argument("--rows", help="names, separated by commas [default: all]")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--device", default="auto")
-    arguments = parser.parse_args()
-    bench = Bench(arguments.out, arguments.tokens, arguments.device)
-    bench.prepare()
+def print_table(bench: Bench, names: list[str]) -> None:
     table = rows(bench)
     header = "| candidate | KL mean | 95% interval | KL p99 | top-1 | ppl (reference) | effect retained | seconds |"
     print(header + "\n|---|---|---|---|---|---|---|---|", flush=True)
-    for name in arguments.rows.split(",") if arguments.rows else table:
+    for name in names or table:
         label, measure = table[name]
         start = time.monotonic()
         fidelity = measure()
@@ -190,6 +187,59 @@ def main() -> None:
             f"| {fidelity['adapter_effect_retained']['value']:.1%} | {time.monotonic() - start:.0f} |",
             flush=True,
         )
+
+
+def print_peers(bench: Bench, tools: list[str]) -> None:
+    merged, out, calibration = bench.out / "merged", bench.out / "peers", bench.out / "peers" / "rows.json"
+    out.mkdir(exist_ok=True)
+    pipeline.run(
+        MergeJob(
+            base=str(bench.nf4),
+            adapter=str(bench.adapter),
+            outputs=(OutputConfig(out=merged),),
+            validation=None,
+            overwrite=True,
+        )
+    )
+    digest = peer_table.write_rows(merged, calibration)
+    # Nothing is shown of base, merge and noise floor on their own.
+    bench.validation = replace(bench.validation, control_tokens=bench.validation.seq_len)
+    header = "| tool | 4 bits, groups of 64 | KL mean | 95% interval | top-1 | ppl (reference) | seconds | peak GB |"
+    print(header + "\n|---|---|---|---|---|---|---|---|", flush=True)
+    for job in peer_table.jobs(tools, merged, calibration, out):
+        cost = peer_table.run(job)
+        if cost["status"] != 0:
+            print(f"| {job.tool} | {job.method} | failed, see {job.out}.log |", flush=True)
+            continue
+        if job.tool == peer_table.OURS:
+            assert peer_table.rows_of(job) == digest, "qconv calibrated with other rows than those given to the peers"
+        pair = bench.judge(peer_table.artifact(job))["total"]
+        low, high = pair["kl"]["interval_95"]
+        print(
+            f"| {job.tool} | {job.method} | {pair['kl']['mean']:.4f} | {low:.4f} to {high:.4f} "
+            f"| {pair['top1_agreement']['value']:.1%} | {pair['perplexity']:.2f} ({pair['reference_perplexity']:.2f}) "
+            f"| {cost['seconds']:.0f} | {cost['host_gb']:.2f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/quality"))
+    parser.add_argument("--rows", help="names, separated by commas [default: all]")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--peers", help=f"tools to run beside qconv: {','.join(peer_table.PEERS)}")
+    arguments = parser.parse_args()
+    tools = arguments.peers.split(",") if arguments.peers else []
+    if unknown := [tool for tool in tools if tool not in peer_table.PEERS]:
+        parser.error(f"unknown peers {', '.join(unknown)}; there are {', '.join(peer_table.PEERS)}")
+    bench = Bench(arguments.out, arguments.tokens, arguments.device)
+    bench.prepare()
+    if arguments.peers:
+        print_peers(bench, tools)
+    else:
+        print_table(bench, arguments.rows.split(",") if arguments.rows else [])
 
 
 if __name__ == "__main__":
