@@ -88,7 +88,8 @@ def _run(recipe: Recipe, options: dict[str, Any]) -> Answer:
         from qconv.train import train
 
         device = resolve_device(job.device)
-        estimate_merge(job, plan_before_training(job), device, "run").check()
+        for line in estimate_merge(job, plan_before_training(job), device, "run").check():
+            progress.say(f"warning: {line}")
         result = train(recipe.train, progress)
         text, trained = training_facts(result, job.base)
         texts.append(text)

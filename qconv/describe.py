@@ -9,6 +9,7 @@ from typing import Any
 
 from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint, resolve_folder
 from qconv.convert import dequantize
+from qconv.errors import AdapterError
 from qconv.inputs import load_reference, resolve_device
 from qconv.merge.kinds import KINDS, LOW_RANK, how_merged
 from qconv.merge.spectrum import LOOKED_AT, THRESHOLD, spectrum_changes
@@ -37,6 +38,10 @@ def describe_spectrum(adapter: str, base: str, trained_on: BnbKind | None, devic
     """
     reference = load_reference(open_checkpoint(base), adapter, trained_on)
     assert reference.adapter is not None  # one was named
+    if reference.adapter.transforms:
+        raise AdapterError(
+            f"{adapter}: --spectral looks at LoRA adapters; this one is of kind {reference.adapter.kind}"
+        )
     changes = list(spectrum_changes(reference.base, reference.adapter, resolve_device(device)))
     return describe(adapter) | {
         "intruder dimensions": sum(len(change.intruders) for change in changes),

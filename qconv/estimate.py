@@ -108,19 +108,19 @@ class Estimate:
     def _largest_terms(self, name: str) -> str:
         return _words(self.host_terms(next(stage for stage in self.stages if stage.name == name)))
 
-    def check(self) -> None:
-        """Raises what keeps the job from fitting this machine.
+    def check(self) -> list[str]:
+        """Raises what is sure to stop the job on this machine; what is only estimated comes back, in words.
 
         Raises:
             CheckpointError: a disk is too full; says what is needed and what is there.
-            CapacityError: host memory or the GPU is too small; the same.
+            CapacityError: the GPU is too small for quantizing, however it is run; the same.
         """
         full = next((room.complaint for room in self.rooms if room.complaint is not None), None)
         if full is not None:
             raise CheckpointError(full)
-        complaints = self.complaints()
-        if complaints:
-            raise CapacityError("\n".join(complaints))
+        if self.problems:
+            raise CapacityError("\n".join(self.problems))
+        return self.complaints()
 
     def as_dict(self) -> dict[str, Any]:
         """The document of ``--dry-run --json``; docs/planning.md describes it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -86,7 +86,7 @@ def estimate_merge(
     stages = [Stage(name="prepare", units={"start running" if running else "start": 1.0})]
     stages += _making_stages(making)
     problems: list[str] = []
-    gpu_usable = usable_on_gpu(device, job.gpu_memory_limit)
+    gpu_usable = usable_on_gpu(device)  # --gpu-memory is for quantizing, whose plan keeps to it
     if job.validation is not None:
         for output, layout in zip(job.outputs, plan.layouts, strict=True):
             stages.append(
@@ -117,7 +117,7 @@ def estimate_merge(
 
 def _fitted(making: _Making, stage: Stage, problems: list[str]) -> Stage:
     """A stage with its GPU plan; why there is none goes to ``problems``."""
-    job, plan = making.job, making.plan
+    plan = making.plan
     if stage.name != "quantize" or not making.on_gpu or plan.calibration is None:
         return stage
     try:
@@ -125,7 +125,7 @@ def _fitted(making: _Making, stage: Stage, problems: list[str]) -> Stage:
     except CapacityError as error:
         problems.append(str(error))
         return stage
-    algorithms = _algorithms(job.outputs)
+    algorithms = _algorithms(making)
     host = {"quantize": {**moving(making.sources, stage.writes, len(algorithms), True)}}
     host["quantize"]["activations of the calibration, page-locked"] = found.host_bytes
     return replace(stage, gpu=quantizing_on_gpu(found), host=host)
@@ -138,7 +138,7 @@ def _gpu_plan(making: _Making) -> MemoryPlan:
         _shape(making),
         rows,
         seq_len,
-        _algorithms(making.job.outputs),
+        _algorithms(making),
         making.device,
         free_memory(making.device),
         making.job.gpu_memory_limit,
@@ -175,11 +175,11 @@ def _quantize_stage(making: _Making, pairs: Sequence[tuple[OutputConfig, Layout]
     else:
         shape = _shape(making)
         rows, seq_len = plan.calibration.shape
-        steps = quantizing(shape, rows, seq_len, _algorithms([output for output, _ in pairs]))
+        steps = quantizing(shape, rows, seq_len, _algorithms(making))
         blocks = max(1, round(weights / max(1, sum(n * k for n, k in shape.stacks))))
         tokens = rows * seq_len
         units["forward"] = blocks * tokens * (4.0 * shape.parameters + sum(k * k for k in shape.grams))
-        solves = [output for output, _ in pairs if "gptq" in _algorithms([output])[0]]
+        solves = [name for name in _algorithms(making) if "gptq" in name]
         if solves:
             units["gptq"] = float(len(solves) * blocks * sum(n * k * k for n, k in shape.stacks))
     gpu: dict[str, Mapping[str, int]] = {}
@@ -265,8 +265,13 @@ def _units(algorithm: str) -> list[str]:
     return ["awq"] if algorithm.startswith(("awq", "smoothquant")) else ["fp8" if algorithm == "fp8" else "round"]
 
 
-def _algorithms(outputs: Iterable[OutputConfig]) -> list[str]:
-    return [o.quantization.resolved_algorithm for o in outputs if o.quantization is not None]
+def _algorithms(making: _Making) -> list[str]:
+    """Of the outputs that are made block by block."""
+    return [
+        output.quantization.resolved_algorithm
+        for output, layout in zip(making.job.outputs, making.plan.layouts, strict=True)
+        if output.quantization is not None and layout.scheme is not None
+    ]
 
 
 def _written(making: _Making, output: OutputConfig) -> int:

@@ -12,7 +12,7 @@ def usable_bytes() -> int | None:
     """Memory that this process may hold in all: what is free for it, and what it holds already.
 
     The least of what the system has and what the process's own cgroup (version 2) allows; None where neither tells.
-    Pages of files do not count: the system takes them back.
+    Pages of files and the kernel's caches do not count: the system takes them back.
     """
     found = []
     with suppress(OSError, KeyError, ValueError, IndexError):
@@ -22,7 +22,8 @@ def usable_bytes() -> int | None:
         if not (folder / "memory.max").exists():  # a container sees its own group as the root
             folder = CGROUP
         limit, current = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-        found.append(limit - current + int(_plain(folder / "memory.stat", "file")))
+        pages = {name: int(_plain(folder / "memory.stat", name)) for name in ("file", "shmem", "slab_reclaimable")}
+        found.append(limit - current + pages["file"] - pages["shmem"] + pages["slab_reclaimable"])
     if not found:
         return None
     with suppress(OSError, KeyError, ValueError):

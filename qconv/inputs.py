@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 
@@ -66,8 +67,12 @@ def _combined_reference(
             )
     combination, seen = Combination(config=config, adapters=adapters), _seen(base, first, one)
     if combination.is_low_rank:
-        adapter = combine_adapters(adapters, config)
-        return Reference(source=source, base=seen, adapter=adapter, kind=first, combination=combination)
+        adapter, near = combine_adapters(adapters, config), None
+        if config.method == "svd":  # what the truncation loses is part of the merge's error
+            adapter, near = combine_adapters(adapters, replace(config, method="cat", rank=None)), adapter
+        return Reference(
+            source=source, base=seen, adapter=adapter, kind=first, combination=combination, merged_adapter=near
+        )
     view = CombinedCheckpoint(seen, adapters, config)
     return Reference(source=source, base=view, adapter=None, kind="16bit", combination=combination)
 

@@ -57,7 +57,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
     device = resolve_device(job.device)
     with TIMELINE.stage("prepare"):
         plan = make_plan(job, progress)
-        estimate_merge(job, plan, device, "").check()
+        for line in estimate_merge(job, plan, device, "").check():
+            progress.say(f"warning: {line}")
         make_report_folder(job.report_dir)
         reference, merged, calibration = plan.reference, plan.reference.merged, plan.calibration
     for line in describe_plan(job, reference, plan.layouts):

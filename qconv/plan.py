@@ -23,6 +23,7 @@ from qconv.side_files import tokenizer_folder
 from qconv.skeleton import StoredBlocks, linear_weights
 from qconv.streaming import StreamedModel
 from qconv.types import Checkpoint
+from qconv.validate.peft_layers import check_peft
 from qconv.work_folder import check_beside, check_inputs, check_output
 from qconv.writer import CheckpointWriter
 
@@ -101,6 +102,8 @@ def _check_before_work(
     check_report_folder(job.report_dir)
     if job.validation is not None:
         check_rules(reference, job.validation, has_adapter)
+        if reference.adapter is not None:
+            check_peft(reference.adapter)
         check_vocabulary(evaluation_rows(tokenizer, job.validation)[0].ids_TS, merged, tokenizer)
     quantized = any(output.quantization is not None for output in job.outputs)
     if job.validation is not None or (quantized and stored_blocks(job.outputs, merged, "cpu") is None):

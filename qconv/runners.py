@@ -52,6 +52,7 @@ class Reference:
         adapter: left unmerged, or None.
         kind: how training saw the base; ``"16bit"`` of a base that has several adapters in it.
         combination: what ``adapter`` was made of, or ``base`` where the update has full rank; None = one adapter.
+        merged_adapter: what is merged in the place of ``adapter``, where that is only near it.
     """
 
     source: SafetensorsCheckpoint
@@ -59,6 +60,7 @@ class Reference:
     adapter: Adapter | None
     kind: BnbKind
     combination: Combination | None = None
+    merged_adapter: Adapter | None = None
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -79,7 +81,8 @@ class Reference:
 
     @property
     def merged(self) -> Checkpoint:
-        return merge(self.base, [self.adapter]) if self.adapter else self.base
+        adapter = self.merged_adapter or self.adapter
+        return merge(self.base, [adapter]) if adapter else self.base
 
     @property
     def resizes_vocabulary(self) -> bool:

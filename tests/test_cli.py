@@ -713,10 +713,13 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
         | QUANTIZE
         | VALIDATE
         | RUN
-        | {"--json"},
+        | {"--json", "--dry-run"},
     ),
-    "quantize": (["model"], {"--to", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json"}),
-    "convert": (["source"], {"--to", "--base", "--dtype", "--json"} | OUTPUT | RUN),
+    "quantize": (
+        ["model"],
+        {"--to", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json", "--dry-run"},
+    ),
+    "convert": (["source"], {"--to", "--base", "--dtype", "--json", "--dry-run"} | OUTPUT | RUN),
     "extract": (
         ["base", "tuned"],
         {"--rank", "--energy", "--others", "--json"} | (OUTPUT - {"--max-shard-size"}) | RUN,
@@ -724,15 +727,15 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "validate": (
         [],
         {"--reference", "--adapter", "--candidate", "--candidate-adapter", "--reference-cache", "--engine"}
-        | {"--trained-on", "--seed", "--json"}
+        | {"--trained-on", "--seed", "--json", "--dry-run"}
         | VALIDATE
         | RUN,
     ),
     "report": (["reports"], {"--format", "-o", "--out", "--debug"}),
-    "train": (["base", "data"], TRAIN | (OUTPUT - {"--max-shard-size"}) | RUN | {"--json"}),
+    "train": (["base", "data"], TRAIN | (OUTPUT - {"--max-shard-size"}) | RUN | {"--json", "--dry-run"}),
     "inspect": (["path"], {"--json", "--debug", "--spectral", "--base", "--trained-on", "--device"}),
     "demo": ([], {"-o", "--out", "--requant", "--steps"} | RUN),
-    "run": (["recipe"], {"--set", "--check", "--json"} | RUN),
+    "run": (["recipe"], {"--set", "--check", "--json", "--dry-run"} | RUN),
     "schema": ([], set()),
     "doctor": ([], {"--json", "--debug"}),
     "completion": (["shell"], set()),

@@ -91,8 +91,8 @@ def test_pefts_linear_is_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [3, None])
 def test_svd_is_pefts(rank: int | None, folders: tuple[Path, Path]) -> None:
     found = reference(folders, "svd", weights=(0.7, 0.3), rank=rank)
-    assert found.adapter is not None
-    assert found.adapter.deltas[Q_PROJ].rank == (rank or 6)
+    assert found.merged_adapter is not None
+    assert found.merged_adapter.deltas[Q_PROJ].rank == (rank or 6)
     theirs = pefts_change(folders, Q_PROJ, weights=[0.7, 0.3], combination_type="svd", svd_rank=rank)
     close(change(found, Q_PROJ), theirs, 1e-4)
 
@@ -171,7 +171,20 @@ def test_dare_ties_is_ties_of_what_dare_keeps() -> None:
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("method", ["linear", "sequential", "svd"])
+def test_what_svd_loses_is_seen_by_a_validation(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """The unmerged branches are those of the whole sum, whatever the merge keeps of it."""
+    from qconv.validate.reference import unmerged
+
+    found, whole = reference(folders, "svd", rank=1), reference(folders, "linear")
+    assert found.adapter is not None
+    model = llama()
+    unmerged(found.adapter)("", model)
+    close(logits(model), logits(plain_model(whole.merged, tmp_path / "whole")))
+    merged = logits(plain_model(found.merged, tmp_path / "merged"))
+    assert float((merged - logits(model)).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["linear", "sequential"])
 def test_unmerged_branches_compute_what_the_merge_computes(
     method: str, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

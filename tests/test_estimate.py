@@ -153,7 +153,7 @@ def test_a_full_disk_is_exit_code_3_and_one_document(
     assert "make room" in document["problems"][0]
 
 
-def test_too_little_host_memory_is_exit_code_3_for_plan_and_job(
+def test_too_little_host_memory_fails_a_plan_and_warns_a_job(
     plan: Plan, tiny_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["convert", tiny_nf4, "--to", "bf16", "-o", tmp_path / "out"]
@@ -166,11 +166,12 @@ def test_too_little_host_memory_is_exit_code_3_for_plan_and_job(
         assert document["host"]["verdict"] == verdict
         assert code == (3 if verdict == "does not fit" else 0)
     assert "interpreter and libraries" in document["problems"][0]
-    assert ended(*words) == 3
     assert not list(tmp_path.iterdir())
+    assert ended(*words) == 0  # what is only estimated does not stop a run
+    assert (tmp_path / "out").is_dir()
 
 
-def test_a_gpu_that_is_too_small_is_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_too_small() -> None:
     steps = {"gather": {"forward pass": 9_000_000_000}}
     small = Estimate(
         command="merge",
@@ -181,10 +182,10 @@ def test_a_gpu_that_is_too_small_is_exit_code_3(monkeypatch: pytest.MonkeyPatch)
         cores=1,
         gpu_usable=6_000_000_000,
     )
-    with pytest.raises(
-        CapacityError, match=r"quantize: needs about 9\.00 GB of GPU memory and 6\.00 GB can be had"
-    ) as e:
-        small.check()
+    (complaint,) = small.check()  # an estimate: a run warns
+    assert "quantize: needs about 9.00 GB of GPU memory and 6.00 GB can be had" in complaint
+    with pytest.raises(CapacityError, match="however it is run") as e:
+        replace(small, problems=["needs more, however it is run"]).check()
     assert e.value.exit_code == 3
     assert replace(small, gpu_usable=8_000_000_000).complaints() == []  # tight: within what plans are off by
     assert small.as_dict()["time"]["seconds"] is None

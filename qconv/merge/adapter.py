@@ -130,7 +130,7 @@ def _check_trained(deltas: Mapping[str, LoraDelta], zeros: set[str], where: str)
     if not deltas:
         raise AdapterError(f"{where}: holds no LoRA layer; expected lora_A and lora_B tensors")
     biases = {delta.b_bias for delta in deltas.values()} - {None}
-    if all(delta.a in zeros or delta.b in zeros for delta in deltas.values()) and biases <= zeros:
+    if all(not {delta.a, delta.b, delta.singular}.isdisjoint(zeros) for delta in deltas.values()) and biases <= zeros:
         raise AdapterError(
             f"{where}: lora_B (or lora_A) is zero in all {len(deltas)} modules: the adapter was never trained, or its "
             "tensors were saved before training; merging it would change nothing"

@@ -222,7 +222,7 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig
                 "it. Update qconv, or remove the key if you know that it does not change the weights"
             )
     bias = config.get("bias") or "none"
-    if bias not in ("none", "all", f"{config['peft_type'].lower()}_only", "lora_only"):
+    if not isinstance(bias, str) or not (bias in ("none", "all") or bias.endswith("_only")):
         read.refuse("bias", "'none', 'lora_only' or 'all'")
     rank_key, alpha_key = (None, None) if kind is None else (kind.rank_key, kind.alpha_key)
     if has_factors:

@@ -14,6 +14,7 @@ Left out, and refused: DoRA (its magnitude is of one weight and one adapter) and
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -120,6 +121,7 @@ class _CombinedTensors:
         self._replaced = replaced
         self._method = config.method
         self._factors: tuple[str, Tensor, Tensor] | None = None  # of the weight that svd decomposed last
+        self._decomposing = threading.Lock()  # weights are read by several threads
         self._specs: dict[str, TensorSpec] = {}
         self.deltas: dict[str, LoraDelta] = {}
         for name, (adapter, tensor) in replaced.items():
@@ -157,7 +159,8 @@ class _CombinedTensors:
         if name not in self._specs:
             raise CheckpointError(f"{self.location}: no tensor {name!r}")
         if self._method == "svd":
-            a_RK, b_NR = self._truncated(weight)
+            with self._decomposing:
+                a_RK, b_NR = self._truncated(weight)
             return (a_RK if side == "A" else b_NR).to(device, copy=True)
         if side == "A":
             return torch.cat(

@@ -49,7 +49,13 @@ def _oft(w_NK: Tensor, parts: Parts, settings: Settings) -> Tensor:
         q_DHH *= (settings["limit"] / norm_D.clamp(min=settings["limit"]))[:, None, None]
     rotation_DHH = _cayley(q_DHH) if terms is None else _neumann(q_DHH, terms)
     w_NDH = w_NK.reshape(len(w_NK), -1, size)
-    return torch.matmul(w_NDH.unsqueeze(-2), rotation_DHH.mT).flatten(1)
+    return _rotated(w_NDH, rotation_DHH)
+
+
+def _rotated(w_NDH: Tensor, rotation_DHH: Tensor) -> Tensor:
+    """Each block of inputs by its own rotation, or all by one; broadcasting would copy the rotations N times."""
+    rotations_DHH = rotation_DHH.expand(w_NDH.shape[1], -1, -1)
+    return torch.bmm(w_NDH.transpose(0, 1), rotations_DHH.mT).transpose(0, 1).flatten(1)
 
 
 def _cayley(q_DHH: Tensor) -> Tensor:
@@ -87,7 +93,7 @@ def _boft(w_NK: Tensor, parts: Parts, settings: Settings) -> Tensor:
     r_DHH = parts["boft_R"][0]
     rotation_DHH = _cayley(0.5 * (r_DHH - r_DHH.mT))
     w_NDH = w_NK.reshape(len(w_NK), len(r_DHH), -1)
-    return torch.matmul(w_NDH.unsqueeze(-2), rotation_DHH.mT).flatten(1) * parts["boft_s"]
+    return _rotated(w_NDH, rotation_DHH) * parts["boft_s"]
 
 
 def _check_hra(layer: Layer) -> Settings:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qconv.errors import AdapterError
 from qconv.merge.kinds.kind import Kind, Layer, Parts, Settings
 
 
@@ -80,6 +81,11 @@ def _check_shira(layer: Layer) -> Settings:
 
 def _shira(w_NK: Tensor, parts: Parts, settings: Settings) -> Tensor:
     rows, columns = parts["shira_indices"].long()
+    if min(rows.min(), columns.min()) < 0 or rows.max() >= w_NK.shape[0] or columns.max() >= w_NK.shape[1]:
+        raise AdapterError(
+            f"shira_indices: rows {int(rows.min())} to {int(rows.max())} and columns {int(columns.min())} to "
+            f"{int(columns.max())} are not all in a weight {list(w_NK.shape)}: damaged, or of another base"
+        )
     return w_NK.index_put((rows, columns), parts["shira_weight"], accumulate=True)
 
 
