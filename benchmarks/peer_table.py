@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ PEERS = {
 """Script by tool, and its last argument by what the table says; 4 bits, groups of 64, the tool's defaults otherwise."""
 
 OUR_OPTIONS = {
+    "AWQ's scales and GPTQ, symmetric": "--to w4a16 --algorithm awq+gptq",
     "GPTQ, symmetric": "--to w4a16",
     "AWQ, symmetric": "--to awq --sym",
+    "AWQ's scales and GPTQ, asymmetric": "--to awq --algorithm awq+gptq",
     "AWQ, asymmetric": "--to awq",
     "GPTQ, asymmetric": "--to awq --algorithm gptq",
 }
@@ -48,7 +51,7 @@ def jobs(tools: list[str], merged: Path, rows: Path, out: Path) -> list[Job]:
     found = []
     merged, rows, out = merged.absolute(), rows.absolute(), out.absolute()
     for method, options in OUR_OPTIONS.items():
-        folder = out / f"{OURS}-{method.replace(', ', '-')}".lower()
+        folder = out / f"{OURS}-{'-'.join(re.findall('[a-z]+', method.lower()))}"
         ours = f"quantize {merged} {options} --group-size 64 --calibration {SOURCE} --samples {SAMPLES}"
         ours += f" --seq-len {SEQ_LEN} --no-validate --overwrite --quiet --device cpu -o {folder}"
         found.append(Job(tool=OURS, method=method, command=(sys.executable, "-m", "qconv", *ours.split()), out=folder))

@@ -10,11 +10,14 @@ TARGETS = {
     "gptq": f"{_MERGE} --requant gptq {_CALIBRATED}",
     "gptq-desc-act": f"{_MERGE} --requant gptq --desc-act {_CALIBRATED}",
     "gptq-asym": f"{_MERGE} --requant gptq --asym {_CALIBRATED}",
+    "gptq-v2": f"{_MERGE} --requant gptq_v2 {_CALIBRATED}",
     "awq": f"{_MERGE} --requant awq {_CALIBRATED}",
     "w4a16": f"{_MERGE} --requant w4a16 {_CALIBRATED}",
     "w4a16-asym": f"{_MERGE} --requant w4a16 --asym {_CALIBRATED}",
-    "int8": f"{_MERGE} --requant int8",
+    "w8a16": f"{_MERGE} --requant w8a16 {_CALIBRATED}",
+    "int8": f"{_MERGE} --requant int8 --algorithm int8",
     "fp8": f"{_MERGE} --requant fp8",
+    "fp8-static": f"{_MERGE} --requant fp8 --activations static {_CALIBRATED}",
     # Blocks of 128 divide no layer of SmolLM2, whose width is 576.
     "fp8-block": "quantize tests/data/tiny-llama --to fp8-block",
     "nf4": f"{_MERGE} --requant nf4",
@@ -22,7 +25,7 @@ TARGETS = {
 """Arguments of qconv by target; the name is that of the artifact's folder, too."""
 
 ROWS_ELSE = 8
-ROWS = {"int8": 48, "fp8": 16}
+ROWS = {"int8": 48, "fp8": 16, "fp8-static": 16}
 """Rows of 512 tokens to score by target: more where single tokens differ more."""
 
 VLLM, TRANSFORMERS = "vLLM", "transformers + gptqmodel"
@@ -30,15 +33,18 @@ VLLM, TRANSFORMERS = "vLLM", "transformers + gptqmodel"
 READERS = {VLLM: "read_vllm.py", TRANSFORMERS: "read_transformers.py"}
 
 REQUIRED = {
-    VLLM: ("bf16", "gptq", "awq", "w4a16", "w4a16-asym", "int8", "fp8"),
-    TRANSFORMERS: ("gptq", "gptq-desc-act", "gptq-asym", "awq"),
+    VLLM: ("bf16", "gptq", "gptq-v2", "awq", "w4a16", "w4a16-asym", "int8", "fp8"),
+    TRANSFORMERS: ("gptq", "gptq-v2", "gptq-desc-act", "gptq-asym", "awq"),
 }
 """What must be read, and agree."""
 
-TRIED = {VLLM: ("gptq-desc-act", "gptq-asym", "fp8-block", "nf4"), TRANSFORMERS: ()}
+TRIED = {
+    VLLM: ("w8a16", "fp8-static", "gptq-desc-act", "gptq-asym", "fp8-block", "nf4"),
+    TRANSFORMERS: (),
+}
 """What may be refused; what is read all the same must agree."""
 
-WITHOUT_ONEDNN = ((VLLM, "fp8"),)
+WITHOUT_ONEDNN = ((VLLM, "fp8"), (VLLM, "fp8-static"))
 
 _VLLM_NOTE = (
     "CPU build, `dtype=bfloat16`, `enforce_eager`, `VLLM_CPU_INT4_W4A8=0`. The last matters on CPUs with AMX: "
