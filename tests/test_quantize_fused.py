@@ -6,11 +6,9 @@ Whether Triton interprets is settled when it is first imported, which another te
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +20,7 @@ from qconv.quantize import fused, precision
 from qconv.quantize.awq import search_block_grid
 from qconv.quantize.grid import Grid, encode, groups_of, quantize_dequantize, search_grid
 from qconv.types import Scheme
+from tests.kernel_cases import run_checks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -33,29 +32,14 @@ EIGHT_BITS = Scheme(group_size=GROUP, bits=8, symmetric=False)
 SCHEMES = [SYMMETRIC, ASYMMETRIC, EIGHT_BITS]
 
 
-def run_checks(interpreted: bool) -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    environment["TRITON_INTERPRET"] = "1" if interpreted else "0"
-    options = ["-o", "python_functions=check_*", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    if not interpreted:
-        options += ["-m", "gpu or not slow"]  # conftest.py hides the GPU from everything else
-    command = [sys.executable, "-m", "pytest", *options, str(Path(__file__))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
-    assert "skipped" not in result.stdout
-
-
 def test_interpreted_on_a_cpu() -> None:
-    run_checks(interpreted=True)
+    run_checks(__file__, interpreted=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_on_cuda() -> None:
-    run_checks(interpreted=False)
+    run_checks(__file__, interpreted=False)
 
 
 def test_triton_is_not_imported_before_it_is_needed() -> None:

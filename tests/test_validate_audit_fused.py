@@ -6,11 +6,7 @@ Whether Triton interprets is settled when it is first imported, which another te
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ from qconv.validate import audit_gather
 from qconv.validate.audit_gather import Factor, fit_channels, gather
 from qconv.validate.audit_measure import Fit, measure
 from qconv.validate.audit_stored import Stored
+from tests.kernel_cases import run_checks
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ROWS, COLUMNS = (70, 192) if DEVICE == "cpu" else (2085, 1152)  # rows do not fill their last tile
@@ -31,29 +28,14 @@ SCHEMES = [
 ]
 
 
-def run_checks(interpreted: bool) -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    environment["TRITON_INTERPRET"] = "1" if interpreted else "0"
-    options = ["-o", "python_functions=check_*", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    if not interpreted:
-        options += ["-m", "gpu or not slow"]  # conftest.py hides the GPU from everything else
-    command = [sys.executable, "-m", "pytest", *options, str(Path(__file__))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
-    assert "skipped" not in result.stdout
-
-
 def test_interpreted_on_a_cpu() -> None:
-    run_checks(interpreted=True)
+    run_checks(__file__, interpreted=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_on_cuda() -> None:
-    run_checks(interpreted=False)
+    run_checks(__file__, interpreted=False)
 
 
 def example(scheme: Scheme, seed: int = 0) -> tuple[Stored, Tensor, Tensor]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from qconv.convert.bitpack import num_words, pack_last, unpack_last
-from qconv.convert.format import TensorReader, check_group_size, check_values
+from qconv.convert.format import TensorReader, check_group_size, check_values, shape_of_weight
 from qconv.errors import CheckpointError, NumericsError, SchemeError
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
 
@@ -220,8 +220,7 @@ class FloatQuantized:
         return scale
 
     def logical_shape(self, specs: Mapping[str, TensorSpec], module: str, scheme: Scheme) -> tuple[int, int] | None:
-        spec = specs.get(module + ".weight")
-        return (spec.shape[0], spec.shape[1]) if spec is not None and len(spec.shape) == 2 else None
+        return shape_of_weight(specs, module)
 
     def quantization_config(
         self,

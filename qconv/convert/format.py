@@ -182,3 +182,9 @@ class TensorReader:
 
     def error(self, suffix: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self._location}: tensor {self._module + suffix!r} {problem}")
+
+
+def shape_of_weight(specs: Mapping[str, TensorSpec], module: str) -> tuple[int, int] | None:
+    """The logical shape where codes are stored one by one, as ``weight``; None where there is none."""
+    spec = specs.get(module + ".weight")
+    return (spec.shape[0], spec.shape[1]) if spec is not None and len(spec.shape) == 2 else None

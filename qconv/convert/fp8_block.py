@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.convert.format import TensorReader, check_values
+from qconv.convert.format import TensorReader, check_values, shape_of_weight
 from qconv.errors import CheckpointError, SchemeError
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
 
@@ -74,8 +74,7 @@ class Fp8Block:
         return QuantizedLinear(codes_NK=codes, scales_NG=scales, zeros_NG=None, group_index_K=None, scheme=scheme)
 
     def logical_shape(self, specs: Mapping[str, TensorSpec], module: str, scheme: Scheme) -> tuple[int, int] | None:
-        spec = specs.get(module + ".weight")
-        return (spec.shape[0], spec.shape[1]) if spec is not None and len(spec.shape) == 2 else None
+        return shape_of_weight(specs, module)
 
     def quantization_config(
         self,

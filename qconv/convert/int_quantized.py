@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qconv.convert.compressed_tensors import config_of, only_group, weight_args
-from qconv.convert.format import TensorReader, check_values
+from qconv.convert.format import TensorReader, check_values, shape_of_weight
 from qconv.errors import CheckpointError, SchemeError
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
 
@@ -70,8 +70,7 @@ class IntQuantized:
         return QuantizedLinear(codes_NK=codes, scales_NG=scales, zeros_NG=None, group_index_K=None, scheme=scheme)
 
     def logical_shape(self, specs: Mapping[str, TensorSpec], module: str, scheme: Scheme) -> tuple[int, int] | None:
-        spec = specs.get(module + ".weight")
-        return (spec.shape[0], spec.shape[1]) if spec is not None and len(spec.shape) == 2 else None
+        return shape_of_weight(specs, module)
 
     def quantization_config(
         self,
