@@ -17,8 +17,9 @@ import torch
 from shapes import build
 
 from qconv import pipeline
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.progress import quiet_libraries
+from qconv.quantization_config import QuantizationConfig
 
 TARGETS = (None, "fp8", "awq", "gptq", "w4a16")
 

@@ -21,16 +21,10 @@ from typing import Any
 import peer_table
 
 from qconv import pipeline
-from qconv.config import (
-    CalibrationConfig,
-    MergeJob,
-    OutputConfig,
-    QuantizationConfig,
-    TrainConfig,
-    ValidateJob,
-    ValidationConfig,
-)
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidateJob, ValidationConfig
 from qconv.progress import Progress, quiet_libraries
+from qconv.quantization_config import QuantizationConfig
+from qconv.training_config import TrainConfig
 
 CALIBRATION = CalibrationConfig(sources=("default-prose",), samples=32, seq_len=512)
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from qconv import __version__, corpus
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig
 from qconv.layout import Layout
 from qconv.merge.combine import combined_parts
 from qconv.merge.interference import Interference, measure_interference
 from qconv.progress import Progress
+from qconv.quantization_config import QuantizationConfig
 from qconv.report.model_card import model_card as render_card
 from qconv.runners import Reference
 from qconv.targets import TARGETS

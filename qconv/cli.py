@@ -31,10 +31,10 @@ from qconv.cli_options import (
 from qconv.cli_parsing import COMPLETE_VARIABLE, Choice, Group, files, folders
 from qconv.cli_plans import planned_merge, planned_training, planned_validation
 from qconv.cli_recipe import run, schema
-from qconv.config import PLAIN_DTYPES, MergeJob
+from qconv.config import MergeJob
 from qconv.own_process import begin, keep_freed_memory, without_collections
 from qconv.progress import as_json_lines
-from qconv.targets import TARGETS
+from qconv.targets import PLAIN_DTYPES, TARGETS
 from qconv.timeline import TIMELINE
 
 # OpenMP threads that spin while they wait ruin every run on a busy machine; must be set before torch loads.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv import __version__, cli_jobs
+from qconv.adapter_configs import ExtractConfig
 from qconv.cli_answers import Answer, answers
 from qconv.cli_options import json_option, run_options
 from qconv.cli_parsing import Choice, Command, folders
-from qconv.config import ExtractConfig
 from qconv.own_process import begin
 
 if TYPE_CHECKING:

@@ -10,23 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from qconv import errors
-from qconv.config import (
-    COMBINE_METHODS,
-    CalibrationConfig,
-    CombinationConfig,
-    MergeJob,
-    NormaliseConfig,
-    OutputConfig,
-    QuantizationConfig,
-    TrainConfig,
-    ValidateJob,
-    ValidationConfig,
-    parse_size,
-)
+from qconv.adapter_configs import COMBINE_METHODS, CombinationConfig, NormaliseConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidateJob, ValidationConfig, parse_size
 from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
 from qconv.overrides import parse_override
 from qconv.progress import Progress
+from qconv.quantization_config import QuantizationConfig
 from qconv.side_files import is_adapter
+from qconv.training_config import TrainConfig
 
 
 def merge_job(

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from qconv.adapter_configs import COMBINE_METHODS
 from qconv.cli_parsing import Choice, devices, files, gates
-from qconv.config import BNB_KINDS, COMBINE_METHODS, PLAIN_DTYPES
-from qconv.targets import TARGETS
+from qconv.config import BNB_KINDS
+from qconv.targets import PLAIN_DTYPES, TARGETS
 from qconv.timeline import TIMELINE
 
 Command = Callable[..., Any]

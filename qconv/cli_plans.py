@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qconv.cli_answers import Answer
-from qconv.config import MergeJob, TrainConfig, ValidateJob
+from qconv.config import MergeJob, ValidateJob
 from qconv.errors import CapacityError
 from qconv.estimate_show import show
 from qconv.progress import Progress
+from qconv.training_config import TrainConfig
 
 if TYPE_CHECKING:
     from qconv.estimate import Estimate

@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 
 from qconv import pipeline
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, TrainConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.demo_model import build_smollm2
 from qconv.outcome import Outcome
 from qconv.progress import Progress, quiet_libraries
+from qconv.quantization_config import QuantizationConfig
 from qconv.report.document import HTML_NAME, JSON_NAME
 from qconv.train import train
+from qconv.training_config import TrainConfig
 from qconv.work_folder import check_output
 
 

@@ -14,7 +14,6 @@ from math import prod
 import torch
 
 from qconv.checkpoint import open_checkpoint
-from qconv.config import TrainConfig
 from qconv.convert import dequantize
 from qconv.estimate import Estimate, Stage
 from qconv.estimate_machine import file_bytes, machine_of, notes_of, replaced, tokenizer_bytes, usable_on_gpu
@@ -24,6 +23,7 @@ from qconv.quantize.memory import LIBRARIES, ModelShape
 from qconv.skeleton import linear_weights
 from qconv.streaming import StreamedModel
 from qconv.train import Prepared, prepare
+from qconv.training_config import TrainConfig
 from qconv.writer import SIDE_BYTES, rooms_for
 
 TRAINER_BYTES = 350_000_000  # peft, bitsandbytes and accelerate beside what a forward pass imports

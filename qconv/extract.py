@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qconv.adapter_configs import ExtractConfig
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
-from qconv.config import BNB_KINDS, ExtractConfig
+from qconv.config import BNB_KINDS
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.errors import CheckpointError
 from qconv.inputs import resolve_device

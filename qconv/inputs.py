@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from qconv.adapter_configs import CombinationConfig
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
-from qconv.config import BNB_KINDS, CombinationConfig
+from qconv.config import BNB_KINDS
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
 from qconv.errors import AdapterError, UsageError
 from qconv.merge import CombinedCheckpoint, combine_adapters, load_adapter

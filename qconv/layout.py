@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.config import QuantizationConfig
 from qconv.convert import FORMATS, Bnb4bit, meta_linear, mixed_config
 from qconv.errors import CheckpointError, SchemeError
 from qconv.plain_tensors import is_plain_float
+from qconv.quantization_config import QuantizationConfig
 from qconv.selection import chosen_linears, schemes_of
 from qconv.skeleton import other_linears
 from qconv.targets import TARGETS

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from qconv.adapter_configs import NormaliseConfig
 from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint
-from qconv.config import NormaliseConfig
 from qconv.convert import dequantize
 from qconv.errors import AdapterError
 from qconv.merge import load_adapter

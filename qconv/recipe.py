@@ -12,19 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconv.config import (
-    CalibrationConfig,
-    MergeJob,
-    OutputConfig,
-    QuantizationConfig,
-    TrainConfig,
-    ValidationConfig,
-)
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.errors import QconvError, RecipeError, UsageError
 from qconv.gate_rules import Policy, load_policy, read_policy
 from qconv.nodes import Node, PlaceError, parse_yaml, read_nodes
+from qconv.quantization_config import QuantizationConfig
 from qconv.recipe_fields import CALIBRATION, COMBINATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, at_key, built
 from qconv.recipe_values import FILE, SWITCH, WHOLE
+from qconv.training_config import TrainConfig
 from qconv.work_folder import check_beside, check_inputs, check_output
 
 RECIPE_FORMAT = 1

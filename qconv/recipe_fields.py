@@ -17,20 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from qconv.config import (
-    BNB_KINDS,
-    PLAIN_DTYPES,
-    CalibrationConfig,
-    CombinationConfig,
-    MergeJob,
-    OutputConfig,
-    QuantizationConfig,
-    TrainConfig,
-    ValidationConfig,
-)
+from qconv.adapter_configs import CombinationConfig
+from qconv.config import BNB_KINDS, CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.errors import QconvError
 from qconv.nodes import Node, PlaceError
 from qconv.overrides import OverrideConfig
+from qconv.quantization_config import QuantizationConfig
 from qconv.recipe_values import (
     FOLDER,
     MODEL,
@@ -48,7 +40,8 @@ from qconv.recipe_values import (
     Kind,
     choice,
 )
-from qconv.targets import TARGETS
+from qconv.targets import PLAIN_DTYPES, TARGETS
+from qconv.training_config import TrainConfig
 
 # What errors of the configs call by their flags, and a recipe otherwise.
 _KEY_OF_FLAG = {

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from qconv.config import CalibrationConfig, CombinationConfig, MergeJob, OutputConfig, TrainConfig, ValidationConfig
+from qconv.adapter_configs import CombinationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.gate_metrics import METRICS, TASK_NAME, TASK_PATTERN
 from qconv.gate_rules import Waiver
 from qconv.recipe import EXCLUSIVE, RECIPE_FORMAT, REQUIRED, TOP_KEYS
@@ -27,6 +28,7 @@ from qconv.recipe_fields import (
     descriptions,
     first_paragraph,
 )
+from qconv.training_config import TrainConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from qconv.adapter_configs import LOW_RANK_METHODS, CombinationConfig
 from qconv.checkpoint import SafetensorsCheckpoint
-from qconv.config import LOW_RANK_METHODS, CombinationConfig
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.layout import config_dtype
 from qconv.merge import merge

@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from qconv.config import QuantizationConfig
 from qconv.errors import SchemeError, UsageError
 from qconv.overrides import fused_linears, matches
+from qconv.quantization_config import QuantizationConfig
 from qconv.skeleton import other_linears, text_config
 from qconv.suggest import did_you_mean
 from qconv.types import Checkpoint, Scheme

@@ -8,6 +8,7 @@ from typing import Literal
 
 from qconv.types import Scheme
 
+PLAIN_DTYPES = ("bf16", "fp16", "fp32")
 Algorithm = Literal["rtn", "gptq", "awq", "awq+gptq", "fp8", "smoothquant", "smoothquant+gptq", "int8", "bnb"]
 
 

@@ -30,13 +30,13 @@ from typing import TYPE_CHECKING, Any
 
 from qconv import __version__
 from qconv.checkpoint import read_json, resolve_folder
-from qconv.config import TrainConfig
 from qconv.corpus import calibration_digest, load_documents, load_tokenizer, pack_tokens
 from qconv.errors import CheckpointError, UsageError
 from qconv.progress import QUIET, Progress, quiet_libraries
 from qconv.records import write_train_record
 from qconv.side_files import tokenizer_files
 from qconv.train_loop import optimize
+from qconv.training_config import TrainConfig
 from qconv.types import BnbKind
 from qconv.work_folder import check_inputs, check_output, publishing
 

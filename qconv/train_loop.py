@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qconv.config import TrainConfig
 from qconv.errors import NumericsError
 from qconv.progress import Progress
+from qconv.training_config import TrainConfig
 
 if TYPE_CHECKING:
     import torch

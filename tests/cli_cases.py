@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qconv import corpus, pipeline
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
+from qconv.quantization_config import QuantizationConfig
 from qconv.report.document import JSON_NAME
 from qconv.targets import TARGETS
 from tests.conftest import TINY_LLAMA

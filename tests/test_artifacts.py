@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig
 from qconv.convert import dequantize
 from qconv.errors import CheckpointError
+from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.fold_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.folds import Fold, Heads
 from qconv.types import Scheme

@@ -430,7 +430,9 @@ class Terminal:
 
 def test_hints_after_training_and_caching(tmp_path: Path) -> None:
     from qconv.cli_jobs import following_a_merge, following_a_training, following_a_validation
-    from qconv.config import MergeJob, OutputConfig, QuantizationConfig, TrainConfig, ValidateJob
+    from qconv.config import MergeJob, OutputConfig, ValidateJob
+    from qconv.quantization_config import QuantizationConfig
+    from qconv.training_config import TrainConfig
 
     (line,) = following_a_training(TrainConfig(base="./my base", out=tmp_path / "adapter"))
     context = cli.commands["merge"].make_context("merge", shlex.split(line)[2:])

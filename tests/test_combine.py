@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qconv.adapter_configs import CombinationConfig
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CombinationConfig
 from qconv.errors import AdapterError, UsageError
 from qconv.inputs import load_reference
 from qconv.merge import delta_weight, load_adapter

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qconv.config import QuantizationConfig
 from qconv.convert import FORMATS
+from qconv.quantization_config import QuantizationConfig
 from qconv.targets import TARGETS
 from qconv.types import QuantizedLinear, Scheme
 from tests.cli_cases import decode_awq, decode_gptq

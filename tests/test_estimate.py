@@ -14,11 +14,11 @@ import torch
 
 from qconv import estimate, estimate_jobs, pipeline
 from qconv.cli import main
-from qconv.config import QuantizationConfig
 from qconv.errors import CapacityError
 from qconv.estimate import Estimate, Stage
 from qconv.estimate_memory import Contest, comparing, peak, quantizing
 from qconv.estimate_time import CPU, H100, machine_for, seconds
+from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.memory import ModelShape
 from tests.cli_cases import job as make_job
 

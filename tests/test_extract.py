@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qconv.adapter_configs import ExtractConfig
 from qconv.cli import main
-from qconv.config import ExtractConfig
 from qconv.errors import CheckpointError, UsageError
 from qconv.extract import Extracted, extract
 from qconv.merge.low_rank import EXACT_SIDE, low_rank

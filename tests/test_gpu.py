@@ -12,10 +12,11 @@ import torch
 
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.convert import dequantize
 from qconv.corpus import TokenRows
 from qconv.inputs import load_reference
+from qconv.quantization_config import QuantizationConfig
 from qconv.records import write_train_record
 from qconv.runners import reference_model, streamed
 from qconv.validate.compare import Entrant, Pair, compare

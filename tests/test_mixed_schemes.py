@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from qconv import pipeline
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.errors import QconvError, SchemeError, UsageError
 from qconv.overrides import OverrideConfig, parse_override
+from qconv.quantization_config import QuantizationConfig
 from qconv.selection import schemes_of
 from qconv.types import Scheme
 from tests.cli_cases import decode_gptq, stored_tensors

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qconv.adapter_configs import NormaliseConfig
 from qconv.cli import main
-from qconv.config import NormaliseConfig
 from qconv.errors import AdapterError, CheckpointError
 from qconv.normalise import Normalised, normalise
 from qconv.records import read_train_record, write_train_record

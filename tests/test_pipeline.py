@@ -21,11 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.convert import dequantize
 from qconv.errors import CalibrationError, CheckpointError, SchemeError, UsageError
 from qconv.gate_rules import parse_rule
 from qconv.progress import Progress
+from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
 from qconv.quantize.folds import FOLDS
 from qconv.records import write_train_record

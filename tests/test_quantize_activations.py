@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qconv.checkpoint import open_checkpoint
-from qconv.config import QuantizationConfig
 from qconv.errors import CalibrationError, CapacityError, NumericsError
+from qconv.quantization_config import QuantizationConfig
 from qconv.quantize import activations
 from qconv.quantize.activations import Activations
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks

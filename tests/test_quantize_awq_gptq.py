@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qconv.checkpoint import open_checkpoint
-from qconv.config import QuantizationConfig
 from qconv.convert import FORMATS
+from qconv.quantization_config import QuantizationConfig
 from qconv.quantize import fold_block
 from qconv.quantize.awq import AwqScale
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig
 from qconv.errors import NumericsError
+from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.fp8_static import FP8_MAX, choose_input_scale, fake_quantize_static, quantize_per_tensor
 from qconv.quantize.sample import InputSample
 from qconv.runners import Candidate, candidate_model

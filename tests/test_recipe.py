@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 
 from qconv import cli_jobs
 from qconv.cli import cli, main
-from qconv.config import MergeJob, TrainConfig
+from qconv.config import MergeJob
 from qconv.errors import RecipeError, UsageError
 from qconv.gate_rules import load_policy, today_utc
 from qconv.recipe import TOP_KEYS, Recipe, load_recipe
 from qconv.recipe_schema import recipe_schema
 from qconv.recipe_show import as_document
+from qconv.training_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples" / "recipes").glob("*.yaml"))

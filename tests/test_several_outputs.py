@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from qconv import pipeline
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
-from qconv.config import MergeJob, OutputConfig, QuantizationConfig
+from qconv.config import MergeJob, OutputConfig
 from qconv.errors import CapacityError, CheckpointError, UsageError
 from qconv.overrides import OverrideConfig
+from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
 from qconv.quantize.fold_block import Statistics
 from qconv.quantize.memory import ModelShape, plan_memory

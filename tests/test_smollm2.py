@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from qconv import pipeline
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig, ValidationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
+from qconv.quantization_config import QuantizationConfig
 from tests.conftest import save_random_adapter
 
 pytestmark = pytest.mark.slow

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from qconv import corpus, pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig, QuantizationConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig
 from qconv.convert import dequantize
 from qconv.convert.bnb_kernels import simulate
 from qconv.merge import load_adapter, merge
+from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.folds import (
     FOLDS,
     Heads,

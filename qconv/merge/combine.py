@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.config import LOW_RANK_METHODS, CombinationConfig
+from qconv.adapter_configs import LOW_RANK_METHODS, CombinationConfig
 from qconv.errors import AdapterError, CheckpointError, NumericsError
 from qconv.finite import all_finite
 from qconv.merge.delta import delta_weight

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qconv.config import CombinationConfig
+from qconv.adapter_configs import CombinationConfig
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qconv.config import Folding, QuantizationConfig, Statistic
 from qconv.progress import QUIET, Progress
+from qconv.quantization_config import Folding, QuantizationConfig, Statistic
 from qconv.quantize.activations import Activations
 from qconv.quantize.fold_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.folds import FOLDS, Heads

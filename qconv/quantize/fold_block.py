@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qconv.config import Folding
+from qconv.quantization_config import Folding
 from qconv.quantize.awq import AwqScale, scaled_gram, search_scale
 from qconv.quantize.folds import (
     Fold,

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from torch import Tensor, nn
 
-from qconv.config import Statistic
+from qconv.quantization_config import Statistic
 from qconv.quantize.activations import Activations
 from qconv.quantize.fold_block import Statistics
 from qconv.quantize.gram import GramAccumulator, check_inputs, no_tokens

@@ -16,8 +16,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from qconv.config import QuantizationConfig
 from qconv.progress import QUIET, Progress
+from qconv.quantization_config import QuantizationConfig
 from qconv.quantize import int8
 from qconv.quantize.awq import search_block_grid
 from qconv.quantize.fold_block import Statistics

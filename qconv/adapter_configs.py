@@ -1,0 +1,139 @@
+"""What is done to adapters by themselves, and several together: frozen, checked once when built. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qconv.errors import UsageError
+from qconv.targets import PLAIN_DTYPES
+
+CombineMethod = Literal["linear", "cat", "svd", "sequential", "ties", "dare", "dare-ties", "magnitude-prune"]
+
+
+LOW_RANK_METHODS = ("linear", "cat", "svd", "sequential")
+
+
+SPARSE_METHODS = ("ties", "dare", "dare-ties", "magnitude-prune")
+
+
+COMBINE_METHODS = (*LOW_RANK_METHODS, *SPARSE_METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinationConfig:
+    """Several adapters of one base, merged together.
+
+    Attributes:
+        adapters: folders or hub ids, at least two.
+        method: how their updates are combined.
+        weights: of the adapters, in their order; empty = 1 each.
+        rank: of svd; None = the largest of the adapters.
+        density: share of elements that ties, dare, dare-ties and magnitude-prune keep.
+        majority_sign: what elects signs for ties and dare-ties: the sum of the updates, or of their signs;
+            None = ``"total"``.
+        seed: of what dare and dare-ties drop.
+    """
+
+    adapters: tuple[str, ...]
+    method: CombineMethod
+    weights: tuple[float, ...] = ()
+    rank: int | None = None
+    density: float | None = None
+    majority_sign: Literal["total", "frequency"] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.adapters) < 2:
+            raise UsageError(f"--combine takes two adapters or more, got {len(self.adapters)}")
+        if self.weights and len(self.weights) != len(self.adapters):
+            raise UsageError(f"--weights has {len(self.weights)} numbers for {len(self.adapters)} adapters")
+        if not all(math.isfinite(weight) for weight in self.weights) or (self.weights and not any(self.weights)):
+            raise UsageError(f"--weights are finite numbers and not all 0, got {', '.join(map(str, self.weights))}")
+        if self.weights and self.method == "sequential":
+            raise UsageError("--weights is not for --combine sequential, which adds each adapter as it was trained")
+        if self.rank is not None and (self.method != "svd" or self.rank < 1):
+            raise UsageError(f"--combine-rank is for --combine svd and at least 1, got {self.rank} for {self.method}")
+        if (self.density is None) == (self.method in SPARSE_METHODS):
+            what = "needs" if self.density is None else "does not take"
+            raise UsageError(f"--combine {self.method} {what} --density, the share of elements that is kept")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise UsageError(f"--density is a share above 0 and up to 1, got {self.density}")
+        if self.majority_sign is not None and self.method not in ("ties", "dare-ties"):
+            raise UsageError(f"--majority-sign is for --combine ties and dare-ties, not {self.method}")
+
+    @property
+    def resolved_weights(self) -> tuple[float, ...]:
+        return self.weights or (1.0,) * len(self.adapters)
+
+    @property
+    def summary(self) -> str:
+        """In words, for reports."""
+        settings = [f"{weight:g} x {name}" for weight, name in zip(self.resolved_weights, self.adapters, strict=True)]
+        settings += [f"rank {self.rank}"] if self.rank is not None else []
+        settings += [f"density {self.density:g}"] if self.density is not None else []
+        settings += [f"signs by {self.majority_sign or 'total'}"] if self.method in ("ties", "dare-ties") else []
+        settings += [f"seed {self.seed}"] if self.method in ("dare", "dare-ties") else []
+        return f"{self.method}: {', '.join(settings)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormaliseConfig:
+    """An adapter -> plain LoRA of one rank, as engines load it.
+
+    Attributes:
+        adapter: folder or hub id.
+        out: adapter folder; it must not exist, unless it may be overwritten.
+        base: the adapter's, folder or hub id; None = what the adapter itself says of it.
+        dtype: of the factors.
+        overwrite: an existing adapter folder is replaced.
+        revision: branch, tag or commit, when the adapter is a hub id.
+    """
+
+    adapter: str
+    out: Path
+    base: str | None = None
+    dtype: str = "fp32"
+    overwrite: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in PLAIN_DTYPES:
+            raise UsageError(f"--dtype takes {', '.join(PLAIN_DTYPES)}, got {self.dtype}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Two full checkpoints -> the LoRA between them.
+
+    Attributes:
+        base: folder or hub id.
+        tuned: folder or hub id; of the base's architecture.
+        out: adapter folder; it must not exist, unless it may be overwritten.
+        rank: of every module; or
+        energy: the share of each module's squared difference to keep.
+        others: what becomes of tensors that differ and are no linears.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        overwrite: an existing adapter folder is replaced.
+        revision: branch, tag or commit, when the base is a hub id.
+    """
+
+    base: str
+    tuned: str
+    out: Path
+    rank: int | None = None
+    energy: float | None = None
+    others: Literal["refuse", "save", "drop"] = "refuse"
+    device: str = "auto"
+    overwrite: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.energy is None):
+            raise UsageError("give one of --rank (of every module) and --energy (share to keep, such as 0.95)")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank must be at least 1, got {self.rank}")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"--energy is a share above 0 and up to 1, got {self.energy}")

@@ -1,0 +1,176 @@
+"""How an output is quantized: frozen, keyword-only, checked once when built. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qconv.errors import SchemeError, UsageError
+from qconv.overrides import OverrideConfig, check_pattern
+from qconv.targets import TARGETS, Algorithm
+from qconv.types import Scheme
+
+Folding = Literal["awq", "smoothquant"]
+Statistic = Literal["gram", "mean_abs", "sample"]
+GROUP_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """How to re-quantize.
+
+    Attributes:
+        target: the format to write (`TARGETS`).
+        algorithm: how codes are chosen; None = the target's first.
+        bits: of a weight; None = the target's first.
+        group_size: input features that share a scale, -1 = the whole row; None = the largest of 128, 64, 32 that
+            divides every quantized K.
+        symmetric: without zero points; None = the target's default.
+        desc_act: GPTQ's activation-ordered groups with a stored group index (``desc_act: true``).
+            Columns are always visited in activation order; this also regroups them.
+        damping: GPTQ damping as a fraction of the mean Gram diagonal.
+        activations: how the engine finds the scales of inputs that it rounds to float8: for each token as it comes, or
+            once for all, by calibration; for ``fp8``, where None = dynamic.
+        ignore: linears that stay unquantized: patterns of module names, as in ``overrides``.
+        lm_head: quantize the output head too, by round-to-nearest on a searched grid.
+        overrides: other settings for some linears; the first that matches one counts.
+    """
+
+    target: str
+    algorithm: Algorithm | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    desc_act: bool = False
+    damping: float = 0.03
+    activations: Literal["dynamic", "static"] | None = None
+    ignore: tuple[str, ...] = ()
+    lm_head: bool = False
+    overrides: tuple[OverrideConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UsageError(f"unknown target {self.target!r}; there are {', '.join(TARGETS)}")
+        target = TARGETS[self.target]
+        if self.algorithm is not None and self.algorithm not in target.algorithms:
+            raise UsageError(f"{self.target} takes --algorithm {' or '.join(target.algorithms)}, got {self.algorithm}")
+        if self.bits is not None and self.bits not in target.bits:
+            raise UsageError(
+                f"{self.target} has --bits {' or '.join(map(str, sorted(target.bits)))}, got {self.bits}"
+                f"{self._same_layout_with_these_bits()}"
+            )
+        if target.symmetric is None and (self.group_size is not None or self.symmetric is not None or self.desc_act):
+            raise UsageError(f"{self.target} has one scheme: no --group-size, --sym/--asym or --desc-act")
+        if self.desc_act and not (target.format in ("gptq", "gptq_v2") and self.solves):
+            raise UsageError(
+                "--desc-act belongs to --requant gptq or gptq_v2 with the gptq or awq+gptq algorithm (a stored group "
+                "index)"
+            )
+        if self.group_size is not None and self.group_size != -1 and self.group_size < 8:
+            raise SchemeError(f"--group-size must be at least 8, or -1 for one group per row, got {self.group_size}")
+        if self.activations is not None and self.target != "fp8":
+            raise UsageError(f"--activations belongs to --requant fp8, got {self.target}")
+        if not 0 < self.damping < 1:
+            raise UsageError(f"--damping is a fraction between 0 and 1, got {self.damping}")
+        for pattern in self.ignore:
+            check_pattern(pattern)
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        target = TARGETS[self.target]
+        mixed = [other.name for other in TARGETS.values() if other.mixed_bits]
+        if self.overrides and not target.mixed_bits:
+            raise UsageError(
+                f"--override: {self.target} has one scheme for all linears, and its config.json no place for others; "
+                f"{', '.join(mixed[:-1])} and {mixed[-1]} have"
+                + ("; --requant w4a16 --algorithm awq chooses numbers as awq does" if self.target == "awq" else "")
+            )
+        if self.lm_head and not target.mixed_bits:
+            raise UsageError(
+                f"--lm-head: readers of {self.target} expect the output head in 16 bits; "
+                f"{', '.join(mixed[:-1])} and {mixed[-1]} hold it"
+            )
+        for override in self.overrides:
+            if override.bits is not None and override.bits not in target.mixed_bits:
+                raise UsageError(
+                    f"--override {override.pattern!r}: {self.target} has bits "
+                    f"{' or '.join(map(str, target.mixed_bits))}, got {override.bits}"
+                )
+
+    def _same_layout_with_these_bits(self) -> str:
+        names = [t.name for t in TARGETS.values() if t.format == TARGETS[self.target].format and self.bits in t.bits]
+        return f"; {' or '.join(names)} holds {self.bits} bits" if names else ""
+
+    @property
+    def resolved_algorithm(self) -> Algorithm:
+        return self.algorithm or TARGETS[self.target].algorithms[0]
+
+    @property
+    def folding(self) -> Folding | None:
+        """What finds the channel scales that move into the operation before, if anything does."""
+        match self.resolved_algorithm:
+            case "awq" | "awq+gptq":
+                return "awq"
+            case "smoothquant" | "smoothquant+gptq":
+                return "smoothquant"
+        return None
+
+    @property
+    def solves(self) -> bool:
+        """Codes are chosen by GPTQ."""
+        return self.resolved_algorithm in ("gptq", "awq+gptq", "smoothquant+gptq")
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """What has to be gathered of the inputs of linears."""
+        wanted: set[Statistic] = {"gram"} if self.solves else set()
+        if self.folding == "awq":
+            wanted |= {"gram", "mean_abs"}
+        elif self.folding == "smoothquant":
+            wanted |= {"sample"}
+        if self.activations == "static":
+            wanted |= {"sample"}
+        return frozenset(wanted)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return bool(self.statistics)
+
+    def scheme_for(self, in_features: Collection[int], location: str) -> Scheme:
+        """The scheme for linears with these K.
+
+        Raises:
+            SchemeError: the group size does not divide every K; names the sizes that would.
+        """
+        target = TARGETS[self.target]
+        if target.scheme is not None:
+            scheme = replace(target.scheme, activation_order=self.solves)
+            if self.activations == "static":
+                scheme = replace(scheme, dynamic_activations=False, static_activations=True)
+            return scheme
+        widths = sorted(set(in_features))
+        fitting = [g for g in GROUP_SIZES if all(k % g == 0 for k in widths)]
+        size = self.group_size
+        if size is None:
+            size = fitting[0] if fitting else None
+        if size is None or (size != -1 and any(k % size for k in widths)):
+            wanted = "no group size of 128, 64, 32" if size is None else f"group size {size} does not divide"
+            odd = next(k for k in widths if k % (size or GROUP_SIZES[-1]))
+            raise SchemeError(
+                f"{location}: {wanted}{' divides' if size is None else ''} the {odd} input features of a linear; "
+                f"sizes that would: {', '.join(map(str, [*fitting, -1]))} (-1 = one group per row)"
+            )
+        symmetric = target.symmetric if self.symmetric is None else self.symmetric
+        return Scheme(
+            kind="int",
+            bits=self.bits or target.bits[0],
+            group_size=size,
+            symmetric=bool(symmetric),
+            activation_order=self.solves,
+            min_zero=self.min_zero(bool(symmetric)),
+        )
+
+    def min_zero(self, symmetric: bool) -> Literal[0, 1]:
+        """The smallest zero point, see `Scheme`."""
+        return 1 if TARGETS[self.target].format == "gptq" and not symmetric else 0
