@@ -45,11 +45,11 @@ def planned_recipe(train: TrainConfig | None, job: MergeJob, progress: Progress)
     """Of a whole recipe: training first, then everything that is made of its adapter."""
     if train is None:
         return planned_merge(job, "run", progress)
+    from qconv.disk_room import joined
     from qconv.estimate_jobs import estimate_merge
     from qconv.estimate_train import estimate_training
     from qconv.inputs import resolve_device
     from qconv.plan import plan_before_training
-    from qconv.writer import joined
 
     device = resolve_device(job.device)
     plan = plan_before_training(job, progress)

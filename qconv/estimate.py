@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from qconv import __version__
+from qconv.disk_room import Room
 from qconv.errors import CapacityError, CheckpointError
 from qconv.estimate_memory import Steps, Terms, peak
 from qconv.estimate_time import Machine, Seconds, Units, seconds
 from qconv.host_memory import usable_bytes
-from qconv.writer import Room
 
 ESTIMATE_FORMAT = 1
 TOLERANCE = 0.15  # how far planned memory was seen to be off; a job is refused only if it does not fit even so

@@ -15,6 +15,7 @@ import torch
 
 from qconv.checkpoint import open_checkpoint
 from qconv.convert import dequantize
+from qconv.disk_room import rooms_for
 from qconv.estimate import Estimate, Stage
 from qconv.estimate_machine import file_bytes, machine_of, notes_of, replaced, tokenizer_bytes, usable_on_gpu
 from qconv.estimate_memory import process
@@ -24,7 +25,7 @@ from qconv.skeleton import linear_weights
 from qconv.streaming import StreamedModel
 from qconv.train import Prepared, prepare
 from qconv.training_config import TrainConfig
-from qconv.writer import SIDE_BYTES, rooms_for
+from qconv.writer import SIDE_BYTES
 
 TRAINER_BYTES = 350_000_000  # peft, bitsandbytes and accelerate beside what a forward pass imports
 OPERATIONS = 6  # of a weight and token: forward, and backward to the inputs, dequantizing beside it

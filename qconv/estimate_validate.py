@@ -7,6 +7,7 @@ import torch
 from qconv.cached_fidelity import check_place, open_cache
 from qconv.checkpoint import open_checkpoint
 from qconv.config import ValidateJob, ValidationConfig
+from qconv.disk_room import rooms_for
 from qconv.estimate import Estimate, Stage
 from qconv.estimate_compare import comparison_stage
 from qconv.estimate_machine import file_bytes, machine_of, notes_of, tokenizer_bytes, usable_on_gpu
@@ -17,7 +18,6 @@ from qconv.inputs import load_candidate, load_reference
 from qconv.layout import config_dtype
 from qconv.outcome import check_report_folder
 from qconv.runners import Candidate, Reference, streamed
-from qconv.writer import rooms_for
 
 CACHE_BYTES = 588  # for a position; `validate/cache.py` with its defaults
 
