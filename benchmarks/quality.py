@@ -183,7 +183,7 @@ def print_table(bench: Bench, names: list[str]) -> None:
         )
 
 
-def print_peers(bench: Bench, tools: list[str]) -> None:
+def print_peers(bench: Bench, tools: list[str], methods: list[str]) -> None:
     merged, out, calibration = bench.out / "merged", bench.out / "peers", bench.out / "peers" / "rows.json"
     out.mkdir(exist_ok=True)
     pipeline.run(
@@ -201,6 +201,8 @@ def print_peers(bench: Bench, tools: list[str]) -> None:
     header = "| tool | 4 bits, groups of 64 | KL mean | 95% interval | top-1 | ppl (reference) | seconds | peak GB |"
     print(header + "\n|---|---|---|---|---|---|---|---|", flush=True)
     for job in peer_table.jobs(tools, merged, calibration, out):
+        if methods and job.method not in methods:
+            continue
         cost = peer_table.run(job)
         if cost["status"] != 0:
             print(f"| {job.tool} | {job.method} | failed, see {job.out}.log |", flush=True)
@@ -224,6 +226,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peers", help=f"tools to run beside qconv: {','.join(peer_table.PEERS)}")
+    parser.add_argument("--methods", help="of --peers: as the table names them, separated by semicolons [default: all]")
     arguments = parser.parse_args()
     tools = arguments.peers.split(",") if arguments.peers else []
     if unknown := [tool for tool in tools if tool not in peer_table.PEERS]:
@@ -231,7 +234,7 @@ def main() -> None:
     bench = Bench(arguments.out, arguments.tokens, arguments.device)
     bench.prepare()
     if arguments.peers:
-        print_peers(bench, tools)
+        print_peers(bench, tools, arguments.methods.split(";") if arguments.methods else [])
     else:
         print_table(bench, arguments.rows.split(",") if arguments.rows else [])
 

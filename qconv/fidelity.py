@@ -6,6 +6,7 @@ Reference = base + UNMERGED adapter, as training saw it. Candidate = the stored 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,15 +113,18 @@ def measure_fidelity(
     """
     own = reference_tokenizer(reference)
     folder = own or (candidate.source.folder if candidate else reference.source.folder)
-    findings: list[dict[str, Any]] = []
     with TIMELINE.stage("tokenizers"):
         rows, documents = evaluation_rows(folder, config)
         check_vocabulary(rows.ids_TS, reference.merged, folder)
+    with ThreadPoolExecutor(1, "qconv-tokenizers") as pool:  # beside the models, which are loaded meanwhile
+        judged = None
         if candidate is not None:
             check_alike(reference, candidate)
-            findings = compare_tokenizers(own, candidate.source.folder, documents) if own else []
-    lineup = line_up(reference, candidate, config, device)
-    comparison, found = _compare(lineup, rows, observe, progress)
+            if own is not None:
+                judged = pool.submit(compare_tokenizers, own, candidate.source.folder, documents)
+        lineup = line_up(reference, candidate, config, device)
+        comparison, found = _compare(lineup, rows, observe, progress)
+        findings = judged.result() if judged is not None else []
     with TIMELINE.stage("statistics"):
         facts = _facts(comparison, rows, config, lineup)
     result = Fidelity(

@@ -8,7 +8,8 @@ A command lasts from the moment that it is typed until the prompt is back, so st
   that torch and transformers take to import (`without_collections`).
 - Reading files from the disk and waking a GPU need no interpreter, and importing needs nothing else (`begin`).
 - `bitsandbytes` hands a few fallbacks for CPUs to `torch.compile` when it is imported, which imports the whole
-  compiler; on a GPU they are never called, and uncompiled they compute the same (`import_uncompiled`).
+  compiler; on a GPU they are never called, and uncompiled they compute the same (`import_uncompiled`). `transformers`
+  tells the compiler of functions that it shall leave alone, which imports it too; nothing is compiled here (`begin`).
 - glibc gives large blocks of memory back to the system when they are freed, and gets them back page by page, zeroed. A
   forward pass on a CPU frees and allocates the same large blocks all the time (`keep_freed_memory`).
 - Taking apart thousands of modules and a GPU context, object by object, takes seconds in the end; the system does it at
@@ -27,7 +28,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _UNUSED = ("sklearn", "scipy")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
@@ -92,7 +93,8 @@ def begin(device: str, folders: Iterable[str | os.PathLike[str] | None] = (), so
     found = [Path(folder) for folder in folders if folder is not None and Path(folder).is_dir()]
     _in_background("qconv-fetch", _fetch, found)
     with without_collections():
-        import torch  # noqa: F401
+        import torch
+    torch.compiler.disable = _not_compiled  # type: ignore[assignment]
     if device != "cpu":
         _in_background("qconv-wake-gpu", _wake_gpu, device, solves)
 
@@ -154,11 +156,13 @@ def import_uncompiled(name: str) -> None:
 
     import torch
 
-    def not_compiled(model: object = None, **_: object) -> object:
-        return model if model is not None else (lambda function: function)
-
-    with mock.patch.object(torch, "compile", not_compiled), without_collections():
+    with mock.patch.object(torch, "compile", _not_compiled), without_collections():
         importlib.import_module(name)
+
+
+def _not_compiled(function: Any = None, *_: object, **__: object) -> Any:
+    """In the place of a decorator that concerns the compiler, with or without options."""
+    return function if function is not None else (lambda later: later)
 
 
 def keep_freed_memory() -> None:
