@@ -15,7 +15,9 @@ TARGETS = {
     "w4a16": f"{_MERGE} --requant w4a16 {_CALIBRATED}",
     "w4a16-asym": f"{_MERGE} --requant w4a16 --asym {_CALIBRATED}",
     "w8a16": f"{_MERGE} --requant w8a16 {_CALIBRATED}",
+    "w4a16-partly": f"{_MERGE} --requant w4a16 --algorithm awq+gptq --ignore '*.layers.0.*' {_CALIBRATED}",
     "int8": f"{_MERGE} --requant int8 --algorithm int8",
+    "int8-smoothed": f"{_MERGE} --requant int8 {_CALIBRATED}",
     "fp8": f"{_MERGE} --requant fp8",
     "fp8-static": f"{_MERGE} --requant fp8 --activations static {_CALIBRATED}",
     # Blocks of 128 divide no layer of SmolLM2, whose width is 576.
@@ -25,7 +27,7 @@ TARGETS = {
 """Arguments of qconv by target; the name is that of the artifact's folder, too."""
 
 ROWS_ELSE = 8
-ROWS = {"int8": 48, "fp8": 16, "fp8-static": 16}
+ROWS = {"int8": 48, "int8-smoothed": 48, "fp8": 16, "fp8-static": 16}
 """Rows of 512 tokens to score by target: more where single tokens differ more."""
 
 VLLM, TRANSFORMERS = "vLLM", "transformers + gptqmodel"
@@ -33,7 +35,7 @@ VLLM, TRANSFORMERS = "vLLM", "transformers + gptqmodel"
 READERS = {VLLM: "read_vllm.py", TRANSFORMERS: "read_transformers.py"}
 
 REQUIRED = {
-    VLLM: ("bf16", "gptq", "gptq-v2", "awq", "w4a16", "w4a16-asym", "int8", "fp8"),
+    VLLM: ("bf16", "gptq", "gptq-v2", "awq", "w4a16", "w4a16-asym", "w4a16-partly", "int8", "int8-smoothed", "fp8"),
     TRANSFORMERS: ("gptq", "gptq-v2", "gptq-desc-act", "gptq-asym", "awq"),
 }
 """What must be read, and agree."""
