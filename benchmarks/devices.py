@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from shapes import build
@@ -21,7 +22,20 @@ from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationCo
 from qconv.progress import quiet_libraries
 from qconv.quantization_config import QuantizationConfig
 
-TARGETS = (None, "fp8", "awq", "gptq", "w4a16")
+JOBS: dict[str, dict[str, Any] | None] = {
+    "bf16": None,
+    "fp8": {"target": "fp8"},
+    "awq": {"target": "awq"},
+    "gptq": {"target": "gptq"},
+    "w4a16": {"target": "w4a16"},
+    "gptq_v2": {"target": "gptq_v2"},
+    "w8a16": {"target": "w8a16"},
+    "w4a16 (awq+gptq)": {"target": "w4a16", "algorithm": "awq+gptq"},
+    "int8": {"target": "int8"},
+    "int8 (smoothquant+gptq)": {"target": "int8", "algorithm": "smoothquant+gptq"},
+    "fp8 (static)": {"target": "fp8", "activations": "static"},
+}
+"""Rows of the table, and what `QuantizationConfig` takes."""
 
 
 def main() -> None:
@@ -33,14 +47,17 @@ def main() -> None:
     parser.add_argument("--devices", default="cpu,cuda")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--jobs", help="rows, separated by commas [default: all]")
     arguments = parser.parse_args()
+    jobs = arguments.jobs.split(",") if arguments.jobs else list(JOBS)
     arguments.out.mkdir(parents=True, exist_ok=True)
     base, adapter = arguments.base, arguments.adapter
     if arguments.random_1b:
         base, adapter = build("1b", arguments.out, "cuda" if torch.cuda.is_available() else "cpu")
     print("| target | device | KL mean | top-1 | ppl (reference) | seconds | peak GPU GB | reference |", flush=True)
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    for target in TARGETS:
+    for name in jobs:
+        options = JOBS[name]
         for device in arguments.devices.split(","):
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -51,7 +68,7 @@ def main() -> None:
                 outputs=(
                     OutputConfig(
                         out=arguments.out / "candidate",
-                        quantization=QuantizationConfig(target=target) if target else None,
+                        quantization=QuantizationConfig(**options) if options else None,
                     ),
                 ),
                 calibration=CalibrationConfig(sources=("default-prose",), samples=arguments.samples, seq_len=512),
@@ -66,7 +83,7 @@ def main() -> None:
             pair = fidelity["total"]
             peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
             print(
-                f"| {target or 'bf16'} | {device} | {pair['kl']['mean']:.5f} | {pair['top1_agreement']['value']:.1%} "
+                f"| {name} | {device} | {pair['kl']['mean']:.5f} | {pair['top1_agreement']['value']:.1%} "
                 f"| {pair['perplexity']:.2f} ({pair['reference_perplexity']:.2f}) "
                 f"| {time.monotonic() - start:.1f} | {peak:.2f} | {fidelity['reference']['runs']} |",
                 flush=True,
