@@ -29,8 +29,8 @@ def merge_job(
         quantizations = [*_quantizations(targets, options)]
     elif _given(options):
         raise errors.UsageError(
-            "--algorithm, --bits, --group-size, --sym/--asym, --activations, --desc-act, --ignore, --override and "
-            "--lm-head belong to --requant"
+            "--algorithm, --bits, --group-size, --sym/--asym, --activations, --damping, --desc-act, --ignore, "
+            "--override and --lm-head belong to --requant"
         )
     names = ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks")
     asked = [name for name in names if options[name] not in (None, ())]
@@ -111,7 +111,7 @@ class _Given:
 def _given(options: dict[str, Any]) -> list[_Given]:
     """The options of targets that were given; of those that may be repeated, each by itself."""
     found = []
-    for name in ("algorithm", "bits", "group_size", "activations"):
+    for name in ("algorithm", "bits", "group_size", "activations", "damping"):
         if options[name] is not None:
             found.append(_Given(name, options[name], f"--{name.replace('_', '-')} {options[name]}"))
     if options["symmetric"] is not None:
@@ -131,7 +131,7 @@ def _quantizations(targets: Sequence[str], options: dict[str, Any]) -> Iterable[
     twice = next((target for target in targets if targets.count(target) > 1), None)
     if twice is not None:
         raise errors.UsageError(f"{twice} is asked for twice; name each target once, or make another run with -o")
-    made = {target: QuantizationConfig(target=target, damping=options["damping"]) for target in targets}
+    made = {target: QuantizationConfig(target=target) for target in targets}
     for option in _given(options):
         refusals: dict[str, errors.UsageError] = {}
         for target, config in made.items():

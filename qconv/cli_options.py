@@ -110,7 +110,7 @@ quantize_options = options(
         "--lm-head", is_flag=True, help="gptq, gptq_v2, w4a16, w8a16: quantize the output head too, unless it is tied."
     ),
     click.option(
-        "--damping", default=0.03, show_default=True, help="gptq: damping, fraction of the mean Gram diagonal."
+        "--damping", type=float, help="Algorithms with gptq: fraction of the mean Gram diagonal [default: 0.03]"
     ),
     click.option(
         "--calibration",

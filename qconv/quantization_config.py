@@ -29,7 +29,7 @@ class QuantizationConfig:
         symmetric: without zero points; None = the target's default.
         desc_act: GPTQ's activation-ordered groups with a stored group index (``desc_act: true``).
             Columns are always visited in activation order; this also regroups them.
-        damping: GPTQ damping as a fraction of the mean Gram diagonal.
+        damping: of GPTQ, a fraction of the mean Gram diagonal; None = 0.03. For algorithms with gptq in their name.
         activations: how the engine finds the scales of inputs that it rounds to float8: for each token as it comes, or
             once for all, by calibration; for ``fp8``, where None = dynamic.
         ignore: linears that stay unquantized: patterns of module names, as in ``overrides``.
@@ -43,7 +43,7 @@ class QuantizationConfig:
     group_size: int | None = None
     symmetric: bool | None = None
     desc_act: bool = False
-    damping: float = 0.03
+    damping: float | None = None
     activations: Literal["dynamic", "static"] | None = None
     ignore: tuple[str, ...] = ()
     lm_head: bool = False
@@ -71,11 +71,22 @@ class QuantizationConfig:
             raise SchemeError(f"--group-size must be at least 8, or -1 for one group per row, got {self.group_size}")
         if self.activations is not None and self.target != "fp8":
             raise UsageError(f"--activations belongs to --requant fp8, got {self.target}")
-        if not 0 < self.damping < 1:
-            raise UsageError(f"--damping is a fraction between 0 and 1, got {self.damping}")
+        self._check_damping()
         for pattern in self.ignore:
             check_pattern(pattern)
         self._check_mixture()
+
+    def _check_damping(self) -> None:
+        if self.damping is None:
+            return
+        if not self.solves:
+            solving = [name for name in TARGETS[self.target].algorithms if name.endswith("gptq")]
+            raise UsageError(
+                f"--damping is of GPTQ, and {self.target} by {self.resolved_algorithm} does not use it; drop it"
+                + (f", or take --algorithm {' or '.join(solving)}" if solving else "")
+            )
+        if not 0 < self.damping < 1:
+            raise UsageError(f"--damping is a fraction between 0 and 1, got {self.damping}")
 
     def _check_mixture(self) -> None:
         target = TARGETS[self.target]

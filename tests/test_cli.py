@@ -399,7 +399,10 @@ USAGE: dict[str, tuple[list[str], list[str]]] = {
     "target": (["--requant", "gguf"], ["gguf", "gptq", "awq", "w4a16", "fp8"]),
     "algorithm": (["--requant", "fp8", "--algorithm", "gptq"], ["fp8 takes --algorithm fp8, got gptq"]),
     "activations of int8": (["--requant", "int8", "--activations", "dynamic"], ["belongs to --requant fp8, got int8"]),
-    "activations alone": (["--activations", "static"], ["--activations, --desc-act, --ignore,", "belong to --requant"]),
+    "activations alone": (
+        ["--activations", "static"],
+        ["--activations, --damping, --desc-act,", "belong to --requant"],
+    ),
     "bits": (["--requant", "awq", "--bits", "8"], ["awq has --bits 4, got 8"]),
     "bits of another target": (["--requant", "w4a16", "--bits", "8"], ["--bits 4, got 8; w8a16 holds 8 bits"]),
     "group size of fp8": (["--requant", "fp8", "--group-size", "64"], ["fp8 has one scheme: no --group-size"]),
@@ -410,6 +413,13 @@ USAGE: dict[str, tuple[list[str], list[str]]] = {
     "effect": (["--min-effect", "1.5"], ["at most 1"]),
     "gate without validation": (["--no-validate", "--max-kl", "0.1"], ["leaves nothing to gate"]),
     "damping": (["--requant", "gptq", "--damping", "2"], ["between 0 and 1"]),
+    "damping alone": (["--damping", "0.03"], ["--damping, --desc-act,", "belong to --requant"]),
+    "damping of awq": (["--requant", "awq", "--damping", "0.03"], ["take --algorithm awq+gptq or gptq"]),
+    "damping of fp8": (["--requant", "fp8", "--damping", "0.05"], ["fp8 by fp8 does not use it; drop it"]),
+    "damping of rtn": (
+        ["--requant", "w4a16", "--algorithm", "rtn", "--damping", "0.05"],
+        ["w4a16 by rtn does not use it"],
+    ),
     "device": (["--device", "tpu"], ["tpu", "cpu", "cuda", "auto"]),
     "option": (["--no-such-option"], ["--no-such-option"]),
 }

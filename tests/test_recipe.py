@@ -132,6 +132,9 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
             "outputs.0.damping": st.floats(1e-6, 0.9),
         }
     chosen = draw(st.fixed_dictionaries({}, optional=possible))
+    default = "awq" if target == "awq" else "gptq"
+    if "gptq" not in chosen.get("outputs.0.algorithm", default):
+        chosen.pop("outputs.0.damping", None)
     return chosen | ({} if target is None else {"outputs.0.target": target})
 
 
@@ -404,6 +407,12 @@ OTHER: dict[str, tuple[str, int, list[str]]] = {
     ),
     "desc-act on awq": (HEAD.replace("out}", "out,\n     desc-act: true}"), 6, ["outputs[0].desc-act", "target gptq"]),
     "group size of fp8": (HEAD + "  - {out: b, target: fp8, group-size: 64}\n", 6, ["[1].group-size", "one scheme"]),
+    "damping of awq": (
+        HEAD.replace("out}", "out,\n     damping: 0.05}"),
+        6,
+        ["outputs[0].damping", "awq by awq does not use it", "algorithm awq+gptq or gptq"],
+    ),
+    "damping of fp8": (HEAD + "  - {out: b, target: fp8, damping: 0.03}\n", 6, ["[1].damping", "fp8 by fp8 does not"]),
     "algorithm of awq": (
         HEAD + "  - {out: b, target: fp8, algorithm: gptq}\n",
         6,

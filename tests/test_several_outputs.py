@@ -361,7 +361,15 @@ def test_quantizing_to_several(run: Run, tiny_llama: Path) -> None:
 
 def test_each_target_gets_the_options_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     targets = [word for target in ("awq", "gptq", "w4a16", "fp8") for word in ("--requant", target)]
-    mixture = ["--override", "*.down_proj:bits=2", "--override", "*.o_proj:bits=8,asym", "--lm-head"]
+    mixture = [
+        "--damping",
+        "0.05",
+        "--override",
+        "*.down_proj:bits=2",
+        "--override",
+        "*.o_proj:bits=8,asym",
+        "--lm-head",
+    ]
     both = flags_to_job("base", "adapter", *targets, *mixture, "--ignore", "a", "--ignore", "b", "-o", "out")
     two, eight = (
         OverrideConfig(pattern="*.down_proj", bits=2),
@@ -369,12 +377,13 @@ def test_each_target_gets_the_options_that_it_takes(capsys: pytest.CaptureFixtur
     )
     assert [output.quantization for output in both.outputs] == [
         QuantizationConfig(target="awq", ignore=("a", "b")),
-        QuantizationConfig(target="gptq", ignore=("a", "b"), lm_head=True, overrides=(two, eight)),
-        QuantizationConfig(target="w4a16", ignore=("a", "b"), lm_head=True, overrides=(eight,)),
+        QuantizationConfig(target="gptq", damping=0.05, ignore=("a", "b"), lm_head=True, overrides=(two, eight)),
+        QuantizationConfig(target="w4a16", damping=0.05, ignore=("a", "b"), lm_head=True, overrides=(eight,)),
         QuantizationConfig(target="fp8", ignore=("a", "b")),
     ]
     notes = [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines()]
     assert notes == [
+        "note: --damping 0.05 is for gptq, w4a16 alone",
         "note: --lm-head is for gptq, w4a16 alone",
         "note: --override '*.down_proj:bits=2' is for gptq alone",
         "note: --override '*.o_proj:bits=8,asym' is for gptq, w4a16 alone",

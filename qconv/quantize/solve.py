@@ -23,7 +23,7 @@ from qconv.quantize.awq import search_block_grid
 from qconv.quantize.fold_block import Statistics
 from qconv.quantize.fp8 import quantize_per_block, quantize_per_channel
 from qconv.quantize.fp8_static import choose_input_scale, quantize_per_tensor
-from qconv.quantize.gptq import gptq
+from qconv.quantize.gptq import DAMPING, gptq
 from qconv.quantize.rtn import rtn
 from qconv.types import QuantizedLinear, Scheme
 
@@ -129,7 +129,7 @@ def _gptq(
             stacked_NK, gram_KK = stacked_NK[:, order_K], gram_KK[order_K][:, order_K]
         # Engines' integer kernels were not tried with negative scales.
         signed = not scheme.dynamic_activations
-        solved = gptq(stacked_NK, gram_KK, scheme, label, damping=config.damping, signed_scales=signed)
+        solved = gptq(stacked_NK, gram_KK, scheme, label, damping=config.damping or DAMPING, signed_scales=signed)
         linear = solved.linear if order_K is None else regrouped(solved.linear, order_K)
         progress.detail(
             f"{label}: relative output error {solved.stats.relative_error:.2e}, damping {solved.stats.damping:g}"
