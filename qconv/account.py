@@ -244,7 +244,7 @@ def stages(
             "read by": TARGETS[output.quantization.target].readers,
             "notes on readers": _notes(output.quantization, layout),
             **({"linears with other settings": _mixture(layout)} if _mixture(layout) else {}),
-            **({"left unquantized by": list(output.quantization.ignore)} if output.quantization.ignore else {}),
+            **_asked(output, output.quantization),
             **dict(sorted(counts.items())),
         }
     elif output.quantization is not None:
@@ -255,11 +255,17 @@ def stages(
             "linears quantized": len(layout.quantized),
             "read by": TARGETS[output.quantization.target].readers,
             "notes on readers": reader_notes(output.quantization, None),
-            **({"left unquantized by": list(output.quantization.ignore)} if output.quantization.ignore else {}),
+            **_asked(output, output.quantization),
         }
     if calibration is not None and output.quantization is not None and output.quantization.needs_calibration:
         result["calibration"] = _describe(job.calibration, calibration, calibration_text)
     return result
+
+
+def _asked(output: OutputConfig, quantization: QuantizationConfig) -> dict[str, list[str]]:
+    """What options say of an output that its numbers do not."""
+    said = {"left unquantized by": list(quantization.ignore), "options not taken": list(output.not_taken)}
+    return {name: texts for name, texts in said.items() if texts}
 
 
 def _describe(config: CalibrationConfig, rows: torch.Tensor, text: str) -> dict[str, Any]:

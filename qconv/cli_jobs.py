@@ -25,8 +25,9 @@ def merge_job(
 ) -> MergeJob:
     """``targets``: none for a plain output; with several, each output lies in a folder of its name."""
     quantizations: list[QuantizationConfig | None] = [None]
+    not_taken: dict[str, list[str]] = {}
     if targets:
-        quantizations = [*_quantizations(targets, options)]
+        quantizations = [*_quantizations(targets, options, not_taken)]
     elif _given(options):
         raise errors.UsageError(
             "--algorithm, --bits, --group-size, --sym/--asym, --activations, --damping, --desc-act, --ignore, "
@@ -49,6 +50,7 @@ def merge_job(
                 quantization=quantization,
                 dtype=options["dtype"],
                 max_shard_bytes=parse_size(options["max_shard_size"]),
+                not_taken=tuple(not_taken.get(target, ())),
             )
             for target, quantization in zip(targets or [""], quantizations, strict=True)
         ),
@@ -122,8 +124,13 @@ def _given(options: dict[str, Any]) -> list[_Given]:
     return found
 
 
-def _quantizations(targets: Sequence[str], options: dict[str, Any]) -> Iterable[QuantizationConfig]:
+def _quantizations(
+    targets: Sequence[str], options: dict[str, Any], not_taken: dict[str, list[str]]
+) -> Iterable[QuantizationConfig]:
     """One for each target. Of several, each gets the options that it takes, and a line says which it does not.
+
+    Args:
+        not_taken: gets the options that a target does not take, with the reason.
 
     Raises:
         UsageError: a target is named twice, or an option is for none of them.
@@ -142,6 +149,8 @@ def _quantizations(targets: Sequence[str], options: dict[str, Any]) -> Iterable[
         if len(refusals) == len(made):
             raise refusals[targets[0]]
         if refusals:
+            for target, refusal in refusals.items():
+                not_taken.setdefault(target, []).append(f"{option.typed}: {refusal}")
             taking = ", ".join(target for target in targets if target not in refusals)
             reasons = "; ".join(map(str, refusals.values()))
             progress_of(options).say(f"note: {option.typed} is for {taking} alone ({reasons})")

@@ -110,12 +110,15 @@ class OutputConfig:
         quantization: None = write a plain checkpoint.
         dtype: storage dtype of unquantized tensors; None = the base's.
         max_shard_bytes: largest file of weights.
+        not_taken: options that were given for several outputs and are not for this one, each with the reason; for the
+            report.
     """
 
     out: Path
     quantization: QuantizationConfig | None = None
     dtype: str | None = None
     max_shard_bytes: int = 5_000_000_000
+    not_taken: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in PLAIN_DTYPES:

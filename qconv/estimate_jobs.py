@@ -111,7 +111,10 @@ def estimate_merge(
         cores=torch.get_num_threads(),
         gpu_usable=gpu_usable,
         problems=problems,
-        notes=notes_of(device),
+        notes=[
+            *notes_of(device),
+            *(f"{output.out}: {text} (not taken)" for output in job.outputs for text in output.not_taken),
+        ],
     )
 
 

@@ -247,7 +247,7 @@ COMBINATION = _section(CombinationConfig, kinds={"adapters": MODEL})
 CALIBRATION = _section(CalibrationConfig, kinds={"sources": WEIGHTED_SOURCE})
 OUTPUT = _section(
     OutputConfig,
-    without=("quantization",),  # whose keys stand beside these
+    without=("quantization", "not_taken"),  # whose keys stand beside these; here each output has its own options
     names={"max_shard_bytes": "max-shard-size"},
     kinds={"max_shard_bytes": SIZE, "dtype": choice(PLAIN_DTYPES)},
 )

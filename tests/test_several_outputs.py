@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -328,6 +329,26 @@ def test_json_of_several(run: Run, tiny_nf4: Path, tiny_adapter: Path) -> None:
         (f"{run.out}/fp8", 0),
     ]
     assert document["outputs"][1].keys() == report_of(run.out / "fp8").keys() | {"folder", "exit_code"}
+
+
+@pytest.mark.parametrize("silent", ["--json", "--quiet"])
+def test_options_that_an_output_does_not_take_are_in_its_report(run: Run, tiny_llama: Path, silent: str) -> None:
+    options = ["--algorithm", "rtn", "--override", "*.o_proj:bits=8", "--no-validate"]
+    result = run("quantize", tiny_llama, "--to", "gptq", "--to", "fp8", *options, silent)
+    assert (result.code, result.err) == (0, "")
+    found = {name: report_of(run.out / name)["stages"]["quantization"] for name in ("gptq", "fp8")}
+    assert "options not taken" not in found["gptq"]
+    algorithm, override = found["fp8"]["options not taken"]
+    assert algorithm == "--algorithm rtn: fp8 takes --algorithm fp8, got rtn"
+    assert override.startswith("--override '*.o_proj:bits=8': --override: fp8 has one scheme for all linears")
+    if silent == "--json":
+        documents = json.loads(result.out)["outputs"]
+        assert [document["stages"]["quantization"] for document in documents] == [found["gptq"], found["fp8"]]
+    shutil.rmtree(run.out)
+    document = json.loads(
+        run("quantize", tiny_llama, "--to", "gptq", "--to", "fp8", *options, "--dry-run", "--json").out
+    )
+    assert document["notes"] == [f"{run.out / 'fp8'}: {text} (not taken)" for text in (algorithm, override)]
 
 
 def test_the_worst_exit_code_counts() -> None:
