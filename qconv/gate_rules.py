@@ -68,8 +68,12 @@ _MAX_KL: Mapping[ArtifactKind, float] = {
 }
 
 
-def default_rules(kind: ArtifactKind, has_adapter: bool) -> tuple[Rule, ...]:
+def default_rules(kinds: ArtifactKind | Mapping[ArtifactKind, int], has_adapter: bool) -> tuple[Rule, ...]:
     """What is gated unless told otherwise: limits that a sound conversion meets with room and a broken one does not.
+
+    Where linears have several kinds, each weight brings its share of the limit of its own: rounding errors of different
+    linears are independent, so what they add to the KL adds up. One linear in 2 bits does not give all others the room
+    of 2 bits, and a few in 8 bits do not take away that of 4.
 
     They catch breakage; a release should set limits of its own, or relative ones: how far a number of bits
     brings one away depends on the model. The evidence, mean KL in nats on SmolLM2-135M with a real adapter
@@ -85,8 +89,13 @@ def default_rules(kind: ArtifactKind, has_adapter: bool) -> tuple[Rule, ...]:
     - merge.kl_mean, 0.01 with an adapter: that a 16-bit merge of this base and adapter is possible at all; it is
       made here, so it says nothing of the candidate. The limit is the plain one.
     - findings, 0: an error found in the files is one however close the logits are.
+
+    Args:
+        kinds: what the quantized weights are; of several kinds how many are of each.
     """
-    limits = {"kl_mean": _MAX_KL[kind]}
+    parts = {kinds: 1} if isinstance(kinds, str) else kinds
+    shared = sum(count * _MAX_KL[kind] for kind, count in parts.items()) / sum(parts.values())
+    limits = {"kl_mean": float(f"{shared:.3g}")}
     if has_adapter:
         limits["merge.kl_mean"] = _MAX_KL["plain"]
     limits["findings"] = 0.0

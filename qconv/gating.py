@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+
 from qconv.config import ValidationConfig
 from qconv.errors import UsageError
-from qconv.gate_rules import Rule, artifact_kind, combine, default_rules
+from qconv.gate_rules import ArtifactKind, Rule, artifact_kind, combine, default_rules
 from qconv.runners import Candidate, Reference
 from qconv.validate.prompts import load_prompts
 from qconv.validate.tasks import check_tasks
@@ -17,15 +21,19 @@ def rules_for(
 
     What cannot be measured is no default gate; asked for, it fails.
     """
-    scheme = candidate.view.scheme
-    if scheme is not None:
-        kind = artifact_kind(scheme.bits, scheme.kind == "float" or scheme.rounds_activations)
-    else:
-        kind = "plain" if candidate.view.kind == "plain" else "int4"  # bitsandbytes 4-bit
-    defaults = default_rules(kind, has_adapter) if config.defaults and config.policy.defaults else ()
+    defaults = default_rules(_kinds(candidate), has_adapter) if config.defaults and config.policy.defaults else ()
     if not is_audited:
         defaults = tuple(rule for rule in defaults if rule.metric != "findings")
     return combine(defaults, config.policy.rules, config.rules)
+
+
+def _kinds(candidate: Candidate) -> Mapping[ArtifactKind, int]:
+    """How many weights of the candidate are of each kind; what is not quantized counts where nothing is."""
+    view, found = candidate.view, Counter[ArtifactKind]()
+    for module, scheme in view.schemes.items():
+        kind = artifact_kind(scheme.bits, scheme.kind == "float" or scheme.rounds_activations)
+        found[kind] += prod(view.specs()[f"{module}.weight"].shape)
+    return found or {"plain" if view.kind == "plain" else "int4": 1}  # bitsandbytes 4-bit has no schemes
 
 
 def check_rules(reference: Reference, config: ValidationConfig, has_adapter: bool) -> None:

@@ -209,6 +209,20 @@ def test_artifact_kinds(bits, is_float, kind):
     assert default_rules(kind, has_adapter=True)
 
 
+@pytest.mark.parametrize(
+    ("weights", "limit"),
+    [
+        ({"int4": 7}, 0.3),
+        ({"int4": 990, "int2": 10}, 0.307),
+        ({"int4": 1, "int8": 1}, 0.16),
+        ({"int8": 9, "int4": 1}, 0.048),
+    ],
+)
+def test_each_weight_brings_its_share_of_the_limit_of_its_width(weights, limit):
+    rules = default_rules(weights, has_adapter=True)
+    assert {rule.metric: rule.limit for rule in rules} == {"kl_mean": limit, "merge.kl_mean": 0.01, "findings": 0.0}
+
+
 def test_flags_replace_the_file_which_replaces_defaults():
     defaults = default_rules("int4", has_adapter=True)
     file = [parse_rule("kl_mean<=0.2"), parse_rule("merge.kl_mean<=5x floor"), parse_rule("flips<=5%")]

@@ -18,8 +18,10 @@ from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.errors import QconvError, SchemeError, UsageError
+from qconv.gating import rules_for
 from qconv.overrides import OverrideConfig, parse_override
 from qconv.quantization_config import QuantizationConfig
+from qconv.runners import Candidate
 from qconv.selection import schemes_of
 from qconv.types import Scheme
 from tests.cli_cases import decode_gptq, stored_tensors
@@ -152,6 +154,19 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         result: Tensor = model.eval()(ids).logits
     return result
+
+
+def test_a_single_2_bit_linear_does_not_loosen_the_gate(tmp_path: Path, tiny_llama: Path) -> None:
+    two = OverrideConfig(pattern="*.layers.1.self_attn.o_proj", bits=2)
+    quantize(tiny_llama, tmp_path / "out", "gptq", algorithm="rtn", overrides=(two,))
+    view = reopened(tmp_path / "out")
+    weights = dict.fromkeys((2, 4), 0)
+    for module, scheme in view.schemes.items():
+        weights[scheme.bits] += torch.Size(view.specs()[f"{module}.weight"].shape).numel()
+    rules = rules_for(Candidate.of(open_checkpoint(tmp_path / "out")), False, ValidationConfig())
+    limits = {rule.metric: rule.limit for rule in rules}
+    assert limits["kl_mean"] == pytest.approx((1.0 * weights[2] + 0.3 * weights[4]) / sum(weights.values()), abs=5e-4)
+    assert 0.3 < limits["kl_mean"] < 0.32
 
 
 # The output head
