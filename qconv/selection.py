@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -46,6 +47,8 @@ def schemes_of(
 ) -> tuple[Scheme, dict[str, Scheme]]:
     """The scheme of all weights that no override is about, and that of each weight.
 
+    Where overrides are about all of them, the first is that of most weights: what describes an output is true of some.
+
     Raises:
         UsageError: an override that matches no linear, or only such that an earlier one has taken.
         SchemeError: a group size that does not divide, or linears that engines fuse with different schemes.
@@ -66,6 +69,8 @@ def schemes_of(
               for override in config.overrides]  # fmt: skip
     schemes = {m: others[taken[m]] if m in taken else base for m in modules}
     _check_fused(schemes, view.location, "--override")
+    if len(taken) == len(modules):
+        base = Counter(schemes.values()).most_common(1)[0][0]
     return base, {f"{module}.weight": scheme for module, scheme in schemes.items()}
 
 

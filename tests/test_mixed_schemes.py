@@ -156,6 +156,30 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return result
 
 
+@pytest.mark.parametrize("target", ["gptq", "w4a16"])
+def test_overrides_that_take_all_linears_leave_no_trace_of_what_no_linear_has(
+    tmp_path: Path, tiny_llama: Path, target: str
+) -> None:
+    overrides = (
+        OverrideConfig(pattern="*.mlp.*", bits=8, group_size=32),
+        OverrideConfig(pattern="*.self_attn.*", bits=8, group_size=64, symmetric=False),
+    )
+    report = quantize(tiny_llama, tmp_path / "out", target, algorithm="rtn", overrides=overrides)
+    facts, config = report["stages"]["quantization"], config_of(tmp_path / "out")
+    assert (facts["bits"], facts["group_size"], facts["symmetric"]) == (8, 64, False)  # of 16 linears out of 28
+    assert facts["linears with other settings"] == [
+        "12 in 8-bit symmetric, group 32: model.layers.0.mlp.gate_proj to model.layers.3.mlp.down_proj"
+    ]
+    text = json.dumps([config, facts])
+    assert [said for said in ('"bits": 4', '"num_bits": 4', '"group_size": 128') if said in text] == []
+    if target == "gptq":
+        assert (config["bits"], config["group_size"], config["sym"]) == (8, 64, False)
+        assert engine_says(config, "model.layers.2.self_attn.q_proj") is not None
+    schemes = bits_of(reopened(tmp_path / "out"))
+    expected = {name: (8, 32, True) if ".mlp." in name else (8, 64, False) for name in schemes}
+    assert (len(schemes), schemes) == (28, expected)
+
+
 def test_a_single_2_bit_linear_does_not_loosen_the_gate(tmp_path: Path, tiny_llama: Path) -> None:
     two = OverrideConfig(pattern="*.layers.1.self_attn.o_proj", bits=2)
     quantize(tiny_llama, tmp_path / "out", "gptq", algorithm="rtn", overrides=(two,))
