@@ -9,7 +9,7 @@ from qconv.cli_answers import Answer
 from qconv.config import MergeJob, ValidateJob
 from qconv.errors import CapacityError
 from qconv.estimate_show import show
-from qconv.progress import Progress
+from qconv.progress import QUIET, Progress
 from qconv.training_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -45,25 +45,37 @@ def planned_recipe(train: TrainConfig | None, job: MergeJob, progress: Progress)
     """Of a whole recipe: training first, then everything that is made of its adapter."""
     if train is None:
         return planned_merge(job, "run", progress)
-    from qconv.disk_room import joined
-    from qconv.estimate_jobs import estimate_merge
     from qconv.estimate_train import estimate_training
     from qconv.inputs import resolve_device
-    from qconv.plan import plan_before_training
 
-    device = resolve_device(job.device)
-    plan = plan_before_training(job, progress)
-    training, coming = estimate_training(train, device)
-    making = estimate_merge(job, plan, device, "run", coming.num_bytes, coming.changes)
+    making = estimate_before_training(train, job, progress)
+    training, _ = estimate_training(train, resolve_device(job.device))
     whole = replace(
         making,
         stages=[*training.stages, *making.stages],
         process={**making.process, **training.process},
-        rooms=joined([*training.rooms, *making.rooms]),
         replaced={**training.replaced, **making.replaced},
         notes=list(dict.fromkeys([*training.notes, *making.notes])),
     )
     return _answer(whole)
+
+
+def estimate_before_training(train: TrainConfig, job: MergeJob, progress: Progress = QUIET) -> Estimate:
+    """What comes after a training, with the adapter that it will make: its terms, and its room beside the outputs.
+
+    Raises:
+        QconvError: what can be known before it and would stop the job after it.
+    """
+    from qconv.disk_room import joined
+    from qconv.estimate_jobs import estimate_merge
+    from qconv.estimate_train import adapter_to_come, rooms_of_training
+    from qconv.inputs import resolve_device
+    from qconv.plan import plan_before_training
+
+    plan = plan_before_training(job, progress)
+    coming = adapter_to_come(train)
+    making = estimate_merge(job, plan, resolve_device(job.device), "run", coming.num_bytes, coming.changes)
+    return replace(making, rooms=joined([*rooms_of_training(train, coming), *making.rooms]))
 
 
 def _answer(estimate: Estimate) -> Answer:

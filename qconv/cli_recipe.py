@@ -15,11 +15,10 @@ from qconv import __version__, cli_jobs
 from qconv.cli_answers import Answer, answer_of, answers, made, together, training_facts, with_code
 from qconv.cli_options import dry_run_option, json_option, message_options
 from qconv.cli_parsing import Command, devices, recipes
-from qconv.cli_plans import planned_recipe
-from qconv.errors import CapacityError, RecipeError, SchemeError, UsageError
+from qconv.cli_plans import estimate_before_training, planned_recipe
+from qconv.errors import CapacityError, QconvError, SchemeError, UsageError
 from qconv.own_process import begin, without_collections
 from qconv.recipe import Recipe, load_recipe
-from qconv.recipe_fields import in_words_of_recipe
 from qconv.recipe_schema import recipe_schema
 from qconv.recipe_show import as_document
 
@@ -51,7 +50,7 @@ def run(
     asked = load_recipe(recipe, (*settings, *([f"device={device}"] if device is not None else [])))
     if check:
         return _checked(asked)
-    with _refused_in_words_of_recipe(recipe):
+    with _refused_in_words_of_recipe(asked):
         if dry_run:
             return planned_recipe(asked.train, asked.job, cli_jobs.progress_of(options))
         return _run(asked, options)
@@ -82,13 +81,9 @@ def _run(recipe: Recipe, options: dict[str, Any]) -> Answer:
     with without_collections():
         from qconv import pipeline
     if recipe.train is not None:
-        from qconv.estimate_jobs import estimate_merge
-        from qconv.inputs import resolve_device
-        from qconv.plan import plan_before_training
         from qconv.train import train
 
-        device = resolve_device(job.device)
-        for line in estimate_merge(job, plan_before_training(job), device, "run").check():
+        for line in estimate_before_training(recipe.train, job).check():
             progress.say(f"warning: {line}")
         result = train(recipe.train, progress)
         text, trained = training_facts(result, job.base)
@@ -113,9 +108,11 @@ def _run(recipe: Recipe, options: dict[str, Any]) -> Answer:
 
 
 @contextmanager
-def _refused_in_words_of_recipe(path: Path) -> Iterator[None]:
-    """What only models can tell of a recipe's options is bad input, too, and says keys instead of flags."""
+def _refused_in_words_of_recipe(recipe: Recipe) -> Iterator[None]:
+    """What only models can tell of a recipe is bad input, too, and says keys instead of flags, and their lines."""
     try:
         yield
-    except (UsageError, SchemeError, CapacityError) as error:
-        raise RecipeError(f"{path}: {in_words_of_recipe(str(error))}") from error
+    except QconvError as error:
+        if error.place or isinstance(error, UsageError | SchemeError | CapacityError):
+            raise recipe.refusal(error) from error
+        raise

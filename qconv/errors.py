@@ -4,6 +4,9 @@ A message says what was expected, what was found, where (file and tensor), and w
 `cli.py` alone turns an error into an exit code; no other module calls `sys.exit`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_DONE = 0
 EXIT_OTHER = 1
 EXIT_USAGE = 2
@@ -18,10 +21,22 @@ class QconvError(Exception):
 
     Attributes:
         is_answered: it ends a command whose answer is out already, as a gate that failed does.
+        place: what of a job it is about, as keys of a recipe: ``("outputs", "0")``; empty where nobody has said so.
     """
 
     exit_code = EXIT_OTHER
     is_answered = False
+    place: tuple[str, ...] = ()
+
+
+@contextmanager
+def concerning(*place: str) -> Iterator[None]:
+    """Errors within are about this place of a job, unless they know one of their own."""
+    try:
+        yield
+    except QconvError as error:
+        error.place = error.place or place
+        raise
 
 
 class UsageError(QconvError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from qconv import __version__
 from qconv.disk_room import Room
-from qconv.errors import CapacityError, CheckpointError
+from qconv.errors import CapacityError, CheckpointError, concerning
 from qconv.estimate_memory import Steps, Terms, peak
 from qconv.estimate_time import Machine, Seconds, Units, seconds
 from qconv.host_memory import usable_bytes
@@ -116,10 +116,11 @@ class Estimate:
             CapacityError: the GPU is too small for quantizing, however it is run; the same.
         """
         full = next((room.complaint for room in self.rooms if room.complaint is not None), None)
-        if full is not None:
-            raise CheckpointError(full)
-        if self.problems:
-            raise CapacityError("\n".join(self.problems))
+        with concerning("outputs"):
+            if full is not None:
+                raise CheckpointError(full)
+            if self.problems:
+                raise CapacityError("\n".join(self.problems))
         return self.complaints()
 
     def as_dict(self) -> dict[str, Any]:

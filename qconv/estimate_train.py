@@ -15,7 +15,7 @@ import torch
 
 from qconv.checkpoint import open_checkpoint
 from qconv.convert import dequantize
-from qconv.disk_room import rooms_for
+from qconv.disk_room import Room, rooms_for
 from qconv.estimate import Estimate, Stage
 from qconv.estimate_machine import file_bytes, machine_of, notes_of, replaced, tokenizer_bytes, usable_on_gpu
 from qconv.estimate_memory import process
@@ -25,6 +25,7 @@ from qconv.skeleton import linear_weights
 from qconv.streaming import StreamedModel
 from qconv.train import Prepared, prepare
 from qconv.training_config import TrainConfig
+from qconv.types import Checkpoint
 from qconv.writer import SIDE_BYTES
 
 TRAINER_BYTES = 350_000_000  # peft, bitsandbytes and accelerate beside what a forward pass imports
@@ -41,6 +42,26 @@ class Coming:
     changes: frozenset[str]
 
 
+def adapter_to_come(config: TrainConfig) -> Coming:
+    """What a training will make, from the headers of its base.
+
+    Raises:
+        CheckpointError: the base cannot be read.
+    """
+    return _coming(config, dequantize(open_checkpoint(config.base, config.revision)))
+
+
+def _coming(config: TrainConfig, view: Checkpoint) -> Coming:
+    linears = linear_weights(view)
+    size = 4 * config.rank * sum(sum(view.specs()[name].shape) for name in linears)
+    return Coming(num_bytes=size, changes=frozenset(linears))
+
+
+def rooms_of_training(config: TrainConfig, coming: Coming) -> list[Room]:
+    """What the adapter's folder needs of its disk."""
+    return rooms_for({config.out: coming.num_bytes + SIDE_BYTES})
+
+
 def estimate_training(config: TrainConfig, device: str) -> tuple[Estimate, Coming]:
     """What a training takes, and what it makes.
 
@@ -51,9 +72,8 @@ def estimate_training(config: TrainConfig, device: str) -> tuple[Estimate, Comin
     source = open_checkpoint(ready.folder)
     view = dequantize(source)
     model = StreamedModel(view, "cpu", config_dtype(view.config))
-    linears = linear_weights(view)
-    shapes = [view.specs()[name].shape for name in linears]
-    coming = Coming(num_bytes=4 * config.rank * sum(n + k for n, k in shapes), changes=frozenset(linears))
+    coming = _coming(config, view)
+    shapes = [view.specs()[name].shape for name in coming.changes]
     terms = _terms(config, ready, model, shapes, coming)
     on_gpu = device.startswith("cuda")
     elements = sum(prod(spec.shape) for spec in view.specs().values())
@@ -71,7 +91,7 @@ def estimate_training(config: TrainConfig, device: str) -> tuple[Estimate, Comin
         device=device,
         stages=[stage],
         process=process(True, tokenizer_bytes(ready.folder), on_gpu),
-        rooms=rooms_for({config.out: coming.num_bytes + SIDE_BYTES}),
+        rooms=rooms_of_training(config, coming),
         replaced=replaced(config.overwrite, [config.out]),
         machine=machine_of(device),
         cores=torch.get_num_threads(),

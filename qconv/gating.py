@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from qconv.config import ValidationConfig
-from qconv.errors import UsageError
+from qconv.errors import UsageError, concerning
 from qconv.gate_rules import ArtifactKind, Rule, artifact_kind, combine, default_rules
 from qconv.runners import Candidate, Reference
 from qconv.validate.prompts import load_prompts
@@ -49,16 +49,22 @@ def check_rules(reference: Reference, config: ValidationConfig, has_adapter: boo
         load_prompts(config.prompts)
     tasks = check_tasks(config.tasks, config.task_folder)
     for rule in (*config.policy.rules, *config.rules):
-        metric = rule.metric
-        if not has_adapter and (metric == "adapter_effect_retained" or metric.startswith("merge.")):
-            raise UsageError(f"the gate on {metric} needs an adapter: without one there is no merge to measure")
-        if metric == "adapter_effect_retained" and reference.resizes_vocabulary:
-            raise UsageError(
-                f"the gate on {metric} compares with the base, and the adapter resizes its vocabulary: drop the gate"
-            )
-        if metric == "prompts_identical" and config.prompts is None:
-            raise UsageError(f"the gate on {metric} needs prompts: add --prompts default, or a file")
-        if metric.startswith("task.") and not any(metric.startswith(f"task.{name}.") for name in tasks):
-            name = metric.removeprefix("task.").rpartition(".")[0]
-            asked = f" (asked for: {', '.join(tasks)})" if tasks else ""
-            raise UsageError(f"the gate on {metric} needs that task: add --tasks {name}{asked}")
+        with concerning("gates", rule.metric):
+            _check_rule(rule.metric, reference, config, has_adapter, tasks)
+
+
+def _check_rule(
+    metric: str, reference: Reference, config: ValidationConfig, has_adapter: bool, tasks: Sequence[str]
+) -> None:
+    if not has_adapter and (metric == "adapter_effect_retained" or metric.startswith("merge.")):
+        raise UsageError(f"the gate on {metric} needs an adapter: without one there is no merge to measure")
+    if metric == "adapter_effect_retained" and reference.resizes_vocabulary:
+        raise UsageError(
+            f"the gate on {metric} compares with the base, and the adapter resizes its vocabulary: drop the gate"
+        )
+    if metric == "prompts_identical" and config.prompts is None:
+        raise UsageError(f"the gate on {metric} needs prompts: add --prompts default, or a file")
+    if metric.startswith("task.") and not any(metric.startswith(f"task.{name}.") for name in tasks):
+        name = metric.removeprefix("task.").rpartition(".")[0]
+        asked = f" (asked for: {', '.join(tasks)})" if tasks else ""
+        raise UsageError(f"the gate on {metric} needs that task: add --tasks {name}{asked}")

@@ -97,6 +97,14 @@ class Node:
             raise self.error(f"expected a list, got {self.kind}")
         return self.content
 
+    def child(self, name: str) -> Node | None:
+        """What stands at a key, or at a number of a list; None where nothing does."""
+        if isinstance(self.content, dict):
+            return self.content.get(name)
+        if isinstance(self.content, list) and name.isdecimal() and int(name) < len(self.content):
+            return self.content[int(name)]
+        return None
+
     def text(self) -> str:
         if not isinstance(self.content, str):
             hint = f"; put {self.word} in quotes if it is meant as text" if isinstance(self.content, bool) else ""

@@ -11,6 +11,7 @@ import torch
 from qconv import corpus
 from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig
+from qconv.errors import concerning
 from qconv.evaluation import check_vocabulary, evaluation_rows
 from qconv.gating import check_rules
 from qconv.inputs import load_reference
@@ -24,7 +25,7 @@ from qconv.skeleton import StoredBlocks, linear_weights
 from qconv.streaming import StreamedModel
 from qconv.types import Checkpoint
 from qconv.validate.peft_layers import check_peft
-from qconv.work_folder import check_beside, check_inputs, check_output
+from qconv.work_folder import check_beside, check_inputs, check_output, check_place
 from qconv.writer import CheckpointWriter
 
 
@@ -58,20 +59,26 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
     Raises:
         QconvError: any of its kinds; see `errors`.
     """
-    for output in job.outputs:
-        check_output(output.out, job.overwrite)
-        check_inputs(output.out, [job.base, *job.adapters])
-        for other in job.outputs:
-            check_beside(output.out, job.report_folder(other))
-    source = open_checkpoint(job.base, job.revision)
-    reference = load_reference(source, job.adapter, job.trained_on, job.combination)
+    for number, output in enumerate(job.outputs):
+        with concerning("outputs", str(number), "out"):
+            _check_folder(job, output)
+    with concerning("base"):
+        source = open_checkpoint(job.base, job.revision)
+    with concerning("combine" if job.combination is not None else "adapter"):
+        reference = load_reference(source, job.adapter, job.trained_on, job.combination)
     merged = reference.merged
-    linears = linear_weights(merged) if any(output.quantization for output in job.outputs) else []
-    layouts = [plan_layout(merged, o.dtype, o.quantization, linears if o.quantization else []) for o in job.outputs]
+    with concerning("base"):
+        linears = linear_weights(merged) if any(output.quantization for output in job.outputs) else []
+    layouts = []
+    for number, output in enumerate(job.outputs):
+        with concerning("outputs", str(number)):
+            some = linears if output.quantization else []
+            layouts.append(plan_layout(merged, output.dtype, output.quantization, some))
     adapter_folder = reference.side_folder
     tokenizer = tokenizer_folder(source.folder, adapter_folder)
     _check_before_work(job, reference, merged, tokenizer, adapter_comes or reference.adapter is not None)
-    calibration, calibration_text = _calibration_rows(job, merged, tokenizer, progress)
+    with concerning("calibration"):
+        calibration, calibration_text = _calibration_rows(job, merged, tokenizer, progress)
     writers = [
         CheckpointWriter(o.out, layout.specs, o.max_shard_bytes, job.overwrite, with_digests=True)
         for o, layout in zip(job.outputs, layouts, strict=True)
@@ -84,6 +91,14 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
         calibration=calibration,
         calibration_text=calibration_text,
     )
+
+
+def _check_folder(job: MergeJob, output: OutputConfig) -> None:
+    check_output(output.out, job.overwrite)
+    check_place(output.out)
+    check_inputs(output.out, [job.base, *job.adapters])
+    for other in job.outputs:
+        check_beside(output.out, job.report_folder(other))
 
 
 def plan_before_training(job: MergeJob, progress: Progress = QUIET) -> Plan:
@@ -99,16 +114,20 @@ def _check_before_work(
     job: MergeJob, reference: Reference, merged: Checkpoint, tokenizer: Path, has_adapter: bool
 ) -> None:
     """Raises now what the run would otherwise raise after hours."""
-    check_report_folder(job.report_dir)
+    with concerning("report"):
+        check_report_folder(job.report_dir)
     if job.validation is not None:
-        check_rules(reference, job.validation, has_adapter)
+        with concerning("validation"):
+            check_rules(reference, job.validation, has_adapter)
+            check_vocabulary(evaluation_rows(tokenizer, job.validation)[0].ids_TS, merged, tokenizer)
         if reference.adapter is not None:
-            check_peft(reference.adapter)
-        check_vocabulary(evaluation_rows(tokenizer, job.validation)[0].ids_TS, merged, tokenizer)
+            with concerning("adapter"):
+                check_peft(reference.adapter)
     quantized = any(output.quantization is not None for output in job.outputs)
     if job.validation is not None or (quantized and stored_blocks(job.outputs, merged, "cpu") is None):
         # From headers alone: can this model be run block by block?
-        StreamedModel(merged, "cpu", config_dtype(merged.config))
+        with concerning("base"):
+            StreamedModel(merged, "cpu", config_dtype(merged.config))
 
 
 def stored_blocks(outputs: Iterable[OutputConfig], view: Checkpoint, device: str) -> StoredBlocks | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,21 @@ from qconv.errors import QconvError, RecipeError, UsageError
 from qconv.gate_rules import Policy, load_policy, read_policy
 from qconv.nodes import Node, PlaceError, parse_yaml, read_nodes
 from qconv.quantization_config import QuantizationConfig
-from qconv.recipe_fields import CALIBRATION, COMBINATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, at_key, built
+from qconv.recipe_fields import (
+    CALIBRATION,
+    COMBINATION,
+    JOB,
+    OUTPUT,
+    QUANTIZATION,
+    TRAIN,
+    VALIDATION,
+    at_key,
+    built,
+    in_words_of_recipe,
+)
 from qconv.recipe_values import FILE, SWITCH, WHOLE
 from qconv.training_config import TrainConfig
-from qconv.work_folder import check_beside, check_inputs, check_output
+from qconv.work_folder import check_beside, check_inputs, check_output, check_place
 
 RECIPE_FORMAT = 1
 SECTIONS = ("train", "combine", "calibration", "outputs", "validation")
@@ -44,11 +55,27 @@ class Recipe:
         path: its file.
         train: comes first, and the job merges what it makes; None = the adapter exists, or there is none.
         job: merge, quantize, validate.
+        top: what stands in the file, with its places.
     """
 
     path: Path
     train: TrainConfig | None
     job: MergeJob
+    top: Node = field(compare=False, repr=False)
+
+    def refusal(self, error: QconvError) -> RecipeError:
+        """What the job refuses, in words of the recipe: at its line, where the error knows its place."""
+        node = self.top
+        for name in error.place:
+            if node is self.top and name == "gates" and self.top.child(name) is None:
+                name = "policy"
+            child = node.child(name)
+            if child is None:
+                break
+            node = child
+        if node is self.top:
+            return RecipeError(f"{self.path}: {in_words_of_recipe(str(error))}")
+        return RecipeError(str(at_key(node, error)))
 
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
@@ -107,7 +134,7 @@ def _recipe(path: Path, top: Node) -> Recipe:
     calibration = CALIBRATION.read(keyed["calibration"]) if "calibration" in keyed else CalibrationConfig()
     validation = _validation(keyed)
     values = {**job, "outputs": outputs, "calibration": calibration, "validation": validation}
-    return Recipe(path=path, train=training, job=built(MergeJob, top, values, otherwise=keyed["outputs"]))
+    return Recipe(path=path, train=training, job=built(MergeJob, top, values, otherwise=keyed["outputs"]), top=top)
 
 
 def _check_version(top: Node, keyed: Mapping[str, Node]) -> None:
@@ -188,6 +215,7 @@ def _check_folders(recipe: Recipe, top: Node) -> None:
 def _check_folder(node: Node, out: Path, overwrite: bool, inputs: list[str | None], reports: list[Path | None]) -> None:
     try:
         check_output(out, overwrite)
+        check_place(out)
         check_inputs(out, inputs)
         for folder in reports:
             check_beside(out, folder)

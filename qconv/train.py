@@ -31,14 +31,14 @@ from typing import TYPE_CHECKING, Any
 from qconv import __version__
 from qconv.checkpoint import read_json, resolve_folder
 from qconv.corpus import calibration_digest, load_documents, load_tokenizer, pack_tokens
-from qconv.errors import CheckpointError, UsageError
+from qconv.errors import CheckpointError, UsageError, concerning
 from qconv.progress import QUIET, Progress, quiet_libraries
 from qconv.records import write_train_record
 from qconv.side_files import tokenizer_files
 from qconv.train_loop import optimize
 from qconv.training_config import TrainConfig
 from qconv.types import BnbKind
-from qconv.work_folder import check_inputs, check_output, publishing
+from qconv.work_folder import check_inputs, check_output, check_place, publishing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,8 +115,14 @@ class Prepared:
 
 def prepare(config: TrainConfig, progress: Progress = QUIET) -> Prepared:
     """Opens and checks what a training reads, and makes nothing; raises as `train` does."""
+    with concerning("train"):
+        return _prepared(config, progress)
+
+
+def _prepared(config: TrainConfig, progress: Progress) -> Prepared:
     _require_extras()
     check_output(config.out, config.overwrite)
+    check_place(config.out)
     check_inputs(config.out, [config.base, config.data])
     folder = resolve_folder(config.base, config.revision)
     base_config = read_json(folder / "config.json", "a model folder has a config.json")

@@ -21,6 +21,7 @@ from qconv.errors import CheckpointError, UsageError
 
 MARKER = ".qconv-partial"
 REPORT_SIGN = "qconv-report.json"  # a rejected folder of ours has one
+_NOT_OURS = "exists and was not made by qconv; move it away or choose another -o"
 
 
 class WorkFolder:
@@ -58,7 +59,7 @@ class WorkFolder:
 
     def _remove_leftover(self) -> None:
         if not (self.path / MARKER).is_file():
-            raise CheckpointError(f"{self.path}: exists and was not made by qconv; move it away or choose another -o")
+            raise CheckpointError(f"{self.path}: {_NOT_OURS}")
         handle = os.open(self.path / MARKER, os.O_RDWR)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,6 +175,23 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{out}: expected a folder to overwrite, found a file")
     if any(out.iterdir()) and not ((out / "config.json").exists() or (out / "adapter_config.json").exists()):
         raise CheckpointError(f"{out}: has files but no config.json; --overwrite replaces model folders only")
+
+
+def check_place(out: Path) -> None:
+    """Refuses an output that could not be begun where it is to be made.
+
+    Raises:
+        CheckpointError: a file is in the way, a folder that cannot be written, or ``OUT.partial`` of somebody else.
+    """
+    out = Path(os.path.abspath(out))
+    there = next(path for path in out.parents if path.exists())
+    if not there.is_dir():
+        raise CheckpointError(f"{out}: cannot be made, {there} is a file; choose another -o")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{out}: cannot be made, {there} is not writable; choose another -o")
+    partial = out.with_name(out.name + ".partial")
+    if (partial.exists() or partial.is_symlink()) and not (partial / MARKER).is_file():
+        raise CheckpointError(f"{partial}: {_NOT_OURS}")
 
 
 def check_inputs(out: Path, inputs: Iterable[str | Path | None]) -> None:

@@ -11,11 +11,17 @@ import pytest
 
 from qconv.checkpoint import open_checkpoint
 from qconv.cli import cli, main
+from qconv.cli_plans import estimate_before_training
 from qconv.convert import dequantize
+from qconv.estimate_jobs import estimate_merge
+from qconv.estimate_train import adapter_to_come
+from qconv.plan import plan_before_training
+from qconv.recipe import load_recipe
 from tests.cli_cases import EVAL_TOKENS, NUM_LINEARS, SEQ_LEN, report_of, small_texts, stored_tensors
 from tests.test_cli_machines import only_document
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples" / "recipes"
+TINY_LINEARS = [(256, 256), (128, 256), (128, 256), (256, 256), (768, 256), (768, 256), (256, 768)]
 SHORT = ("train.steps=2", "train.batch-size=1", "train.seq-len=16", "train.rank=2")
 
 
@@ -34,6 +40,9 @@ class Runs:
     def example(self, name: str, *values: str) -> tuple[int, dict[str, Any]]:
         shutil.copyfile(EXAMPLES / name, self.folder / name)
         return self(self.folder / name, *self._small, *values)
+
+    def settings(self, *values: str) -> tuple[str, ...]:
+        return (*self._small, *values)
 
     def __call__(self, path: Path, *values: str) -> tuple[int, dict[str, Any]]:
         self._capsys.readouterr()
@@ -179,7 +188,85 @@ def test_what_cannot_become_of_it_is_refused_before_training(
     code, document = runs.example("train-and-release.yaml", *SHORT, *base, *rest)
     assert (code, names(runs.folder)) == (3, ["train-and-release.yaml"]), document
     assert words in document["error"]["message"]
-    assert "--" not in document["error"]["message"]
+    assert "--" not in document["error"]["message"].removeprefix("--set: ")
+
+
+AFTER_TRAINING: dict[str, tuple[dict[str, str], int, list[str]]] = {
+    "group size": ({"OUTPUT": "group-size: 96"}, 5, ["outputs[0]: ", "group size 96 does not divide"]),
+    "a pattern": ({"OUTPUT": "ignore: ['*.o_prj']"}, 5, ["outputs[0].ignore", "matches no linear"]),
+    "an override": ({"OUTPUT": "overrides: [{pattern: x, bits: 8}]"}, 5, ["outputs[0].overrides", "no linear"]),
+    "damping": ({"OUTPUT": "algorithm: rtn, damping: 0.1"}, 5, ["outputs[0].damping", "w4a16 by rtn does not use it"]),
+    "folder": ({"out: out,": "out: text.txt/out,"}, 5, ["outputs[0].out", "text.txt is a file"]),
+    "folder of somebody": ({"out: out,": "out: theirs,"}, 5, ["outputs[0].out", "theirs.partial", "not made by qconv"]),
+    "adapter's folder": ({"out: adapter": "out: text.txt/a"}, 3, ["train.out", "text.txt is a file"]),
+    "text to train on": ({"data: text.txt": "data: empty.jsonl"}, 3, ["train", "empty.jsonl"]),
+    "calibration": ({"sources: [text.txt]": "sources: [empty.jsonl]"}, 6, ["calibration", "empty.jsonl"]),
+    "calibration rows": ({"samples: 8": "samples: 99999"}, 6, ["calibration: ", "99999 rows of 64 tokens"]),
+    "evaluation": ({"data: default-eval": "data: empty.jsonl"}, 7, ["validation", "empty.jsonl"]),
+    "a gate": ({"GATES": "prompts_identical: {min: 90%}"}, 9, ["gates.prompts_identical", "add prompts default"]),
+    "report": ({"REPORT": "text.txt"}, 10, ["report", "text.txt: not a folder"]),
+}
+
+
+@pytest.mark.parametrize("case", AFTER_TRAINING)
+def test_what_comes_after_training_is_refused_before_it_at_its_line(
+    runs: Runs, tiny_nf4: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr("qconv.train._load_model", lambda *_: pytest.fail("training began"))
+    (runs.folder / "text.txt").write_text("Something to read, again and again, until it is long enough. " * 100)
+    (runs.folder / "empty.jsonl").write_text("")
+    (runs.folder / "theirs.partial").mkdir()
+    changes, line, words = AFTER_TRAINING[case]
+    text = f"""recipe: 1
+base: {tiny_nf4}
+train: {{out: adapter, data: text.txt, steps: 1, batch-size: 1, seq-len: 16}}
+outputs:
+  - {{target: w4a16, out: out, OUTPUT}}
+calibration: {{samples: 8, seq-len: 64, sources: [text.txt]}}
+validation: {{data: default-eval, tokens: 512, seq-len: 64}}
+gates:
+  GATES
+report: REPORT
+device: cpu
+"""
+    usual = {"OUTPUT": "group-size: 64", "GATES": "kl_mean: {max: 9}", "REPORT": "reports"}
+    for old, new in (changes | {key: value for key, value in usual.items() if key not in changes}).items():
+        assert old in text
+        text = text.replace(old, new)
+    (runs.folder / "recipe.yaml").write_text(text)
+    before = sorted(runs.folder.rglob("*"))
+    code, document = runs(runs.folder / "recipe.yaml")
+    message = document["error"]["message"]
+    assert (code, document["error"]["kind"]) == (3, "RecipeError")
+    assert message.startswith(f"{runs.folder}/recipe.yaml:{line}: {words[0]}"), message
+    assert [word for word in words if word not in message] == [], message
+    assert "--" not in message
+    assert sorted(runs.folder.rglob("*")) == before
+
+
+def test_room_for_adapter_and_outputs_together_is_looked_for_before_training(
+    runs: Runs, tiny_nf4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qconv.train.train", lambda *_: pytest.fail("training began"))
+    usage = shutil.disk_usage(runs.folder)
+    values = [f"base={tiny_nf4}", *SHORT, "train.rank=64"]
+    path = shutil.copyfile(EXAMPLES / "train-and-release.yaml", runs.folder / "train-and-release.yaml")
+    recipe = load_recipe(path, runs.settings(*values))
+    config, job = recipe.train, recipe.job
+    assert config is not None
+    alone = estimate_merge(job, plan_before_training(job), "cpu", "run")
+    whole = estimate_before_training(config, job)
+    coming = adapter_to_come(config)
+    assert coming.num_bytes == 4 * 64 * sum(n + k for n, k in TINY_LINEARS) * 4  # float32, 4 blocks
+    assert whole.rooms[0].need - alone.rooms[0].need > coming.num_bytes
+    reads = {stage.name: stage.reads for stage in whole.stages}
+    assert reads["quantize"] == {stage.name: stage.reads for stage in alone.stages}["quantize"] + coming.num_bytes
+    free = (whole.rooms[0].need + alone.rooms[0].need) // 2  # enough for either
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+    code, document = runs.example("train-and-release.yaml", *values)
+    assert (code, names(runs.folder)) == (3, ["train-and-release.yaml"]), document
+    assert "train-and-release.yaml:15: outputs: " in document["error"]["message"]
+    assert "the 2 outputs need" in document["error"]["message"]
 
 
 def test_a_recipe_writes_the_bytes_that_flags_write(
