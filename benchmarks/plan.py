@@ -28,6 +28,8 @@ TARGETS: dict[str, list[str]] = {
     "fp8": ["--requant", "fp8"],
     "w4a16": ["--requant", "w4a16"],
     "awq": ["--requant", "awq"],
+    "int8": ["--requant", "int8"],
+    "fp8 static": ["--requant", "fp8", "--activations", "static"],
     "several": ["--requant", "w4a16", "--requant", "awq", "--requant", "fp8"],
 }
 VALIDATION = ["--eval-tokens", "4096", "--no-default-gates", "--attribution", "never"]
@@ -39,7 +41,7 @@ def command(job: str, base: Path, adapter: Path, out: Path, samples: int) -> lis
         models = ["--reference", str(base), "--adapter", str(adapter), "--candidate", str(out / "w4a16")]
         return ["validate", *models, *VALIDATION, "--device", "cpu"]
     calibration = ["--samples", str(samples)] if job not in ("bf16", "fp8") else []
-    made = ["-o", str(out / job), "--overwrite", "--no-validate", "--device", "cpu"]
+    made = ["-o", str(out / job.replace(" ", "-")), "--overwrite", "--no-validate", "--device", "cpu"]
     return ["merge", str(base), str(adapter), *TARGETS[job], *calibration, *made]
 
 
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/plan"))
     parser.add_argument("--base", type=Path, help="SmolLM2 in NF4 [default: built]")
     parser.add_argument("--adapter", type=Path, help="an adapter for it [default: random]")
-    parser.add_argument("--jobs", default="bf16,fp8,w4a16,awq,validate,several")
+    parser.add_argument("--jobs", default="bf16,fp8,fp8 static,w4a16,awq,int8,several,validate")
     parser.add_argument("--models", default="smollm2,1b-shape")
     arguments = parser.parse_args()
     out: Path = arguments.out

@@ -30,17 +30,24 @@ PACKAGES: Mapping[str, str] = {
     "huggingface_hub": "hub ids",
     "accelerate": "loading whole models",
     "tokenizers": "text",
-    "peft": "qconv train; the reference on a GPU",
+    "peft": "qconv train; the reference on a GPU, and of adapters that are no LoRA",
     "bitsandbytes": "qconv train; the reference on a GPU",
     "compressed-tensors": "transformers with w4a16, w8a16, fp8 and int8 outputs",
     "triton": "fused kernels on a GPU",
     "lm_eval": "--tasks",
-    "datasets": "--tasks",
-    "pyarrow": "--tasks",
+    "datasets": "text from data sets of a hub; --tasks",
+    "pyarrow": "text from .parquet files; --tasks",
     "gptqmodel": "transformers with gptq and awq outputs",
     "vllm": "serving",
 }
-_EXTRAS = {"peft": "train", "bitsandbytes": "train", "compressed-tensors": "ct", "lm_eval": "eval"}
+_EXTRAS = {
+    "peft": "train",
+    "bitsandbytes": "train",
+    "compressed-tensors": "ct",
+    "datasets": "datasets",
+    "pyarrow": "datasets",
+    "lm_eval": "eval",
+}
 _REQUIREMENT = re.compile(r"\s*([\w.-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;()]*)\)?\s*(?:;(.*))?")
 _BOUND = re.compile(r"\s*(>=|<=|==|!=|>|<)\s*([\w.+]+)\s*")
 _LITTLE_DISK = 20 << 30
@@ -149,10 +156,11 @@ def _packages(problems: list[str], warnings: list[str]) -> dict[str, dict[str, A
             "required": need.required,
             "status": status,
             "enables": PACKAGES.get(name, "everything"),
+            "extra": f"qconv[{_EXTRAS[name]}]" if name in _EXTRAS else None,
         }
         if status == "ok" or (status == "missing" and not need.required):
             continue
-        extra = f"qconv[{_EXTRAS[name]}]" if name in _EXTRAS else f"{name}{need.bounds}"
+        extra = table[name]["extra"] or f"{name}{need.bounds}"
         found = "is not installed" if version is None else f"is {version}, and qconv needs {need.bounds}"
         (problems if need.required else warnings).append(f'{name} {found}: pip install --upgrade "{extra}"')
     return dict(sorted(table.items(), key=lambda item: not item[1]["required"]))
@@ -281,7 +289,9 @@ def as_text(facts: Mapping[str, Any]) -> str:
     for name, package in facts["packages"].items():
         version = package["version"] or "not installed"
         wrong = f"  needs {package['needs']}" if package["status"] == "wrong version" else ""
-        rows.append((name, f"{version:<16}{wrong}  {package['enables']}"))
+        missing = package["status"] == "missing" and package["extra"]
+        how = f': pip install "{package["extra"]}"' if missing else ""
+        rows.append((name, f"{version:<16}{wrong}  {package['enables']}{how}"))
     rows += _cuda_rows(facts["cuda"])
     machine, hub = facts["machine"], facts["hub"]
     rows += [

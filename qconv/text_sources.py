@@ -4,10 +4,10 @@ The embedded text is in the public domain: Moby-Dick (1851), chapters 1 to 100, 
 United States presidents to Congress. Chapters 86 to 100 and the last three addresses evaluate; the
 rest calibrates and trains, less the paragraphs of older addresses that the last three quote.
 
-Rows (`text_rows`) come from JSON lines, JSON arrays, Parquet (read by pyarrow, when installed) and data
-sets (read by datasets, when installed, which keeps to its cache where HF_HUB_OFFLINE is set). A source
-has one shape of rows, that of most of them. Rows that cannot be used are counted by reason; where they
-are more than half, the source is not what it was taken for, and is refused.
+Rows (`text_rows`) come from JSON lines, JSON arrays, Parquet (read by pyarrow) and data sets (read by
+datasets, which keeps to its cache where HF_HUB_OFFLINE is set); both libraries are in the extra ``datasets``.
+A source has one shape of rows, that of most of them. Rows that cannot be used are counted by reason; where
+they are more than half, the source is not what it was taken for, and is refused.
 
 Left out: data larger than memory, folders and patterns of files, compressed files.
 """
@@ -42,6 +42,7 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
 }
 PARAGRAPHS = "paragraphs"
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+INSTALL = 'pip install "qconv[datasets]"'
 _DATA_SET = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w.+-]+))?(?::(?P<split>[\w.+%\[\]:-]+))?")
 _SOURCES = f"{', '.join(EMBEDDED)}, a file ({', '.join(SUFFIXES)}), or a data set (org/name or org/name:split)"
 
@@ -265,7 +266,7 @@ def _installed(module: str, package: str, source: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CalibrationError(f"{source}: reading this takes {package}: pip install {package} ({error})") from error
+        raise CalibrationError(f"{source}: reading this takes {package}: {INSTALL} ({error})") from error
 
 
 def _known_columns(source: str, names: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,20 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [text.split(":")[0] for text in facts["problems"]] == ["transformers is not installed"]
     assert (facts["packages"]["peft"]["status"], facts["packages"]["peft"]["version"]) == ("missing", None)
     assert not any(text.startswith("peft") for text in facts["warnings"])  # it is a choice
+
+
+def test_extras_that_are_named_exist_and_bring_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {f"qconv[{name}]": lines for name, lines in project["optional-dependencies"].items()}
+    facts = doctor.examine()
+    found = {name: package["extra"] for name, package in facts["packages"].items() if package["extra"]}
+    assert {"datasets", "pyarrow", "peft", "lm_eval"} <= found.keys()
+    for name, extra in found.items():
+        assert name in [Requirement(line).name for line in extras[extra]]
+    facts["packages"]["pyarrow"] |= {"version": None, "status": "missing"}
+    lines = [line for line in doctor.as_text(facts).splitlines() if line.startswith("pyarrow")]
+    assert len(lines) == 1
+    assert lines[0].endswith('.parquet files; --tasks: pip install "qconv[datasets]"')
 
 
 def test_torch_is_not_imported_where_it_is_missing() -> None:

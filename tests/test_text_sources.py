@@ -342,9 +342,9 @@ def test_missing_readers_say_what_to_install(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "rows.parquet").write_bytes(b"")
     for name in ("pyarrow", "pyarrow.parquet", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(CalibrationError, match="pip install pyarrow"):
+    with pytest.raises(CalibrationError, match=r'takes pyarrow: pip install "qconv\[datasets\]"'):
         load_documents(str(tmp_path / "rows.parquet"))
-    with pytest.raises(CalibrationError, match="pip install datasets"):
+    with pytest.raises(CalibrationError, match=r'takes datasets: pip install "qconv\[datasets\]"'):
         load_documents("acme/sea")
 
 
