@@ -102,6 +102,8 @@ def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout]
             f"merging {updates} updates and {len(adapter.replacements)} whole tensors into {job.base}, "
             f"as training saw it ({reference.kind})"
         )
+        if adapter.name_rules:
+            yield f"note: names that are not peft's were read by rules: {'; '.join(adapter.name_rules)}"
     if job.combination is not None:
         yield f"combining {job.combination.summary}"
         if reference.adapter is None:
@@ -229,6 +231,7 @@ def stages(
             f"weights changed by a {what}": len(adapter.transforms or adapter.deltas),
             "tensors replaced whole": len(adapter.replacements),
             "notes": list(getattr(merged, "notes", ())),
+            **({"names read by rules": list(adapter.name_rules)} if adapter.name_rules else {}),
         }
     if output.quantization is not None and layout.scheme is not None:
         scheme = layout.scheme

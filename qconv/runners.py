@@ -17,6 +17,7 @@ from torch import nn
 from qconv.adapter_configs import LOW_RANK_METHODS, CombinationConfig
 from qconv.checkpoint import SafetensorsCheckpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
+from qconv.errors import AdapterError
 from qconv.layout import config_dtype
 from qconv.merge import merge
 from qconv.quantize.fp8_static import fake_quantize_static
@@ -147,6 +148,8 @@ def _residence(reference: Reference, is_quantized: bool, device: str) -> tuple[i
         reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
     if reason is None and reference.combination is not None:
         reason = "several adapters, which peft would not combine alike"
+    if reason is None and reference.adapter is not None and reference.adapter.name_rules:
+        reason = "peft does not know the names of the adapter's tensors"
     if reason is None and reference.adapter is not None and reference.adapter.transforms:
         reason = f"peft's {reference.adapter.kind} layers run on decoded weights"
     return num_bytes, reason
@@ -159,8 +162,15 @@ def candidate_model(
 
     Raises:
         CheckpointError: transformers cannot load it (``engine="transformers"``).
+        AdapterError: peft cannot (the same).
     """
     if engine == "transformers":
+        if candidate.adapter is not None and candidate.adapter.name_rules:
+            raise AdapterError(
+                f"{candidate.adapter.location}: --engine transformers loads it with peft, which does not know the "
+                f"names of its tensors ({'; '.join(candidate.adapter.name_rules)}); qconv convert --to lora writes "
+                "it with peft's names"
+            )
         folder = None if candidate.adapter is None else Path(candidate.adapter.location)
         return load_whole(candidate.source.folder, folder, device), "transformers, with its own kernels"
     how = "decoded by qconv" + (", adapter unmerged" if candidate.adapter else "")

@@ -298,6 +298,7 @@ class Adapter:
         transforms: updates of other kinds by base tensor name; an adapter has one kind.
         trained_on: the base quantization recorded by ``qconv train``, or None when unknown.
         backend: where the base was quantized for training; a GPU unless the record says otherwise.
+        name_rules: by which names that are not peft's own were read (see `merge/spellings.py`).
     """
 
     tensors: Checkpoint
@@ -306,6 +307,7 @@ class Adapter:
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     trained_on: BnbKind | None = None
     backend: BnbBackend = "cuda"
+    name_rules: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:

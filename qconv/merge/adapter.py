@@ -16,10 +16,11 @@ from pathlib import Path
 from qconv.checkpoint import open_adapter_files
 from qconv.errors import AdapterError, NumericsError
 from qconv.merge.adapter_config import parse_adapter_config
-from qconv.merge.adapter_names import sort_names
+from qconv.merge.adapter_names import named_as_in_base, sort_names
 from qconv.merge.adapter_source import AdapterSource
 from qconv.merge.kinds import Kind
 from qconv.merge.lora_layers import find_deltas
+from qconv.merge.spellings import TORCHTUNE, HalvedHeads
 from qconv.merge.transform import find_transforms
 from qconv.merge.vocabulary import find_vocabulary
 from qconv.merge.whole_tensors import drop_unchanged, find_replacements
@@ -54,11 +55,14 @@ def load_adapter(
     files = open_adapter_files(source, revision)
     config = parse_adapter_config(files.config, str(files.folder / "adapter_config.json"))
     where = str(files.folder / "adapter_model.safetensors")
-    names = sort_names(files.specs(), files.config["peft_type"], where)
+    names = named_as_in_base(sort_names(files.specs(), files.config["peft_type"], where), base.specs(), where)
+    tensors: Checkpoint = files
+    if TORCHTUNE in names.rules:
+        tensors = HalvedHeads(files, names.peft, base.config, where)
     record = read_train_record(files.folder)
     touched = {module + ".weight" for module in names.layers} | names.plain.keys()
     opened = AdapterSource(
-        files=files,
+        files=tensors,
         where=where,
         config=config,
         names=names,
@@ -74,12 +78,13 @@ def load_adapter(
     elif not names.tuned:
         _check_trained(deltas, zeros, where)
     return Adapter(
-        tensors=files,
+        tensors=tensors,
         deltas=deltas,
         replacements=drop_unchanged(opened, replacements),
         transforms=transforms,
         trained_on=None if record is None else record.trained_on,
         backend="cuda" if record is None else record.backend,
+        name_rules=names.rules,
     )
 
 

@@ -32,7 +32,6 @@ HARMLESS_KEYS = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",  # acts only through init_lora_weights
-        "enable_lora",
         "eva_config",
         "exclude_modules",
         "inference_mode",
@@ -73,6 +72,7 @@ UNDERSTOOD_KEYS = frozenset(
 REFUSED_KEYS = {
     "alora_invocation_tokens": "Activated LoRA acts only on tokens after the invocation, so no fixed weight equals it",
     "arrow_config": "Arrow routes every token to other adapters, so no fixed weight equals it",
+    "enable_lora": "peft before 0.3 put several LoRAs into one fused linear, whose factors lie in another layout",
     "kasa_config": "KaSA truncates the base weights and scales the rank components",
     "layer_replication": "the trained model has other layers than the base; build that base first, without an adapter",
     "megatron_config": "Megatron layers are sharded and named differently; convert the adapter to plain peft first",

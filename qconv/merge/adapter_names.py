@@ -1,20 +1,20 @@
 """How a PEFT adapter names its tensors (peft 0.21, and the older spellings it still reads).
 
 A tensor is called ``base_model.model.<module>.<part>``. peft strips the adapter's name on save;
-files of older versions keep it, and the usual name ``default`` is accepted in the middle. Names from a
-model that was wrapped when it was saved are taken without what the wrapper put in.
+files of older versions keep it, and the usual name ``default`` is accepted in the middle. Other spellings are read by
+the rules of `spellings.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from qconv.errors import AdapterError
 from qconv.merge.kinds import KINDS
+from qconv.merge.spellings import PREFIX, as_peft_spells, in_the_base
 
-PREFIX = "base_model.model."
 _LORA_PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -49,6 +49,9 @@ class AdapterNames:
             where peft saves a module twice).
         copies: base tensor name -> copy of the layer under a LoRA (``base_layer.weight`` is frozen,
             ``base_layer.bias`` may have been trained).
+        peft: tensor -> its name as peft writes it.
+        rules: of `spellings.py` that were needed to read the names.
+        trained_as: module -> its name when the adapter was trained, where the base has another.
     """
 
     layers: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -56,6 +59,9 @@ class AdapterNames:
     tuned: set[str] = field(default_factory=set)
     plain: dict[str, list[str]] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    peft: Mapping[str, str] = field(default_factory=dict)
+    rules: tuple[str, ...] = ()
+    trained_as: dict[str, str] = field(default_factory=dict)
 
 
 def sort_names(tensor_names: Iterable[str], peft_type: str, where: str) -> AdapterNames:
@@ -64,14 +70,14 @@ def sort_names(tensor_names: Iterable[str], peft_type: str, where: str) -> Adapt
     Raises:
         AdapterError: no tensors, a missing prefix, a name of another method, a double.
     """
-    names = AdapterNames()
+    spelled = as_peft_spells(tensor_names, peft_type, where)
+    names = AdapterNames(peft=spelled.names, rules=spelled.rules)
     kind = KINDS.get(peft_type)
     parts = _PARTS_OF_LOW_RANK.get(peft_type, {}) if kind is None else {part: part for part in kind.parts}
     shared = {} if kind is None else kind.shared
     frozen: dict[str, str] = {}
     tensor_name = None
-    for tensor_name in tensor_names:
-        name = _unwrapped(tensor_name)
+    for tensor_name, name in spelled.names.items():
         if name.removesuffix(".default") in shared:
             names.shared[shared[name.removesuffix(".default")]] = tensor_name
             continue
@@ -110,11 +116,41 @@ def sort_names(tensor_names: Iterable[str], peft_type: str, where: str) -> Adapt
     return names
 
 
-def _unwrapped(tensor_name: str) -> str:
-    """Without what wrappers add: ``_orig_mod`` (torch.compile) anywhere, ``module`` (data parallel) first."""
-    parts = [part for part in tensor_name.split(".") if part != "_orig_mod"]
-    name = ".".join(parts).removeprefix("module.")
-    return PREFIX + name.removeprefix(PREFIX).removeprefix("module.") if name.startswith(PREFIX) else name
+def named_as_in_base(names: AdapterNames, base: Collection[str], where: str) -> AdapterNames:
+    """The same with modules and whole tensors called as the base calls them, where a rule finds them there.
+
+    Raises:
+        AdapterError: the base has one under several names, or two of the adapter are one of the base.
+    """
+    rules, trained_as = dict.fromkeys(names.rules), {}
+
+    def moved(name: str) -> str:
+        there, rule = in_the_base(name, base, where)
+        if rule is not None:
+            rules.setdefault(rule)
+            trained_as[there.removesuffix(".weight")] = name.removesuffix(".weight")
+        return there
+
+    layers: dict[str, dict[str, str]] = {}
+    for module, parts in names.layers.items():
+        for part, tensor_name in parts.items():
+            found = layers.setdefault(moved(module + ".weight").removesuffix(".weight"), {})
+            _put(found, part, tensor_name, where)
+    plain: dict[str, list[str]] = {}
+    for name, tensor_names in names.plain.items():
+        plain.setdefault(moved(name), []).extend(tensor_names)
+    copies: dict[str, str] = {}
+    for name, tensor_name in names.copies.items():
+        _put(copies, moved(name), tensor_name, where)
+    return replace(
+        names,
+        layers=layers,
+        plain=plain,
+        copies=copies,
+        tuned={moved(name) for name in names.tuned},
+        rules=tuple(rules),
+        trained_as=trained_as,
+    )
 
 
 def _layer_of(name: str, parts: Mapping[str, str]) -> tuple[str, str] | None:
@@ -142,7 +178,10 @@ def _refuse_foreign(name: str, tensor_name: str, peft_type: str, where: str) -> 
 
 
 def _add_part(names: AdapterNames, module: str, part: str, tensor_name: str, where: str) -> None:
-    parts = names.layers.setdefault(module, {})
+    _put(names.layers.setdefault(module, {}), part, tensor_name, where)
+
+
+def _put(parts: dict[str, str], part: str, tensor_name: str, where: str) -> None:
     if part in parts:
         raise AdapterError(f"{where}: tensors {parts[part]!r} and {tensor_name!r} are the same part; keep one adapter")
     parts[part] = tensor_name

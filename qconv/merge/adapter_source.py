@@ -6,7 +6,6 @@ import difflib
 from dataclasses import dataclass
 from typing import NoReturn
 
-from qconv.checkpoint import SafetensorsCheckpoint
 from qconv.errors import AdapterError
 from qconv.merge.adapter_config import AdapterConfig
 from qconv.merge.adapter_names import AdapterNames
@@ -20,11 +19,11 @@ class AdapterSource:
     """Nothing here is data; tensors are read where they are compared.
 
     Attributes:
-        files: the adapter folder.
+        files: the adapter's tensors.
         where: the adapter's tensor file, for messages.
     """
 
-    files: SafetensorsCheckpoint
+    files: Checkpoint
     where: str
     config: AdapterConfig
     names: AdapterNames
@@ -33,6 +32,15 @@ class AdapterSource:
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         return self.files.specs()[tensor].shape
+
+    def rank_of(self, module: str) -> int:
+        return self.config.rank_of(self.names.trained_as.get(module, module))
+
+    def scaling_of(self, module: str) -> float:
+        return self.config.scaling_of(self.names.trained_as.get(module, module))
+
+    def saves_module(self, module: str) -> bool:
+        return self.config.saves_module(self.names.trained_as.get(module, module))
 
     def in_base(self, name: str) -> str:
         """The base tensor that holds the values of ``name``: itself, or the embedding for a tied head."""

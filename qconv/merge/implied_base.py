@@ -15,6 +15,7 @@ from qconv.checkpoint import SafetensorsCheckpoint
 from qconv.errors import AdapterError
 from qconv.merge.adapter_config import parse_adapter_config
 from qconv.merge.adapter_names import sort_names
+from qconv.merge.spellings import BARE
 from qconv.types import TensorSpec
 
 
@@ -38,6 +39,11 @@ class ImpliedBase:
         names = sort_names(
             adapter.specs(), adapter.config["peft_type"], str(adapter.folder / "adapter_model.safetensors")
         )
+        if BARE in names.rules:
+            raise AdapterError(
+                f"{adapter.location}: names without peft's prefix are read against the base's own; give the base "
+                "with --base"
+            )
         shapes: dict[str, tuple[int, ...]] = {}
         for module, parts in names.layers.items():
             if "a" in parts and "b" in parts:

@@ -60,8 +60,8 @@ def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replace
         weight=weight,
         a=a,
         b=b,
-        rank=source.config.rank_of(module),
-        scaling=source.config.scaling_of(module),
+        rank=source.rank_of(module),
+        scaling=source.scaling_of(module),
         transposed=_is_transposed(source, weight, a, b, base_shape),
         b_bias=parts.get("b_bias"),
         magnitude=parts.get("magnitude"),
@@ -84,7 +84,7 @@ def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replace
 
 
 def _check_factors(source: AdapterSource, module: str, a: str, b: str, base_shape: tuple[int, ...]) -> None:
-    a_shape, b_shape, rank = source.shape(a), source.shape(b), source.config.rank_of(module)
+    a_shape, b_shape, rank = source.shape(a), source.shape(b), source.rank_of(module)
     if len(a_shape) != 2 or len(b_shape) != 2:
         source.refuse(
             f"expected 2-D matrices, found {a!r} {list(a_shape)} and {b!r} {list(b_shape)}; LoRA on convolutions is "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.merge.adapter_names import PREFIX
+from qconv.merge.spellings import PREFIX
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` of vLLM takes (vllm/config/lora.py), less the 1 that older versions refuse."""

@@ -56,8 +56,8 @@ def find_transforms(
             shapes={part: source.shape(tensor) for part, tensor in tensors.items()},
             n=shape[1] if transposed else shape[0],
             k=shape[0] if transposed else shape[1],
-            rank=source.config.rank_of(module),
-            scaling=source.config.scaling_of(module),
+            rank=source.rank_of(module),
+            scaling=source.scaling_of(module),
             read=source.config.read,
         )
         settings = kind.check(layer)

@@ -58,7 +58,7 @@ def _check_explained(source: AdapterSource, name: str, tensor: str) -> None:
     trained_bias = name.endswith(".bias") and (
         config.bias == "all" or (config.bias == "lora_only" and module in source.names.layers)
     )
-    saved = config.saves_module(module) or name in _vocabulary_names(source) or name in source.names.tuned
+    saved = source.saves_module(module) or name in _vocabulary_names(source) or name in source.names.tuned
     if not trained_bias and not saved:
         source.base_spec(name, tensor)  # when the base lacks the name, that is the better thing to report
         source.refuse(
@@ -112,7 +112,7 @@ def _resolve_ties(source: AdapterSource, result: dict[str, str]) -> None:
                 "save the adapter again"
             )
     for one, other in ((embedding, head), (head, embedding)):
-        if one in result and other not in result and not source.config.saves_module(one.removesuffix(".weight")):
+        if one in result and other not in result and not source.saves_module(one.removesuffix(".weight")):
             result[other] = result[one]
     if embedding in result and head in result and source.are_same(result[embedding], result[head]):
         result[head] = result[embedding]  # one name for equal values: the merged model can stay tied
