@@ -157,7 +157,8 @@ def _may_be_pair(linear: TensorAudit, producer: TensorAudit, column: Scales) -> 
 
 def _is_pair(linear: TensorAudit, producer: TensorAudit, column: Scales, row: Scales) -> bool:
     """Whether a linear's input channels and its producer's rows cancel; either may be the one that is followed."""
-    if (_is_folded(linear) and follows(-row, column)) or (_is_folded(producer) and follows(column, -row)):
+    taken = -row
+    if (_is_folded(linear) and follows(taken, column)) or (_is_folded(producer) and follows(column, taken)):
         return True
     # Scales of nearly all channels alike do not show as folded, but as two factors that cancel.
     return abs(column.factor() - 1) > EVEN_FACTOR and abs((column + row).factor() - 1) < EVEN_FACTOR / 2

@@ -32,6 +32,7 @@ class Scales:
 
     log_K: Tensor
     error_K: Tensor
+    known_order_K: Tensor | None = None  # indices that sort ``log_K``, where somebody has sorted it already
 
     @classmethod
     def of(cls, scale_K: Tensor, error_K: Tensor | None = None) -> Scales:
@@ -59,6 +60,10 @@ class Scales:
         """Times a common factor, given as its logarithm."""
         return Scales(self.log_K + by, self.error_K)
 
+    def weighted(self, error_K: Tensor) -> Scales:
+        """The same scales with other errors."""
+        return Scales(self.log_K, error_K, self._order)
+
     def __getitem__(self, channels: slice | Tensor) -> Scales:
         return Scales(self.log_K[channels], self.error_K[channels])
 
@@ -67,12 +72,16 @@ class Scales:
         return self._middle
 
     @cached_property
-    def _middle(self) -> float:  # asked for again and again, and nearly all that judging scales costs
+    def _middle(self) -> float:  # asked for again and again
         if not len(self):
             return 0.0
-        order = self.log_K.argsort()
+        order = self._order
         weight_K = self.error_K[order].pow(-2).cumsum(0)
         return float(self.log_K[order][int(torch.searchsorted(weight_K, weight_K[-1:] / 2).clamp_max(len(self) - 1))])
+
+    @cached_property
+    def _order(self) -> Tensor:  # sorting is nearly all that judging scales costs
+        return self.log_K.argsort() if self.known_order_K is None else self.known_order_K
 
     def factor(self) -> float:
         """The common factor, as a number."""
@@ -102,8 +111,8 @@ def follows(own: Scales, wanted: Scales) -> bool:
         return False
     difference = own - wanted
     error_K = difference.error_K
-    x_K = (wanted.log_K - Scales(wanted.log_K, error_K).middle()) / error_K
-    y_K = (own.log_K - Scales(own.log_K, error_K).middle()) / error_K
+    x_K = (wanted.log_K - wanted.weighted(error_K).middle()) / error_K
+    y_K = (own.log_K - own.weighted(error_K).middle()) / error_K
     power = float(x_K.square().sum())
     if power**0.5 < MIN_ERRORS or not SLOPE[0] < float((x_K * y_K).sum()) / power < SLOPE[1]:
         return False
