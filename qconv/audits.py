@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor
 from qconv.convert import DequantizedCheckpoint, quant_map, simulate_weight
 from qconv.lineup import Views
 from qconv.runners import Candidate, Reference
-from qconv.validate.audit import WeightAudit
-from qconv.validate.audit_cells import cell_findings, cell_slope
-from qconv.validate.workers import one_thread
+from qconv.timeline import TIMELINE
+from qconv.validate.audit import Begun, WeightAudit
+from qconv.validate.audit_cells import MOST_ELEMENTS, cell_findings, cell_slope
+from qconv.validate.on_the_way import mark
+from qconv.validate.workers import one_worker
 
 _PROBED_WEIGHTS = 24
 
@@ -32,6 +36,9 @@ def _weights_of_4_bits(stored: DequantizedCheckpoint) -> set[str]:
 
 class StreamedAudit:
     """`WeightAudit`, one block at a time.
+
+    The main thread reads tensors and gives the GPU its work, and waits for neither; a thread beside it makes fits of
+    what comes back, and judges blocks. Use it as a context, which ends that thread.
 
     Args:
         views: of base, merge and candidate, which remember what they read; `rest` makes them forget.
@@ -66,6 +73,14 @@ class StreamedAudit:
         changed = [name for name in self._left if name in views.changed and name in four]
         self._probed = frozenset(changed[:: max(1, len(changed) // _PROBED_WEIGHTS)])
         self._slopes: dict[str, float] = {}
+        self._worker = one_worker("qconv-audit")
+        self._coming: deque[Future[list[str]]] = deque()  # names of the tensors that each measured
+
+    def __enter__(self) -> StreamedAudit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
 
     def compare_embedding(self) -> None:
         """Passes over embeddings that are what they should be, while they are at hand: they are large."""
@@ -74,21 +89,28 @@ class StreamedAudit:
                 del self._left[name]
 
     def block(self, prefix: str) -> None:
-        """Measures the tensors whose names begin with ``prefix``."""
-        for name in [name for name in self._left if name.startswith(prefix)]:
-            self._add(name)
+        """Begins to measure the tensors whose names begin with ``prefix``: of whole blocks, in one call each.
+
+        Raises:
+            Exception: whatever the thread ran into with blocks before this one.
+        """
+        while self._coming and self._coming[0].done():
+            self._take()
+        self._begin([name for name in self._left if name.startswith(prefix)])
 
     def rest(self) -> None:
-        """Measures what no block had."""
+        """Begins to measure what no block had."""
         for name in list(self._left):
             if self._is_untouched(name):
                 del self._left[name]
             else:
-                self._add(name)
+                self._begin([name])
             self._views.forget()
 
     def findings(self) -> list[dict[str, Any]]:
-        """What is wrong, errors first."""
+        """What is wrong, errors first; waits for all that was begun, and raises what the thread ran into."""
+        while self._coming:
+            self._take()
         found = self._audit.findings()
         folded = {t.block for t in self._audit.tensors.values() if t.fit is not None and t.fit.is_folded}
         slopes = {n: slope for n, slope in self._slopes.items() if self._audit.tensors[n].block not in folded}
@@ -107,16 +129,33 @@ class StreamedAudit:
         # In parts: the comparison of a large embedding takes half as much memory again.
         return all(torch.equal(a, b) for a, b in zip(torch.split(own, 8192), torch.split(kept, 8192), strict=True))
 
-    def _add(self, name: str) -> None:
-        del self._left[name]
-        # On a GPU, what is left for the host is many small operations.
-        with one_thread() if self._device.startswith("cuda") else nullcontext():
-            measured = self._audit.add(name, self._device)
-        if self._levels is None or name not in self._probed or measured.fit is None or measured.fit.is_folded:
-            return
-        stored, merged, base = (
-            view.read(name, self._device) for view in (self._stored, self._views.merged, self._views.base)
-        )
-        slope = cell_slope(stored, merged, base, self._levels)
-        if slope is not None:
-            self._slopes[name] = slope
+    def _begin(self, names: Sequence[str]) -> None:
+        begun: list[Begun] = []
+        try:
+            for name in names:
+                del self._left[name]
+                is_probed = self._levels is not None and name in self._probed
+                begun.append(self._audit.begin(name, self._device, MOST_ELEMENTS if is_probed else 0))
+        finally:  # what came before an error may be what explains it
+            self._coming.append(self._worker.submit(self._finish, begun, mark(self._device)))
+
+    def _finish(self, begun: Sequence[Begun], arrived: Callable[[], None]) -> list[str]:
+        """What the thread does: names of what was measured."""
+        with TIMELINE.stage("wait for audit"):
+            arrived()
+        with TIMELINE.stage("audit findings"):
+            measured = [(one.finish(), one.sample) for one in begun]
+            for result, sample in measured:
+                self._audit.keep(result)
+                if sample is None or self._levels is None or result.fit is None or result.fit.is_folded:
+                    continue
+                slope = cell_slope(*sample, self._levels)
+                if slope is not None:
+                    self._slopes[result.name] = slope
+            for block in dict.fromkeys(result.block for result, _ in measured if result.block):
+                self._audit.judge(block)
+        return [result.name for result, _ in measured]
+
+    def _take(self) -> None:
+        for name in self._coming.popleft().result():
+            self._audit.look_again(name, self._device)

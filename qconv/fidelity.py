@@ -144,13 +144,18 @@ def _compare(
     lineup: Lineup, rows: TokenRows, observe: Observe | None, progress: Progress
 ) -> tuple[Comparison, list[dict[str, Any]] | None]:
     """Runs all models, and audits the candidate's weights beside them; findings are None where they were not."""
-    audit = None
-    if lineup.candidate is not None:
-        if lineup.candidate.adapter is None:
-            audit = StreamedAudit(lineup.reference, lineup.candidate, lineup.views, lineup.device)
-        else:
-            lineup.notes.append("the candidate's weights were not audited: it is served with an unmerged adapter")
+    if lineup.candidate is None:
+        return _compare_beside(None, lineup, rows, observe, progress)
+    if lineup.candidate.adapter is not None:
+        lineup.notes.append("the candidate's weights were not audited: it is served with an unmerged adapter")
+        return _compare_beside(None, lineup, rows, observe, progress)
+    with StreamedAudit(lineup.reference, lineup.candidate, lineup.views, lineup.device) as audit:
+        return _compare_beside(audit, lineup, rows, observe, progress)
 
+
+def _compare_beside(
+    audit: StreamedAudit | None, lineup: Lineup, rows: TokenRows, observe: Observe | None, progress: Progress
+) -> tuple[Comparison, list[dict[str, Any]] | None]:
     def after_embedding() -> None:
         lineup.read_ahead(0)
         if audit is not None:
@@ -204,9 +209,9 @@ def _with_culprit(error: NumericsError, lineup: Lineup, audit: StreamedAudit | N
 
 def audit_all(reference: Reference, candidate: Candidate, device: str) -> list[dict[str, Any]]:
     """Findings of the weights alone, without running a model."""
-    audit = StreamedAudit(reference, candidate, Views.of(reference, candidate, device), device)
-    audit.rest()
-    return audit.findings()
+    with StreamedAudit(reference, candidate, Views.of(reference, candidate, device), device) as audit:
+        audit.rest()
+        return audit.findings()
 
 
 def _finish(result: Fidelity, config: ValidationConfig, folder: Path, progress: Progress) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qconv import corpus, pipeline
+from qconv.audits import StreamedAudit
 from qconv.checkpoint import open_checkpoint
 from qconv.config import CalibrationConfig, MergeJob, OutputConfig
 from qconv.convert import dequantize
 from qconv.convert.bnb_kernels import simulate
+from qconv.errors import NumericsError
+from qconv.lineup import Views
 from qconv.merge import load_adapter, merge
 from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.folds import (
@@ -32,6 +36,7 @@ from qconv.quantize.folds import (
 )
 from qconv.quantize.gptq import gptq
 from qconv.quantize.rtn import rtn
+from qconv.runners import Candidate, Reference
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
 from qconv.validate.audit import WeightAudit, audit
 from tests.conftest import TINY_LLAMA, save_random_adapter
@@ -688,6 +693,67 @@ def test_tensors_can_be_added_one_by_one_in_any_order(make: Make, tiny_nf4: Path
         json.dumps(result.as_dict(), allow_nan=False)
     first, second = whole.findings(), auditor.findings()
     assert [f["code"] for f in first] == [f["code"] for f in second] == ["adapter-not-applied"]
+
+
+def streamed(base: Path, adapter: Path, candidate: Path) -> StreamedAudit:
+    view = dequantize(open_checkpoint(base))
+    reference = Reference(
+        source=open_checkpoint(base), base=view, adapter=load_adapter(str(adapter), view), kind="nf4-dq"
+    )
+    other = Candidate.of(open_checkpoint(candidate))
+    return StreamedAudit(reference, other, Views.of(reference, other, "cpu"), "cpu")
+
+
+@pytest.mark.parametrize("target", ["awq", "gptq"])
+def test_beside_a_comparison_the_findings_are_the_same(
+    make: Make, tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path, target: str
+) -> None:
+    """Judged block by block in a thread, as one by one: of a candidate with a norm and a block that are not its own."""
+    plain = load_file(next(make(tiny_nf4, tiny_adapter, "bf16").glob("*.safetensors")))
+    norm, other = f"{BLOCK}.post_attention_layernorm.weight", "model.layers.1."
+    stored = make(tiny_nf4, tiny_adapter, target)
+    tensors = load_file(next(stored.glob("*.safetensors")))
+
+    def damage(name: str, t: Tensor) -> Tensor:
+        if name.startswith(other) and "mlp" in name:
+            return tensors[name.replace(other, "model.layers.0.")]
+        return plain[name] * torch.linspace(0.5, 2, len(t)) if name == norm else t
+
+    out = edited(stored, tmp_path / "out", damage)
+    wanted = audited(tiny_nf4, tiny_adapter, out)
+    with streamed(tiny_nf4, tiny_adapter, out) as audit:
+        for block in range(4):
+            audit.block(f"model.layers.{block}.")
+        audit.rest()
+        found = audit.findings()
+        tensors_found = audit._audit.tensors
+    assert {"awq": "scales-unbalanced", "gptq": "norm-differs"}[target] in {f["code"] for f in found}
+    assert "tensors-swapped" in {f["code"] for f in found}
+    assert [f for f in found if f["code"] != "wrong-base"] == [
+        f for f in wanted.findings() if f["code"] != "wrong-base"
+    ]
+    for name, tensor in tensors_found.items():
+        assert tensor.as_dict() == wanted.tensors[name].as_dict()
+    assert {t.name for t in wanted.tensors.values() if t.fit is not None} - tensors_found.keys() <= {
+        "model.embed_tokens.weight", "lm_head.weight"
+    }  # fmt: skip
+
+
+def test_what_the_thread_runs_into_is_raised(
+    make: Make, tiny_nf4: Path, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise NumericsError("the thread's own")
+
+    monkeypatch.setattr("qconv.validate.audit.judge_folds", fail)
+    with streamed(tiny_nf4, tiny_adapter, make(tiny_nf4, tiny_adapter, "gptq")) as audit:
+        audit.block("model.layers.0.")
+        with pytest.raises(NumericsError, match="the thread's own"):
+            audit.findings()
+        audit.block("model.layers.1.")
+        wait(audit._coming)
+        with pytest.raises(NumericsError, match="the thread's own"):
+            audit.block("model.layers.2.")
 
 
 def test_findings_are_the_reports_own_kind(make: Make, tiny_nf4: Path, tiny_adapter: Path) -> None:

@@ -7,15 +7,17 @@ Whether Triton interprets is settled when it is first imported, which another te
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from qconv.types import QuantizedLinear, Scheme
-from qconv.validate import audit_gather
-from qconv.validate.audit_gather import Factor, fit_channels, gather
+from qconv.validate import audit_gather, audit_measure
+from qconv.validate.audit_gather import Factor, Nearest, fit_channels, gather
 from qconv.validate.audit_measure import Fit, measure
+from qconv.validate.audit_regression import Sums
 from qconv.validate.audit_stored import Stored
 from tests.kernel_cases import run_checks
 
@@ -71,6 +73,11 @@ def example(scheme: Scheme, seed: int = 0) -> tuple[Stored, Tensor, Tensor]:
     return Stored(plain=None, quantized=linear), expected.to(DEVICE), base.to(DEVICE)
 
 
+def gathered(*arguments: Any) -> tuple[Sums, Nearest | None]:
+    found = gather(*arguments)
+    return found.on_host([tensor.cpu() for tensor in found.tensors])
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("with_factor", [True, False])
@@ -83,10 +90,10 @@ def check_sums_are_those_of_plain_pytorch(
         factor = Factor(
             row_N=torch.linspace(0.5, 2, ROWS, device=DEVICE), column_K=torch.linspace(2, 0.7, COLUMNS, device=DEVICE)
         )
-    assert audit_gather._is_fused(stored, expected)
-    found, nearest = gather(stored, expected, base if with_base else None, factor)
+    assert audit_gather.is_fused(stored, expected)
+    found, nearest = gathered(stored, expected, base if with_base else None, factor)
     monkeypatch.setattr(audit_gather, "available", lambda tensor: False)
-    wanted, wanted_nearest = gather(stored, expected, base if with_base else None, factor)
+    wanted, wanted_nearest = gathered(stored, expected, base if with_base else None, factor)
     assert found.pairs == wanted.pairs
     for pair in wanted.pairs:
         for part, reference in ((found.row, wanted.row), (found.column, wanted.column)):
@@ -104,12 +111,45 @@ def check_sums_are_those_of_plain_pytorch(
 def check_folded_scales_are_found_alike(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     stored, expected, base = example(scheme, seed=1)
     factor, fit = fit_channels(stored, expected), measure(stored, expected, base)
+    assert fit is not None
     assert fit.is_folded
     monkeypatch.setattr(audit_gather, "available", lambda tensor: False)
     plain_factor, plain_fit = fit_channels(stored, expected), measure(stored, expected, base)
     torch.testing.assert_close(factor.row_N, plain_factor.row_N, rtol=1e-5, atol=1e-6)  # one row is 0
     torch.testing.assert_close(factor.column_K, plain_factor.column_K, rtol=1e-5, atol=0)
+    assert plain_fit is not None
     assert_alike(fit, plain_fit)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("is_scaled", [True, False])
+def check_deciding_later_is_deciding_at_once(scheme: Scheme, is_scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both rounds given to the device before anything is known, against the second one only where it is needed."""
+    stored, expected, base = example(scheme, seed=2)
+    if not is_scaled:
+        expected = stored.values(slice(None)) + 1e-4 * torch.randn(ROWS, COLUMNS, device=DEVICE)
+    later = measure(stored, expected, base)
+    monkeypatch.setattr(audit_measure, "is_fused", lambda *_: False)
+    at_once = measure(stored, expected, base)
+    assert later is not None
+    assert at_once is not None
+    assert later.is_folded is is_scaled
+    for name, value in vars(at_once).items():
+        if name != "channels":
+            assert getattr(later, name) == value, name
+    for name, value in vars(at_once.channels).items():
+        found = getattr(later.channels, name)
+        assert (found.dtype, found.device.type) == (torch.float32, "cpu"), name
+        assert torch.equal(found, value), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def check_a_scale_that_is_not_finite_is_seen(bad: float) -> None:
+    stored, expected, base = example(SCHEMES[0])
+    assert stored.quantized is not None
+    stored.quantized.scales_NG[7, 1] = bad
+    assert audit_gather.is_fused(stored, expected)
+    assert measure(stored, expected, base) is None
 
 
 def assert_alike(found: Fit, wanted: Fit) -> None:

@@ -22,7 +22,9 @@ What cannot be seen, and is left to the comparison of logits:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,20 +32,39 @@ from torch import Tensor
 
 from qconv.progress import QUIET, Progress
 from qconv.types import Checkpoint
-from qconv.validate.audit_measure import Fit, measure
+from qconv.validate import audit_measure
+from qconv.validate.audit_folds import FoldVerdict, judge_folds
 from qconv.validate.audit_pairs import Candidate, files_of, is_buffer, is_head, is_tied, pairs_of
-from qconv.validate.audit_rules import findings_of
+from qconv.validate.audit_rules import findings_of, is_coarse
 from qconv.validate.audit_stored import Stored, lies_on_blocks, share_after_encoding
 from qconv.validate.audit_tensor import TensorAudit
+from qconv.validate.audit_vectors import compare_vectors, has_plus_one
+from qconv.validate.on_the_way import mark
 
+MAX_ENCODINGS = 3
 MAX_SEARCHES = 12  # outliers for which other tensors are tried: more than that have one common cause
 SWAP_COSINE, SWAP_GAIN = 0.6, 0.2  # unrelated weights have cosines of 1/sqrt(numel); 2-bit copies still 0.9
 OUTLIER_COSINE = 0.8
-PLUS_ONE_MODELS = ("gemma", "recurrent_gemma", "qwen3_next")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Begun:
+    """One tensor that is being measured.
+
+    Attributes:
+        finish: gives the result, in any thread, once a `mark` that was set after `WeightAudit.begin` is reached.
+        sample: the first values of the stored, the expected and the base's weight, where there are all three.
+    """
+
+    finish: Callable[[], TensorAudit]
+    sample: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class WeightAudit:
     """Feed it tensor by tensor with `add`, in any order, then ask for `findings`.
+
+    `add` is four steps, of which the second and the last need no GPU and may be taken by another thread: `begin`,
+    `Begun.finish` and `keep`, `look_again`, and `judge` for a block whose tensors are all there.
 
     Args:
         expected: the merged view (the base's when there is no adapter).
@@ -70,6 +91,7 @@ class WeightAudit:
         self.candidate = candidate
         self.changed = frozenset(changed)
         self.tensors: dict[str, TensorAudit] = {}
+        self._folds: dict[str, FoldVerdict] = {}  # of blocks that were judged
         self._files = files_of(files or {}, candidate)
         self._encode = encode
         self._quantized = frozenset(f"{module}.weight" for module in candidate.quantized_modules)
@@ -111,42 +133,95 @@ class WeightAudit:
         """Logical tensor name -> shard."""
         return self._files
 
-    @torch.no_grad()
     def add(self, name: str, device: str = "cpu") -> TensorAudit:
         """Measures one tensor of `names`.
 
         Raises:
             CheckpointError, NumericsError: a tensor cannot be read, or the merge itself is not finite.
         """
+        begun, arrived = self.begin(name, device), mark(device)
+        arrived()
+        self.keep(begun.finish())
+        return self.look_again(name, device)
+
+    @torch.no_grad()
+    def begin(self, name: str, device: str = "cpu", sample_size: int = 0) -> Begun:
+        """Reads one tensor of `names` and what it is compared with, and begins to measure it.
+
+        Args:
+            sample_size: of `Begun.sample`, in values; 0 = none is taken.
+
+        Raises:
+            CheckpointError, NumericsError: a tensor cannot be read, or the merge itself is not finite.
+        """
         own = self._pairs[name]
         stored, dtype, bits = self._read(name, device)
-        spec = self.candidate.specs()[name]
         facts: dict[str, Any] = {
             "name": name,
             "expected_name": own,
-            "shape": spec.shape,
+            "shape": self.candidate.specs()[name].shape,
             "changed": own in self.changed,
             "dtype": dtype,
             "bits": bits,
             "file": self.file_of(name),
         }
-        if not _is_finite(stored):
-            result = TensorAudit(**facts, is_finite=False)
-        else:
-            expected = self.expected.read(own, device).float()
-            if len(spec.shape) < 2:
-                plus_one = "norm" in name and _has_plus_one(self.candidate.config)
-                result = TensorAudit(**facts, **_compare_vectors(stored, expected, plus_one))
-            else:
-                result = TensorAudit(**facts, **self._compare(name, own, stored, expected, device))
+        expected = self.expected.read(own, device).float()
+        if len(facts["shape"]) < 2:
+            plus_one = "norm" in name and has_plus_one(self.candidate.config)
+            finish_vector = compare_vectors(stored, expected, plus_one)
+            return Begun(finish=lambda: TensorAudit(**facts, **finish_vector()))
+        expected = _matrix(expected)
+        base = self._base_of(own, device)
+        finish_fit = audit_measure.begin(stored, expected, base)
+        if stored.plain is not None:
+            facts["on_blocks"] = not stored.nearest_is_known or lies_on_blocks(stored.plain)
+
+        def finish() -> TensorAudit:
+            fit = finish_fit()
+            return TensorAudit(**facts, fit=fit) if fit is not None else TensorAudit(**facts, is_finite=False)
+
+        if not sample_size or base is None:
+            return Begun(finish=finish)
+        rows = slice(-(-sample_size // expected.shape[1]))
+        parts = stored.values(rows), expected[rows], base[rows]
+        first, second, third = (part.flatten()[:sample_size].clone() for part in parts)
+        return Begun(finish=finish, sample=(first, second, third))
+
+    def keep(self, result: TensorAudit) -> None:
+        """Takes up what was measured."""
+        self.tensors[result.name] = result
+        self._folds.pop(result.block, None)
+
+    def judge(self, block: str) -> None:
+        """Judges the channel scales of one block; `findings` does so for blocks that were not judged before."""
+        members = [t for t in self.tensors.values() if t.block == block and t.is_finite]
+        self._folds[block] = judge_folds(members, self.candidate.config)
+
+    def look_again(self, name: str, device: str = "cpu") -> TensorAudit:
+        """Reads a weight that is far off once more, to tell what it is instead; the result as it is now."""
+        result = self.tensors[name]
+        fit = result.fit
+        if fit is None:
+            return result
+        if fit.cosine < OUTLIER_COSINE and self._num_searches < MAX_SEARCHES:
+            self._num_searches += 1
+            resembles = self._search(name, result.expected_name, self._read(name, device)[0], fit.cosine, device)
+            result = dataclasses.replace(result, resembles=resembles)
+        elif self._encode is not None and self._num_encodings < MAX_ENCODINGS and self._may_be_other_base(result):
+            self._num_encodings += 1
+            share = self._share_after_encoding(name, result.expected_name, self._encode, device)
+            result = dataclasses.replace(result, encoded_share=share)
         self.tensors[name] = result
         return result
 
     def findings(self) -> list[dict[str, Any]]:
         """What is wrong, most severe first; empty when all that was added is as the merge gives it."""
+        for block in dict.fromkeys(t.block for t in self.tensors.values() if t.is_finite and t.block):
+            if block not in self._folds:
+                self.judge(block)
         return findings_of(
             list(self.tensors.values()),
-            config=self.candidate.config,
+            self._folds,
             missing=self.missing,
             unexpected=self.unexpected,
             reshaped=self.reshaped,
@@ -164,27 +239,26 @@ class WeightAudit:
         bits = quantized.scheme.bits if quantized.scheme.kind == "int" else None
         return Stored(plain=None, quantized=quantized), None, bits
 
-    def _compare(self, name: str, own: str, stored: Stored, expected: Tensor, device: str) -> dict[str, Any]:
-        expected = _matrix(expected)
-        base = None
-        if own in self.changed:
-            base_spec = self.base.specs().get(own)
-            if base_spec is not None and base_spec.shape == self.expected.specs()[own].shape:
-                base = _matrix(self.base.read(own, device))
-        fit = measure(stored, expected, base)
-        more: dict[str, Any] = {"fit": fit}
-        if stored.plain is not None:
-            more["on_blocks"] = not stored.nearest_is_known or lies_on_blocks(stored.plain)
-        if fit.cosine < OUTLIER_COSINE and self._num_searches < MAX_SEARCHES:
-            self._num_searches += 1
-            more["resembles"] = self._search(name, own, stored, fit.cosine, device)
-        elif self._encode is not None and self._num_encodings < 3 and _may_be_other_base(fit, stored):
-            seen = base if base is not None else expected
-            if own in self.base.specs() and name.endswith(".weight"):
-                self._num_encodings += 1
-                more["encoded_share"] = share_after_encoding(stored, expected, seen, self._encode)
-        return more
+    def _base_of(self, own: str, device: str) -> Tensor | None:
+        """The base's weight, where the adapter changes it and it has the same shape."""
+        spec = self.base.specs().get(own) if own in self.changed else None
+        if spec is None or spec.shape != self.expected.specs()[own].shape:
+            return None
+        return _matrix(self.base.read(own, device))
 
+    def _may_be_other_base(self, tensor: TensorAudit) -> bool:
+        """More is left over than 16-bit, float8 or 8-bit rounding leaves, and less than between unrelated weights."""
+        fit = tensor.fit
+        if fit is None or is_coarse(tensor) or not max(0.01, 2 * (fit.rounding or 0.0)) < fit.residual < 0.4:
+            return False
+        return tensor.expected_name in self.base.specs() and tensor.name.endswith(".weight")
+
+    @torch.no_grad()
+    def _share_after_encoding(self, name: str, own: str, encode: Callable[[Tensor], Tensor], device: str) -> float:
+        expected, base = _matrix(self.expected.read(own, device).float()), self._base_of(own, device)
+        return share_after_encoding(self._read(name, device)[0], expected, expected if base is None else base, encode)
+
+    @torch.no_grad()
     def _search(self, name: str, own: str, stored: Stored, own_cosine: float, device: str) -> str | None:
         """The expected tensor of the same shape, in this block or of this role nearby, that fits much better."""
         specs = self.expected.specs()
@@ -221,39 +295,6 @@ def audit(
 
 def _matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
-def _is_finite(stored: Stored) -> bool:
-    tensors = [stored.plain] if stored.quantized is None else [stored.quantized.codes_NK, stored.quantized.scales_NG]
-    return all(
-        bool(torch.isfinite(t.float() if t.dtype.itemsize == 1 else t).all())
-        for t in tensors
-        if t is not None and t.dtype.is_floating_point
-    )
-
-
-def _compare_vectors(stored: Stored, expected_K: Tensor, plus_one: bool) -> dict[str, Any]:
-    found_K = stored.values(slice(None)).reshape(-1)
-    expected_K = expected_K.reshape(-1)
-    if plus_one:
-        found_K, expected_K = found_K + 1, expected_K + 1
-    # Zeros are compared with the size of the whole vector.
-    size_K = torch.maximum(expected_K.abs(), expected_K.abs().mean() * 1e-3).clamp_min(1e-12)
-    return {
-        "deviation": float(((found_K - expected_K).abs() / size_K).max()) if found_K.numel() else 0.0,
-        "ratio_K": (expected_K / found_K).cpu(),
-    }
-
-
-def _has_plus_one(config: Mapping[str, Any]) -> bool:
-    """Norms that multiply by 1 + weight."""
-    return str(config.get("model_type")).startswith(PLUS_ONE_MODELS)
-
-
-def _may_be_other_base(fit: Fit, stored: Stored) -> bool:
-    """More is left over than 16-bit, float8 or 8-bit rounding leaves, and less than between unrelated weights."""
-    coarse = not stored.nearest_is_known or (stored.quantized is not None and stored.quantized.scheme.bits < 8)
-    return not coarse and max(0.01, 2 * (fit.rounding or 0.0)) < fit.residual < 0.4
 
 
 def _neighbours(here: TensorAudit, specs: Mapping[str, Any]) -> list[str]:

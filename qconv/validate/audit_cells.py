@@ -29,7 +29,7 @@ from qconv.validate.audit_words import finding
 BLOCK = 64
 _OUTER = 3
 _LARGEST_ERROR = 0.3  # of the weight's norm; more is no rounding error
-_MOST_ELEMENTS = 1 << 19
+MOST_ELEMENTS = 1 << 19
 LEAST_SLOPE = 0.5
 LEAST_WEIGHTS = 4
 
@@ -46,7 +46,7 @@ def cell_slope(stored: Tensor, expected: Tensor, base: Tensor, levels: Tensor) -
     Returns:
         None where it would say nothing: errors that are no rounding, or a base on another grid.
     """
-    num = min(_MOST_ELEMENTS, base.numel()) // BLOCK * BLOCK
+    num = min(MOST_ELEMENTS, base.numel()) // BLOCK * BLOCK
     base_BE = base.flatten()[:num].view(-1, BLOCK).float()
     expected_BE = expected.flatten()[:num].view(-1, BLOCK).float()
     error_BE = stored.flatten()[:num].view(-1, BLOCK).float() - expected_BE

@@ -11,7 +11,7 @@ Dimension legend: N = rows, K = columns of the stored weight, n = rows worked on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +52,35 @@ class Factor:
         return self.row_N[rows, None] * self.column_K
 
 
-def gather(
-    stored: Stored, expected: Tensor, base: Tensor | None, factor: Factor | None = None
-) -> tuple[Sums, Nearest | None]:
-    """On the host: sums for the candidate, and totals for the expected weight rounded to the candidate's grid.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gathered:
+    """What `gather` found, where it was found: on the device, which was not waited for.
+
+    Attributes:
+        totals_4: float64, as `Nearest` has them but for their order: za, zz, mismatch, zd.
+        nearest_is_known: whether they mean anything.
+    """
+
+    sums: Sums
+    totals_4: Tensor
+    nearest_is_known: bool
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.sums.row_PN, self.sums.column_PK, self.totals_4]
+
+    def on_host(self, copies: Sequence[Tensor]) -> tuple[Sums, Nearest | None]:
+        """The same from copies of `tensors` on the host."""
+        row_PN, column_PK, totals_4 = copies
+        sums = Sums(row_PN, column_PK)
+        if not self.nearest_is_known:
+            return sums, None
+        za, zz, mismatch, zd = totals_4.tolist()
+        return sums, Nearest(za=za, zz=zz, mismatch=mismatch, zd=zd)
+
+
+def gather(stored: Stored, expected: Tensor, base: Tensor | None, factor: Factor | None = None) -> Gathered:
+    """Sums for the candidate, and totals for the expected weight rounded to the candidate's grid.
 
     Args:
         stored: the candidate's weight ``[N, K]``.
@@ -63,10 +88,13 @@ def gather(
         base: ``[N, K]``, any float dtype, or None where the adapter changes nothing.
         factor: of expected weight and update; None = 1.
     """
+    if is_fused(stored, expected):
+        parts = _launch(stored, expected, base, factor or Factor.ones(expected))
+        row_PN, column_PK = (part.sum(1, dtype=torch.float64) for part in parts[:2])
+        totals_4 = parts[2].sum(0, dtype=torch.float64)
+        return Gathered(sums=Sums(row_PN, column_PK), totals_4=totals_4, nearest_is_known=stored.nearest_is_known)
     num_rows, num_columns = expected.shape
-    sums = Sums(num_rows, num_columns, base is not None, expected.device)
-    if _is_fused(stored, expected):
-        return _finish(stored, sums, _launch(stored, expected, base, factor or Factor.ones(expected), sums))
+    sums = Sums.zeros(num_rows, num_columns, base is not None, expected.device)
     totals = torch.zeros(4, dtype=torch.float64, device=expected.device)
     for rows in _chunks(expected):
         a = expected[rows]
@@ -84,17 +112,17 @@ def gather(
         totals[2] += y.sub_(z).square_().sum(dtype=torch.float64)
         if d is not None:
             totals[3] += z.mul_(d).sum(dtype=torch.float64)
-    return _finish(stored, sums, totals)
+    return Gathered(sums=sums, totals_4=totals, nearest_is_known=stored.nearest_is_known)
 
 
 def fit_channels(stored: Stored, expected: Tensor, num_rounds: int = 3) -> Factor:
     """Alternating least squares for ``Wc = diag(row) We diag(column)``; the rows' median is 1."""
-    factor = Factor.ones(expected)
-    row_N, column_K = factor.row_N, factor.column_K
+    ones = Factor.ones(expected)
+    row_N, column_K = ones.row_N, ones.column_K
     for _ in range(num_rounds):
-        top_K, bottom_K = _products(stored, expected, Factor(row_N=row_N, column_K=torch.ones_like(column_K)), 0)
+        top_K, bottom_K = _products(stored, expected, Factor(row_N=row_N, column_K=ones.column_K), 0)
         column_K = torch.where(bottom_K > 0, top_K / bottom_K.clamp_min(1e-300), 1.0).float()
-        top_N, bottom_N = _products(stored, expected, Factor(row_N=torch.ones_like(row_N), column_K=column_K), 1)
+        top_N, bottom_N = _products(stored, expected, Factor(row_N=ones.row_N, column_K=column_K), 1)
         row_N = torch.where(bottom_N > 0, top_N / bottom_N.clamp_min(1e-300), 1.0).float()
         middle = row_N.median()
         middle = torch.where(middle == 0, 1.0, middle)
@@ -105,23 +133,21 @@ def fit_channels(stored: Stored, expected: Tensor, num_rounds: int = 3) -> Facto
 
 def _products(stored: Stored, expected: Tensor, factor: Factor, axis: int) -> tuple[Tensor, Tensor]:
     """Sums of ``Wc * a`` and ``a * a`` along an axis, where ``a`` is the expected weight times the factor; float64."""
-    if _is_fused(stored, expected):
-        num_rows, num_columns = expected.shape
-        sums = Sums(num_rows, num_columns, False, expected.device)
-        _launch(stored, expected, None, factor, sums)
-        part = sums.column if axis == 0 else sums.row
-        return part["ya"] + part["aa"], part["aa"]
+    if is_fused(stored, expected):
+        rows, columns, _ = _launch(stored, expected, None, factor)
+        aa, ya, _ = (columns if axis == 0 else rows).sum(1, dtype=torch.float64)
+        return ya + aa, aa
     size = expected.shape[1 - axis]
     top, bottom = (torch.zeros(size, dtype=torch.float64, device=expected.device) for _ in "tb")
-    for rows in _chunks(expected):
-        a = expected[rows] * (factor.row_N[rows, None] if axis == 0 else factor.column_K)
-        place = slice(None) if axis == 0 else rows
-        top[place] += (stored.values(rows) * a).sum(axis)
+    for rows_n in _chunks(expected):
+        a = expected[rows_n] * (factor.row_N[rows_n, None] if axis == 0 else factor.column_K)
+        place = slice(None) if axis == 0 else rows_n
+        top[place] += (stored.values(rows_n) * a).sum(axis)
         bottom[place] += a.square_().sum(axis)
     return top, bottom
 
 
-def _is_fused(stored: Stored, expected: Tensor) -> bool:
+def is_fused(stored: Stored, expected: Tensor) -> bool:
     """Whether `audit_kernels` takes it: integer codes whose groups lie one after the other."""
     quantized = stored.quantized
     return (
@@ -133,19 +159,11 @@ def _is_fused(stored: Stored, expected: Tensor) -> bool:
     )
 
 
-def _launch(stored: Stored, expected: Tensor, base: Tensor | None, factor: Factor, sums: Sums) -> Tensor:
+def _launch(stored: Stored, expected: Tensor, base: Tensor | None, factor: Factor) -> tuple[Tensor, Tensor, Tensor]:
     from qconv.validate.audit_kernels import launch  # imports Triton
 
-    totals: Tensor = launch(stored, expected, base, factor.row_N, factor.column_K, sums)
-    return totals
-
-
-def _finish(stored: Stored, sums: Sums, totals: Tensor) -> tuple[Sums, Nearest | None]:
-    sums.to_host()
-    if not stored.nearest_is_known:
-        return sums, None
-    za, zz, mismatch, zd = totals.tolist()
-    return sums, Nearest(za=za, zz=zz, mismatch=mismatch, zd=zd)
+    found: tuple[Tensor, Tensor, Tensor] = launch(stored, expected, base, factor.row_N, factor.column_K)
+    return found
 
 
 def _chunks(tensor: Tensor) -> Iterator[slice]:

@@ -13,12 +13,10 @@ Legend: N = rows, K = columns, G = groups; of the weight. R = rows, C = columns 
 # (Triton's language has no types.)
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qconv.validate.audit_regression import Sums
 from qconv.validate.audit_stored import Stored
 
 TILE_ROWS, TILE_COLUMNS, WARPS = 32, 128, 8
@@ -104,19 +102,20 @@ def sums_kernel(
 
 
 def launch(
-    stored: Stored, expected_NK: Tensor, base_NK: Tensor | None, row_N: Tensor, column_K: Tensor, sums: Sums
-) -> Tensor:
-    """Fills ``sums``, on the device.
+    stored: Stored, expected_NK: Tensor, base_NK: Tensor | None, row_N: Tensor, column_K: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the tiles found, on the device.
 
     Args:
         stored: integer codes, groups one after the other.
         expected_NK: float32.
         base_NK: any float dtype, or None.
         row_N, column_K: float32 factors of expected weight and update.
-        sums: empty ones, with an update if there is a base.
 
     Returns:
-        float64 ``[4]``: with ``z = nearest(a) - a``, the sums of z a, z z, (y - z)^2 and z d.
+        float32, to be added up along dimension 1: of each of the 3 pairs of `Sums` (6 with a base) what tiles have
+        along rows ``[pairs, tile columns, N]`` and along columns ``[pairs, tile rows, K]``; and ``[tiles, 4]``: with
+        ``z = nearest(a) - a``, the sums of z a, z z, (y - z)^2 and z d.
     """
     quantized = stored.quantized
     num_rows, num_columns = expected_NK.shape
@@ -129,7 +128,7 @@ def launch(
     has_zeros = quantized.zeros_NG is not None
     zeros_NG = quantized.zeros_NG.contiguous() if has_zeros else quantized.codes_NK
     tiles = triton.cdiv(num_rows, TILE_ROWS), triton.cdiv(num_columns, TILE_COLUMNS)
-    num_pairs = len(sums.pairs)
+    num_pairs = 6 if has_base else 3
     rows = expected_NK.new_empty(num_pairs, tiles[1], num_rows)
     columns = expected_NK.new_empty(num_pairs, tiles[0], num_columns)
     totals = expected_NK.new_zeros(*tiles, NUM_TOTALS)
@@ -159,6 +158,4 @@ def launch(
         C=TILE_COLUMNS,
         num_warps=WARPS,
     )
-    for part, found in ((sums.row, rows), (sums.column, columns)):
-        part.update(zip(sums.pairs, found.sum(1, dtype=torch.float64).unbind(), strict=True))
-    return totals.sum((0, 1), dtype=torch.float64)
+    return rows, columns, totals.flatten(0, 1)

@@ -21,14 +21,16 @@ Dimension legend: N = rows, K = columns of the stored weight.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qconv.validate.audit_gather import Nearest, fit_channels, gather
+from qconv.validate.audit_gather import Nearest, fit_channels, gather, is_fused
 from qconv.validate.audit_regression import Regression, Sums, regress, solve
 from qconv.validate.audit_stored import Stored
+from qconv.validate.on_the_way import mark, to_host
 
 # Channel scales are divided out when they explain this share of the rest. Least squares on K free scales takes 1/N
 # of any noise (4e-3 at N = 256); the noise of GPTQ and of round to nearest was seen to give 0.09, which does no
@@ -90,37 +92,85 @@ class Fit:
     lost_columns: int
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Folded:
+    """What was gathered with channel scales divided out, and these; on the host."""
+
+    sums: Sums
+    nearest: Nearest | None
+    row_N: Tensor
+    column_K: Tensor
+
+
+def measure(stored: Stored, expected: Tensor, base: Tensor | None) -> Fit | None:
+    """Fits one weight of the candidate to what it should be, and waits for the result; see `begin`."""
+    finish, arrived = begin(stored, expected, base), mark(expected.device)
+    arrived()
+    return finish()
+
+
 @torch.no_grad()
-def measure(stored: Stored, expected: Tensor, base: Tensor | None) -> Fit:
-    """Fits one weight of the candidate to what it should be.
+def begin(stored: Stored, expected: Tensor, base: Tensor | None) -> Callable[[], Fit | None]:
+    """Begins to fit one weight of the candidate to what it should be.
+
+    Where one kernel does the work, the device is not waited for: it gets both rounds at once (the second one, with
+    channel scales divided out, costs it little), and the host decides later whether there are such scales.
 
     Args:
-        stored: the candidate's weight ``[N, K]``, finite.
+        stored: the candidate's weight ``[N, K]``.
         expected: merged weight ``[N, K]``, float32.
         base: the same weight without the adapter ``[N, K]``, or None when the adapter does not change it.
 
     Returns:
-        the fit; all its numbers are finite.
+        what gives the fit, in any thread, once a `mark` that is set now is reached. All numbers of the fit are
+        finite; it is None where the stored weight is not.
     """
-    sums, nearest = gather(stored, expected, base)
+    is_finite = stored.is_finite()
+    if is_fused(stored, expected):
+        first, factor = gather(stored, expected, base), fit_channels(stored, expected)
+        second = gather(stored, expected, base, factor)
+        copies = to_host([*first.tensors, *second.tensors, factor.row_N, factor.column_K, is_finite])
+
+        def finish() -> Fit | None:
+            return None if not copies[-1] else _decide(*first.on_host(copies[:3]), lambda: folded(copies[3:-1]))
+
+        def folded(copies: list[Tensor]) -> _Folded:
+            sums, nearest = second.on_host(copies[:3])
+            return _Folded(sums=sums, nearest=nearest, row_N=copies[3].float(), column_K=copies[4].float())
+
+        return finish
+    if not is_finite:
+        return lambda: None
+
+    def gather_again() -> _Folded:
+        factor = fit_channels(stored, expected)
+        found = gather(stored, expected, base, factor)
+        sums, nearest = found.on_host([tensor.cpu() for tensor in found.tensors])
+        return _Folded(sums=sums, nearest=nearest, row_N=factor.row_N.cpu(), column_K=factor.column_K.cpu())
+
+    found = gather(stored, expected, base)
+    fit = _decide(*found.on_host([tensor.cpu() for tensor in found.tensors]), gather_again)
+    return lambda: fit
+
+
+def _decide(sums: Sums, nearest: Nearest | None, fold: Callable[[], _Folded]) -> Fit:
+    """The plain fit, or the one with channel scales divided out (``fold``) where these explain what is left."""
     plain = regress(sums)
     channels = _separate_channels(sums)
     is_nearest = nearest is not None and nearest.mismatch <= (SAME_AS_NEAREST**2) * nearest.zz
     if not is_nearest and _gain_of_channels(sums, plain.rest) > FOLD_GAIN:
-        factor = fit_channels(stored, expected)
-        folded_sums, folded_nearest = gather(stored, expected, base, factor)
-        regression = regress(folded_sums)
+        folded = fold()
+        regression = regress(folded.sums)
         if regression.rest < (1 - FOLD_GAIN) * plain.rest:
-            left = _separate_channels(folded_sums)
-            row_N, column_K = factor.row_N.cpu(), factor.column_K.cpu()
-            folded = Channels(
-                column_K=column_K,
-                row_N=row_N,
-                column_error_K=left.column_error_K * column_K.abs(),
-                row_error_N=left.row_error_N * row_N.abs(),
+            left = _separate_channels(folded.sums)
+            both = Channels(
+                column_K=folded.column_K,
+                row_N=folded.row_N,
+                column_error_K=left.column_error_K * folded.column_K.abs(),
+                row_error_N=left.row_error_N * folded.row_N.abs(),
             )
-            found = _fit(folded_sums, folded_nearest, regression, folded, 1 - regression.rest / plain.rest)
-            lost_rows, lost_columns = _lost(folded.row_N, sums.row["aa"]), _lost(folded.column_K, sums.column["aa"])
+            found = _fit(folded.sums, folded.nearest, regression, both, 1 - regression.rest / plain.rest)
+            lost_rows, lost_columns = _lost(both.row_N, sums.row["aa"]), _lost(both.column_K, sums.column["aa"])
             return dataclasses.replace(found, lost_rows=lost_rows, lost_columns=lost_columns)
     return _fit(sums, nearest, plain, channels, 0.0)
 

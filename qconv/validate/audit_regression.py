@@ -8,20 +8,34 @@ Hessian), so standard errors are clustered by rows and by columns at once (Camer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
 class Sums:
-    """Inner products of a = We, d = D and y = Wc - We: per row and per column, float64."""
+    """Inner products of a = We, d = D and y = Wc - We: per row and per column, float64.
+
+    Args:
+        row_PN, column_PK: one row for each of the first 3 or (with an update) all 6 of `PAIRS`.
+    """
 
     PAIRS = ("aa", "ya", "yy", "ad", "dd", "yd")
 
-    def __init__(self, num_rows: int, num_columns: int, has_update: bool, device: torch.device):
-        self.pairs = self.PAIRS if has_update else self.PAIRS[:3]
-        self.row = {pair: torch.zeros(num_rows, dtype=torch.float64, device=device) for pair in self.pairs}
-        self.column = {pair: torch.zeros(num_columns, dtype=torch.float64, device=device) for pair in self.pairs}
+    def __init__(self, row_PN: Tensor, column_PK: Tensor):
+        self.row_PN, self.column_PK = row_PN, column_PK
+        self.pairs = self.PAIRS[: len(row_PN)]
+        self.row = dict(zip(self.pairs, row_PN.unbind(), strict=True))
+        self.column = dict(zip(self.pairs, column_PK.unbind(), strict=True))
+
+    @classmethod
+    def zeros(cls, num_rows: int, num_columns: int, has_update: bool, device: torch.device) -> Sums:
+        num = len(cls.PAIRS) if has_update else 3
+        row_PN, column_PK = (
+            torch.zeros(num, size, dtype=torch.float64, device=device) for size in (num_rows, num_columns)
+        )
+        return cls(row_PN, column_PK)
 
     def add(self, rows: slice, **tensors: Tensor) -> None:
         for pair in self.pairs:
@@ -29,15 +43,13 @@ class Sums:
             self.row[pair][rows] = product.sum(1).double()
             self.column[pair] += product.sum(0)
 
-    def to_host(self) -> None:
-        """Brings what was added to the host at once: what follows asks for many single numbers, and waits for each."""
-        self.row, self.column = (
-            dict(zip(self.pairs, torch.stack(list(part.values())).cpu().unbind(), strict=True))
-            for part in (self.row, self.column)
-        )
-
     def total(self, pair: str) -> float:
-        return float(self.row[pair].sum())
+        """Of all rows; asks the device once."""
+        return self._totals[pair]
+
+    @cached_property
+    def _totals(self) -> dict[str, float]:
+        return {pair: float(row_N.sum()) for pair, row_N in self.row.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,10 @@ from itertools import groupby
 from typing import Any
 
 from qconv.validate.audit_adapter import absent_names, adapter_findings
-from qconv.validate.audit_folds import FoldVerdict, judge_folds
+from qconv.validate.audit_folds import FoldVerdict
 from qconv.validate.audit_structure import structure_findings
 from qconv.validate.audit_tensor import TensorAudit
 from qconv.validate.audit_words import finding, where
-from qconv.validate.workers import workers
 
 Finding = dict[str, Any]
 
@@ -45,14 +44,18 @@ ORIGINAL_SHARE = 0.87  # of values that come back to the base: 0.92 and more for
 
 def findings_of(
     tensors: Sequence[TensorAudit],
+    folds: Mapping[str, FoldVerdict],
     *,
-    config: Mapping[str, Any],
     missing: Sequence[str] = (),
     unexpected: Sequence[str] = (),
     reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> list[Finding]:
-    """Findings, errors first; none when every tensor is what the merge gives, up to its storage rounding."""
+    """Findings, errors first; none when every tensor is what the merge gives, up to its storage rounding.
+
+    Args:
+        folds: what `judge_folds` says of each block.
+    """
     shards = files or {}
     found = structure_findings(missing, unexpected, reshaped or {}, shards)
     finite = [t for t in tensors if t.is_finite]
@@ -68,7 +71,6 @@ def findings_of(
                 broken,
             )
         )
-    folds = _judge_blocks(finite, config)
     differing = [t for t in finite if differs(t)]
     found += _swap_findings(differing)
     rest = [t for t in differing if t.resembles is None]
@@ -126,15 +128,6 @@ def is_wrong_base(differing: Sequence[TensorAudit], matrices: Sequence[TensorAud
     low, high = WRONG_BASE_REST
     alike = [t for t in differing if t.fit is not None and t.block and low < t.fit.residual < high]
     return len(alike) >= max(2.0, WRONG_BASE_SHARE * len(matrices))
-
-
-def _judge_blocks(tensors: Sequence[TensorAudit], config: Mapping[str, Any]) -> dict[str, FoldVerdict]:
-    blocks: dict[str, list[TensorAudit]] = {}
-    for tensor in tensors:
-        blocks.setdefault(tensor.block, []).append(tensor)
-    blocks.pop("", None)
-    with workers() as pool:
-        return dict(zip(blocks, pool(lambda members: judge_folds(members, config), blocks.values()), strict=True))
 
 
 def _swap_findings(differing: Sequence[TensorAudit]) -> list[Finding]:

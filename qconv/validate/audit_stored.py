@@ -41,6 +41,16 @@ class Stored:
             return self.plain[rows].to(torch.float32, copy=True)
         return self.quantized.rows(rows).dequantize()
 
+    def is_finite(self) -> Tensor:
+        """bool [], on the device: whether no value, code or scale is NaN or infinite."""
+        if self.quantized is None:
+            assert self.plain is not None
+            return torch.isfinite(self.plain.float() if self.plain.dtype.itemsize == 1 else self.plain).all()
+        are_finite = torch.isfinite(self.quantized.scales_NG).all()
+        if self.quantized.scheme.kind == "float":
+            are_finite = are_finite & torch.isfinite(self.quantized.codes_NK.float()).all()
+        return are_finite
+
     def nearest(self, w_nK: Tensor, rows: slice) -> Tensor:
         """``w_nK`` rounded to the nearest values that the candidate's own grid holds: float32, a copy."""
         if self.quantized is None:

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Operations of one thread each."""
+def one_worker(name: str) -> ThreadPoolExecutor:
+    """One thread with operations of one thread, for work beside the main thread's; shut it down."""
     num = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num)
+    pool = ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(1,))
+    pool.submit(int).result()  # it has begun
+    torch.set_num_threads(num)  # what the worker sets is the default of threads that come later
+    return pool
 
 
 @contextmanager
