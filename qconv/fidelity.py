@@ -20,6 +20,7 @@ from qconv.config import ValidationConfig
 from qconv.corpus import TokenRows
 from qconv.errors import NumericsError
 from qconv.evaluation import check_alike, check_vocabulary, empty_facts, evaluation_rows, reference_tokenizer
+from qconv.finite import putting_off
 from qconv.lineup import Lineup, Views, line_up
 from qconv.progress import Progress
 from qconv.runners import Candidate, Reference
@@ -174,15 +175,16 @@ def _compare_beside(
 
     found = None
     try:
-        comparison = compare(
-            lineup.entrants,
-            lineup.pairs,
-            rows,
-            observe=observe,
-            after_embedding=after_embedding,
-            after_block=after_block,
-            progress=progress,
-        )
+        with putting_off():
+            comparison = compare(
+                lineup.entrants,
+                lineup.pairs,
+                rows,
+                observe=observe,
+                after_embedding=after_embedding,
+                after_block=after_block,
+                progress=progress,
+            )
         if audit is not None:
             with TIMELINE.stage("audit"):
                 audit.rest()

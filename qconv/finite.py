@@ -2,14 +2,27 @@
 
 A sum over NaN or infinity is never finite again, so a finite sum proves that all is finite. The sum of finite numbers
 may overflow; only then each of them is looked at.
+
+To ask a GPU for one answer is to wait for all that it was given before. Within `putting_off`, checks of tensors on
+their way through a model are therefore collected, and `settle` asks for all at once, before anybody relies on them.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from qconv.errors import NumericsError
+
+Check: TypeAlias = Callable[[], object]
+_Doubts: TypeAlias = list[tuple[Tensor, Check]]
+_here = threading.local()  # ``doubts``: those of the thread that is inside `putting_off`
 
 
 def is_surely_finite(x: Tensor) -> Tensor:
@@ -20,3 +33,50 @@ def is_surely_finite(x: Tensor) -> Tensor:
 def all_finite(x: Tensor) -> bool:
     """Whether no element of a floating-point tensor, any shape, is NaN or infinite; waits for the device."""
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+
+
+@contextmanager
+def putting_off() -> Iterator[None]:
+    """Inside, this thread's checks may be put off until `settle`, at the latest until the end.
+
+    An error of the numbers inside may come from what was not checked: then that is told in its place.
+    """
+    _here.doubts = []
+    try:
+        yield
+        settle()
+    except NumericsError:
+        settle()
+        raise
+    finally:
+        _here.doubts = None
+
+
+def put_off(is_fine: Tensor, check: Check) -> bool:
+    """Puts a check off, where that is allowed; False where it is not, and the caller has to look at once.
+
+    Args:
+        is_fine: bool [], on any device; False = ``check`` decides.
+        check: raises the error if there is one. It is kept until then, so it should hold no large tensor.
+    """
+    doubts: _Doubts | None = getattr(_here, "doubts", None)
+    if doubts is None:
+        return False
+    doubts.append((is_fine, check))
+    return True
+
+
+def settle() -> None:
+    """Does what was put off in this thread; waits for the device once."""
+    doubts: _Doubts | None = getattr(_here, "doubts", None)
+    if not doubts:
+        return
+    _here.doubts = None  # what is checked now is checked at once
+    try:
+        for device in {flag.device for flag, _ in doubts}:
+            own = [(flag, check) for flag, check in doubts if flag.device == device]
+            for is_fine, (_, check) in zip(torch.stack([flag for flag, _ in own]).tolist(), own, strict=True):
+                if not is_fine:
+                    check()
+    finally:
+        _here.doubts = []

@@ -19,12 +19,14 @@ from torch import Tensor
 from qconv import corpus, pipeline
 from qconv.audits import StreamedAudit
 from qconv.checkpoint import open_checkpoint
-from qconv.config import CalibrationConfig, MergeJob, OutputConfig
+from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.convert import dequantize
 from qconv.convert.bnb_kernels import simulate
 from qconv.errors import NumericsError
+from qconv.fidelity import measure_fidelity
 from qconv.lineup import Views
 from qconv.merge import load_adapter, merge
+from qconv.progress import QUIET
 from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.folds import (
     FOLDS,
@@ -754,6 +756,25 @@ def test_what_the_thread_runs_into_is_raised(
         wait(audit._coming)
         with pytest.raises(NumericsError, match="the thread's own"):
             audit.block("model.layers.2.")
+
+
+def test_a_scale_that_is_not_finite_ends_the_comparison(
+    make: Make, tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    """Named as what it is, although the GPU is not asked when it is read: not as hidden states that are not finite."""
+
+    def damage(name: str, t: Tensor) -> Tensor:
+        if name == f"{BLOCK}.mlp.up_proj.scales":
+            t[0, 3] = float("nan")
+        return t
+
+    out = edited(make(tiny_nf4, tiny_adapter, "gptq"), tmp_path / "out", damage)
+    view = dequantize(open_checkpoint(tiny_nf4))
+    adapter = load_adapter(str(tiny_adapter), view)
+    reference = Reference(source=open_checkpoint(tiny_nf4), base=view, adapter=adapter, kind="nf4-dq")
+    config = ValidationConfig(tokens=512, seq_len=128)
+    with pytest.raises(NumericsError, match=f"a scale of module '{BLOCK}.mlp.up_proj' is NaN or infinite"):
+        measure_fidelity(reference, Candidate.of(open_checkpoint(out)), config, "cpu", QUIET)
 
 
 def test_findings_are_the_reports_own_kind(make: Make, tiny_nf4: Path, tiny_adapter: Path) -> None:

@@ -8,12 +8,13 @@ the numbers are in ``check``, to be called on real tensors before packing.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from qconv.errors import CheckpointError, NumericsError, SchemeError
+from qconv.finite import put_off
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
 
 GROUP_SIZES_TO_SUGGEST = (128, 64, 32)
@@ -165,11 +166,15 @@ class TensorReader:
         return tensor
 
     def take_scales(self, suffix: str, shape: tuple[int | None, ...]) -> Tensor:
-        """Scales as float32, checked to be finite."""
+        """Scales as float32, checked to be finite (within `finite.putting_off`, maybe later)."""
         scales = self.take(suffix, SCALE_DTYPES, shape).to(torch.float32)
-        if not bool(torch.isfinite(scales).all()):
-            raise NumericsError(f"{self._location}: a scale of module {self._module!r} is NaN or infinite")
+        are_finite = torch.isfinite(scales).all()
+        if not put_off(are_finite, self._refuse_scales) and not are_finite:
+            self._refuse_scales()
         return scales
+
+    def _refuse_scales(self) -> NoReturn:
+        raise NumericsError(f"{self._location}: a scale of module {self._module!r} is NaN or infinite")
 
     def take_group_index(self, suffix: str, k: int, num_groups: int, scheme: Scheme) -> Tensor | None:
         """The stored group index, or None when it says ``k // group_size``."""

@@ -12,13 +12,13 @@ Dimensions: N = out, K = in, R = rank; a base that stores ``[K, N]`` (Conv1D) is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from qconv.errors import NumericsError
-from qconv.finite import all_finite
+from qconv.finite import all_finite, put_off
 from qconv.types import Adapter, LoraDelta
 
 SLICE_ELEMENTS = 1 << 24  # 64 MiB of float32: bounds every temporary beside the result
@@ -38,11 +38,12 @@ def delta_weight(adapter: Adapter, delta: LoraDelta, device: str = "cpu") -> Ten
 
 
 @torch.no_grad()
-def merged_weight(w: Tensor, adapter: Adapter, delta: LoraDelta) -> Tensor:
+def merged_weight(w: Tensor, adapter: Adapter, delta: LoraDelta, again: Callable[[], object] | None = None) -> Tensor:
     """The base weight with the adapter's update, in float32 on the weight's device.
 
     Args:
         w: ``[N, K]``, or ``[K, N]`` when the base stores it transposed; any float dtype. Not changed.
+        again: makes the same weight once more; with it the check of the result may be put off, see `finite`.
 
     Raises:
         NumericsError: NaN or infinity in the result; names the tensor and the likely cause.
@@ -66,7 +67,10 @@ def merged_weight(w: Tensor, adapter: Adapter, delta: LoraDelta) -> Tensor:
             total += merged_nK.sum()  # finite only when all is, see `finite.py`
             if not is_in_place:
                 result_NK[rows][part] = merged_nK
-    if not total.isfinite() and not all_finite(result):
+    is_fine = total.isfinite()
+    if again is not None and put_off(is_fine, again):
+        return result
+    if not is_fine and not all_finite(result):
         raise NumericsError(_explain(w, adapter, delta, magnitude_N is not None))
     return result
 
@@ -84,7 +88,7 @@ def _factors(adapter: Adapter, delta: LoraDelta, device: torch.device) -> tuple[
         dtype = torch.float64
     a_RK = adapter.tensors.read(delta.a, str(device)).to(dtype)
     if delta.singular is not None:
-        a_RK *= adapter.tensors.read(delta.singular, str(device)).to(dtype)
+        a_RK = a_RK * adapter.tensors.read(delta.singular, str(device)).to(dtype)
     b_NR = adapter.tensors.read(delta.b, str(device)).to(dtype)
     return a_RK, b_NR
 

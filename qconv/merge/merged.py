@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class MergedCheckpoint:
 
         Raises:
             CheckpointError: no such tensor, or its bytes cannot be read.
-            NumericsError: NaN or infinity in what the adapter added to.
+            NumericsError: NaN or infinity in what the adapter added to; within `finite.putting_off`, maybe later.
         """
         if name not in self._specs:
             raise CheckpointError(f"{self.location}: no tensor {name!r}")
@@ -101,7 +102,7 @@ class MergedCheckpoint:
         else:
             tensor = self._base.read(recipe.base, device)
         if recipe.delta is not None:
-            return merged_weight(tensor, self._adapter, recipe.delta)
+            return merged_weight(tensor, self._adapter, recipe.delta, partial(self.read, name, device))
         if recipe.transform is not None:
             change = transformed_bias if recipe.of_bias else transformed_weight
             return change(tensor, self._adapter, recipe.transform)

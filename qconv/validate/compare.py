@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qconv.corpus import TokenRows
 from qconv.errors import NumericsError
+from qconv.finite import settle
 from qconv.progress import QUIET, Progress
 from qconv.streaming import BlockModel
 from qconv.timeline import TIMELINE
@@ -164,6 +165,7 @@ def compare(
         for runner in runners:
             with TIMELINE.stage(f"blocks: {runner.name}"):
                 runner.step(index)
+        settle()
         if len(runners) > 1 and runners[1].name == CANDIDATE:
             with TIMELINE.stage("block errors"):
                 blocks.append(_block_error(index, runners[0], runners[1]))
