@@ -6,6 +6,7 @@ the adapter (what the adapter changed), and the reference again with another bat
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from qconv.config import ValidationConfig
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.layout import config_dtype
 from qconv.merge import merge
+from qconv.read_ahead import read_ahead
 from qconv.remembered import Remembered
 from qconv.runners import Candidate, Reference, candidate_model, reference_model, streamed
 from qconv.streaming import BlockModel
@@ -39,27 +41,31 @@ class Views:
         merged: the merge over it; the base itself without an adapter.
         changed: names of the tensors that the adapter changes.
         stored: the candidate, decoded from bytes that are remembered; None without a candidate.
+        factors: the adapter's own tensors, of which the merge is made more than once; None without an adapter.
     """
 
     base: Remembered
     merged: Checkpoint
     changed: frozenset[str]
     stored: DequantizedCheckpoint | None
+    factors: Remembered | None = None
 
     @staticmethod
     def of(reference: Reference, candidate: Candidate | None, device: str) -> Views:
         base = Remembered(reference.base)
         merged: Checkpoint = base
         changed: frozenset[str] = frozenset()
+        factors = None
         if reference.adapter is not None:
-            view = merge(base, [reference.adapter])
+            factors = Remembered(reference.adapter.tensors)
+            view = merge(base, [dataclasses.replace(reference.adapter, tensors=factors)])
             # In float32, so worth its memory only where merging again is slow.
             merged, changed = (view if device.startswith("cuda") else Remembered(view)), view.changed
         stored = dequantize(Remembered(candidate.source)) if candidate else None
-        return Views(base=base, merged=merged, changed=changed, stored=stored)
+        return Views(base=base, merged=merged, changed=changed, stored=stored, factors=factors)
 
     def _remembered(self) -> Iterator[Remembered]:
-        for view in (self.base, self.merged, self.stored.source if self.stored else None):
+        for view in (self.base, self.merged, self.stored.source if self.stored else None, self.factors):
             if isinstance(view, Remembered):
                 yield view
 
@@ -111,12 +117,22 @@ class Lineup:
             if side is not None:
                 names = [name for name in side.source.specs() if name.startswith("lm_head." if is_after else prefix)]
                 side.source.read_ahead(names, pin=self.device.startswith("cuda"))
+        if self.reference.adapter is not None:
+            read_ahead(self.reference.adapter.tensors, self._factors_of(prefix), pin=self.device.startswith("cuda"))
+
+    def _factors_of(self, prefix: str) -> list[str]:
+        """Names of the adapter's tensors that weights of this prefix are merged with."""
+        assert self.reference.adapter is not None
+        deltas = [d for name, d in self.reference.adapter.deltas.items() if name.startswith(prefix)]
+        return [part for d in deltas for part in (d.a, d.b, d.singular, d.magnitude) if part is not None]
 
     def end(self) -> None:
         """Drops what was read ahead and what the views remember."""
         for side in (self.reference, self.candidate):
             if side is not None:
                 side.source.read_ahead(())
+        if self.reference.adapter is not None:
+            read_ahead(self.reference.adapter.tensors, ())
         self.views.stop()
 
     def tidy(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from qconv.errors import NumericsError
 from qconv.merge import delta as delta_module
 from qconv.merge import delta_weight, merge, merged_weight
+from qconv.remembered import Remembered
 from qconv.types import Adapter, LoraDelta
 from tests.merge_cases import TensorsInMemory
 
@@ -102,6 +103,16 @@ def test_dora_row_of_norm_zero() -> None:
     adapter, delta = adapter_of(torch.ones(1, 4), b, magnitude=torch.ones(3))
     with pytest.raises(NumericsError, match=r"'x\.weight'.*norm 0"):
         merged_weight(w, adapter, delta)
+
+
+def test_factors_that_a_view_remembers_are_not_changed() -> None:
+    """AdaLoRA multiplies A by its singular values, every time."""
+    tensors = {"a": torch.randn(2, 4), "b": torch.randn(3, 2), "e": torch.tensor([[2.0], [3.0]])}
+    adapter = Adapter(tensors=Remembered(TensorsInMemory(tensors)), deltas={}, replacements={})
+    delta = LoraDelta(weight="x.weight", a="a", b="b", rank=2, scaling=1.0, singular="e")
+    wanted = tensors["b"] @ (tensors["a"] * tensors["e"])
+    for _ in range(2):
+        torch.testing.assert_close(merged_weight(torch.zeros(3, 4), adapter, delta), wanted)
 
 
 def test_base_that_is_not_finite() -> None:

@@ -16,6 +16,7 @@ from qconv.convert import dequantize
 from qconv.corpus import TokenRows
 from qconv.errors import CheckpointError
 from qconv.fidelity import measure_fidelity
+from qconv.lineup import line_up
 from qconv.merge import load_adapter, merge
 from qconv.progress import QUIET
 from qconv.runners import Candidate, Reference, reference_model
@@ -166,3 +167,21 @@ def save_resized_adapter(base: Path, folder: Path, added_rows: int) -> None:
         model.resize_token_embeddings(2048 + added_rows)
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(folder, save_embedding_layers=bool(added_rows))
+
+
+def test_what_a_block_is_merged_with_is_read_ahead(tiny_nf4, tiny_adapter, monkeypatch):
+    source = open_checkpoint(tiny_nf4)
+    base = dequantize(source)
+    reference = Reference(source=source, base=base, adapter=load_adapter(tiny_adapter, base), kind="nf4-dq")
+    lined_up = line_up(reference, None, ValidationConfig(tokens=256, seq_len=128), "cpu")
+    begun = []
+    monkeypatch.setattr("qconv.lineup.read_ahead", lambda view, names, pin: begun.extend(names))
+    lined_up.read_ahead(1)
+    merged = lined_up.views.merged
+    for name in merged.specs():
+        if name.startswith("model.layers.1."):
+            merged.read(name)
+    assert len(begun) == 2 * 7
+    assert sorted(begun) == sorted(name for name, _ in lined_up.views.factors._tensors)
+    lined_up.views.forget()
+    assert not lined_up.views.factors._tensors
