@@ -32,15 +32,14 @@ from qconv.cli_parsing import COMPLETE_VARIABLE, Choice, Group, files, folders
 from qconv.cli_plans import planned_merge, planned_training, planned_validation
 from qconv.cli_recipe import run, schema
 from qconv.config import MergeJob
-from qconv.own_process import begin, keep_freed_memory, without_collections
+from qconv.own_process import begin, expand_segments, keep_freed_memory, without_collections
 from qconv.progress import as_json_lines
 from qconv.targets import PLAIN_DTYPES, TARGETS
 from qconv.timeline import TIMELINE
 
 # OpenMP threads that spin while they wait ruin every run on a busy machine; must be set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Without this the allocator of torch holds twice the GPU memory that blocks of changing sizes need.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+expand_segments()  # before torch loads, too
 
 if TYPE_CHECKING:
     pass

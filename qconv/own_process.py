@@ -10,6 +10,8 @@ A command lasts from the moment that it is typed until the prompt is back, so st
 - `bitsandbytes` hands a few fallbacks for CPUs to `torch.compile` when it is imported, which imports the whole
   compiler; on a GPU they are never called, and uncompiled they compute the same (`import_uncompiled`). `transformers`
   tells the compiler of functions that it shall leave alone, which imports it too; nothing is compiled here (`begin`).
+- The allocator of torch holds twice the GPU memory that blocks of changing sizes need, unless its segments may grow
+  (`expand_segments`).
 - glibc gives large blocks of memory back to the system when they are freed, and gets them back page by page, zeroed. A
   forward pass on a CPU frees and allocates the same large blocks all the time (`keep_freed_memory`).
 - Taking apart thousands of modules and a GPU context, object by object, takes seconds in the end; the system does it at
@@ -23,6 +25,7 @@ import ctypes
 import gc
 import importlib
 import os
+import platform
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -163,6 +166,18 @@ def import_uncompiled(name: str) -> None:
 def _not_compiled(function: Any = None, *_: object, **__: object) -> Any:
     """In the place of a decorator that concerns the compiler, with or without options."""
     return function if function is not None else (lambda later: later)
+
+
+def expand_segments() -> None:
+    """Has torch's allocator map GPU memory page by page, where that works and nobody has set it; before torch loads.
+
+    Under WSL drivers before R615 refuse such mappings on some GPUs, as if memory were out (pytorch issue 192330);
+    elsewhere than on Linux torch warns that it cannot.
+    """
+    is_native = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    # torch reads the older name first: setting it would undo what the newer one says.
+    if is_native and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def keep_freed_memory() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qconv import own_process
 from qconv.checkpoint import open_checkpoint
 
 
@@ -217,3 +218,30 @@ def test_exit_codes_of_the_process(tiny_llama: Path, arguments: list[str], code:
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "variables", "is_set"),
+    [
+        ("linux", "6.8.0-49-generic", {}, True),
+        ("linux", "6.8.0-49-generic", {"PYTORCH_ALLOC_CONF": "backend:native"}, False),
+        ("linux", "6.8.0-49-generic", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, False),
+        ("linux", "6.6.87.2-microsoft-standard-WSL2", {}, False),
+        ("win32", "11", {}, False),
+    ],
+)
+def test_segments_expand_where_they_can_and_nobody_said_otherwise(
+    system: str, release: str, variables: dict[str, str], is_set: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("platform.release", lambda: release)
+    before = dict(os.environ)
+    own_process.expand_segments()
+    added = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if is_set else {}
+    assert dict(os.environ) == before | added
+    if is_set:  # it is this test's
+        del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
