@@ -215,7 +215,8 @@ def comparing(contest: Contest, on_gpu: bool, num_threads: int) -> Steps:
     """A validation, on the device that it runs on."""
     block, seq_len = contest.block, contest.seq_len
     row = seq_len * block.hidden_size * block.itemsize
-    held = {"hidden states of all models": sum(contest.entrants.values()) * row}
+    states = "hidden states of all models"
+    held = {states: sum(contest.entrants.values()) * row}
     if contest.keep:
         held["both models, kept"] = contest.models_bytes
     if on_gpu:
@@ -234,8 +235,17 @@ def comparing(contest: Contest, on_gpu: bool, num_threads: int) -> Steps:
             "logits of a row": len(contest.entrants) * seq_len * width,
             "statistics": num_threads * STATISTICS_BYTES,
         }
+    embedded = dict(contest.entrants)
+    if contest.resident_bytes:  # it holds its own embedding, and comes after those that do not
+        for name in ("reference", "floor"):
+            embedded.pop(name, None)
     return {
-        "embed": {**held, "embeddings": 2 * block.outer_bytes, "forward pass": tokens * 4 * block.hidden_size},
+        "embed": {
+            **held,
+            states: sum(embedded.values()) * row,
+            "embeddings": 2 * block.outer_bytes,
+            "forward pass": tokens * 4 * block.hidden_size,
+        },
         "blocks": {
             **held,
             "hidden states of the next block": max(contest.entrants.values()) * row,

@@ -101,6 +101,27 @@ def test_comparison_blames_the_block(tiny_llama):
     assert result.pairs["candidate"].num_positions == 3 * 63
 
 
+class HoldsItsEmbedding(StreamedModel):
+    """As a model that is in memory as a whole says of itself."""
+
+    head_bytes = 0
+
+
+def test_embeddings_that_are_read_are_gone_before_whole_models_are_run(tiny_llama, monkeypatch):
+    view = dequantize(open_checkpoint(tiny_llama))
+    whole = HoldsItsEmbedding(view, "cpu", torch.float32)
+    others = [StreamedModel(view, "cpu", torch.float32) for _ in range(2)]
+    order = []
+    embed = StreamedModel.embed
+    monkeypatch.setattr(StreamedModel, "embed", lambda self, batches: order.append(self) or embed(self, batches))
+    ids = torch.randint(2048, (2, 64), generator=torch.Generator().manual_seed(0))
+    models = entrants(2, reference=whole, candidate=others[0], merged=others[1], floor=whole)
+    pairs = against_reference("candidate", "merged", "floor")
+    result = compare(models, pairs, rows_of(ids), after_embedding=lambda: order.append("after"))
+    assert order == [*others, "after", whole, whole]
+    assert all(pair.kl_mean < 1e-9 for pair in result.pairs.values())
+
+
 def test_clean_merge_keeps_the_adapter(tiny_nf4, tiny_adapter):
     base = dequantize(open_checkpoint(tiny_nf4))
     adapter = load_adapter(tiny_adapter, base)

@@ -148,17 +148,21 @@ def compare(
 
     Args:
         observe: see `Observe`; sees the entrants of the first pair (and more where memory allows).
-        after_embedding, after_block: called while the weights that were read may still be at hand.
+        after_embedding, after_block: called while the weights that were read may still be at hand; models that are
+            in memory as a whole are run after the former.
 
     Raises:
         NumericsError: hidden states or logits of a model contain NaN or infinity; names the block.
     """
     runners = [_Runner(entrant) for entrant in entrants]
-    for runner in runners:
-        with TIMELINE.stage("embed"):
-            runner.begin(rows.ids_TS)
-    if after_embedding is not None:
-        after_embedding()
+    # Models that hold their own embedding come last: until then those of the others are in memory, which are large.
+    for is_whole in (False, True):
+        for runner in runners:
+            if (runner.entrant.model.head_bytes == 0) is is_whole:
+                with TIMELINE.stage("embed"):
+                    runner.begin(rows.ids_TS)
+        if after_embedding is not None and not is_whole:
+            after_embedding()
     num_blocks = entrants[0].model.num_blocks
     blocks = []
     for index in progress.track(range(num_blocks), "validate", num_blocks):
