@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from qconv.convert import FORMATS
 from qconv.errors import NumericsError
 from qconv.finite import put_off, putting_off, settle
 from qconv.merge import merge, merged_weight
-from qconv.types import Adapter, LoraDelta
+from qconv.quantize.rtn import rtn
+from qconv.types import Adapter, LoraDelta, Scheme
 from tests.merge_cases import TensorsInMemory
 
 YES, NO = torch.tensor(True), torch.tensor(False)
@@ -95,3 +98,16 @@ def test_a_merged_weight_names_itself_in_the_end(value: float, message: str | No
         merge(base, [adapter]).read("x.weight")
         reached = True
     assert reached
+
+
+def test_what_is_put_off_holds_no_tensor() -> None:
+    """A checkpoint's tensors are dropped after each block, whether or not their check was done."""
+    scheme = Scheme(bits=4, group_size=32)
+    linear = rtn(torch.randn(16, 64), scheme, "x")
+    tensors = FORMATS["awq"].pack(linear, "x", torch.float16)
+    kept = [weakref.ref(tensor) for tensor in tensors.values()]
+    with putting_off():
+        found = FORMATS["awq"].unpack(tensors, "x", scheme)
+        del tensors
+        assert [ref() for ref in kept] == [None] * 3
+        assert torch.equal(found.codes_NK, linear.codes_NK)

@@ -8,6 +8,7 @@ the numbers are in ``check``, to be called on real tensors before packing.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -169,12 +170,10 @@ class TensorReader:
         """Scales as float32, checked to be finite (within `finite.putting_off`, maybe later)."""
         scales = self.take(suffix, SCALE_DTYPES, shape).to(torch.float32)
         are_finite = torch.isfinite(scales).all()
-        if not put_off(are_finite, self._refuse_scales) and not are_finite:
-            self._refuse_scales()
+        refuse = partial(_refuse_scales, self._module, self._location)
+        if not put_off(are_finite, refuse) and not are_finite:
+            refuse()
         return scales
-
-    def _refuse_scales(self) -> NoReturn:
-        raise NumericsError(f"{self._location}: a scale of module {self._module!r} is NaN or infinite")
 
     def take_group_index(self, suffix: str, k: int, num_groups: int, scheme: Scheme) -> Tensor | None:
         """The stored group index, or None when it says ``k // group_size``."""
@@ -187,6 +186,10 @@ class TensorReader:
 
     def error(self, suffix: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self._location}: tensor {self._module + suffix!r} {problem}")
+
+
+def _refuse_scales(module: str, location: str) -> NoReturn:
+    raise NumericsError(f"{location}: a scale of module {module!r} is NaN or infinite")
 
 
 def shape_of_weight(specs: Mapping[str, TensorSpec], module: str) -> tuple[int, int] | None:
