@@ -29,10 +29,11 @@ from qconv.runners import Candidate, Reference, candidate_model
 from qconv.skeleton import text_config
 from qconv.validate.cache import CacheWriter, ReferenceCache
 from qconv.validate.cached_row import loss_against
-from qconv.validate.compare import Entrant, position_chunks, run_candidate
+from qconv.validate.compare import Entrant, run_candidate
 from qconv.validate.distribution import Distribution
 from qconv.validate.fingerprint import candidate_fingerprint, check_fingerprint, fingerprint
 from qconv.validate.gates import Measurement
+from qconv.validate.logit_chunks import position_chunks
 from qconv.validate.statistics import PairStatistics
 from qconv.validate.worst import worst_tokens
 

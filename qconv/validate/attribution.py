@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from qconv.progress import QUIET, Progress
 from qconv.skeleton import block_linears
 from qconv.streaming import BlockModel
-from qconv.validate.compare import position_chunks
 from qconv.validate.distribution import Distribution
+from qconv.validate.logit_chunks import position_chunks
 
 TOP_BLOCKS = 3  # whose linears are measured one by one
 _FOLDED = 2**-7  # relative difference of a norm's weight that no rounding to bfloat16 explains

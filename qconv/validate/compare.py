@@ -9,7 +9,7 @@ Dimension legend: B = rows in a batch, S = tokens per row, V = vocabulary, T = p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,18 +25,16 @@ from qconv.finite import settle
 from qconv.progress import QUIET, Progress
 from qconv.streaming import BlockModel
 from qconv.timeline import TIMELINE
-from qconv.validate.distribution import Distribution
-from qconv.validate.statistics import PairStatistics, compare_distributions
+from qconv.validate.distribution import Distribution, FiniteChecks
+from qconv.validate.logit_chunks import logit_chunks, positions_at_once, slices
+from qconv.validate.statistics import Kept, PairStatistics, pair_columns
 from qconv.validate.workers import workers
 
-_CHUNK_BYTES = {"cpu": 13_000_000, "cuda": 128_000_000}  # float32 logits that are worked on together
-_ROW_BYTES = 200_000_000  # ... of two models on a GPU, where statistics go through the vocabulary in pieces
 _HEAD_BYTES = 1_000_000_000  # output embeddings that may be in memory together
 
 Observe = Callable[[Mapping[str, Distribution], Tensor], None]
 """Called with all distributions of some positions by entrant, and the actual next tokens, in order."""
 AfterBlock = Callable[[int], None]
-Head = Callable[[Tensor], Tensor]
 REFERENCE, CANDIDATE = "reference", "candidate"
 WHOLE = {REFERENCE, CANDIDATE}  # see all rows; controls may see fewer
 
@@ -203,20 +201,6 @@ def run_candidate(
             visit(row, head(runner.row(row))[0, :-1])
 
 
-def position_chunks(logits_TV: Tensor) -> list[slice]:
-    """Slices of positions whose float32 logits stay small enough to be worked on quickly."""
-    return slices(len(logits_TV), chunk_size(logits_TV))
-
-
-def chunk_size(logits_TV: Tensor) -> int:
-    """Positions to work on together, for a vocabulary and device like these."""
-    return max(1, _CHUNK_BYTES["cuda" if logits_TV.is_cuda else "cpu"] // (4 * logits_TV.shape[1]))
-
-
-def slices(num: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, num)) for start in range(0, num, size)]
-
-
 def _block_error(index: int, reference: _Runner, candidate: _Runner) -> BlockError:
     parts = []  # norms of each row: noise, signal, the candidate's own; not read before all are queued
     for r_BSH, c_BSH in zip(reference.hidden, candidate.hidden, strict=True):
@@ -259,57 +243,60 @@ def _compare_logits(
     heads = {name: head_of[runners[name].entrant.model] for name in names}
     device = next(iter(models)).device
     seen = {name: runners[name].entrant.num_rows for name in names}
-    num_rows = max(min(seen[pair.reference], seen[pair.other]) for pair in pairs)
+    rows_of = {pair.name: min(seen[pair.reference], seen[pair.other]) for pair in pairs}
     size = None  # a whole row: on CPU that is fastest, and memory is not what is short
     if device.startswith("cuda"):
-        vocab_size = heads[names[0]](runners[names[0]].row(0)[:, :1]).shape[-1]
-        size = _positions_at_once(vocab_size, len(names), observe is not None)
+        some_TV = heads[names[0]](runners[names[0]].row(0)[:, :1])[0].to(device)
+        size = positions_at_once(some_TV, len(names), observe is not None)
+    parts: dict[str, list[tuple[Kept, Kept, Tensor]]] = {pair.name: [] for pair in pairs}
+    checks = FiniteChecks()
     with workers() if device.startswith("cpu") else nullcontext(map) as pool:
-        for row in range(max(seen.values()) if observe is not None else num_rows):
+        for row in range(max(seen.values()) if observe is not None else max(rows_of.values())):
             present = {name: (heads[name], runners[name].row(row)) for name in names if row < seen[name]}
             targets_T = rows.ids_TS[row, 1:].to(device)
-            measured = pool(partial(_measure_chunk, targets_T, pairs), _logit_chunks(present, device, size))
-            for part, distributions, columns in measured:
+            measured = pool(partial(_measure_chunk, targets_T, pairs), logit_chunks(present, device, size))
+            for part, distributions, found, to_check in measured:
+                checks.take(to_check)
                 if observe is not None:
+                    checks.settle()
                     observe(distributions, targets_T[part])
-                for name, values in columns.items():
-                    tables[name].add(values, rows.documents_TS[row, 1:][part], row)
+                for name, values in found.items():
+                    parts[name].append(values)
                 del distributions  # before those of the next positions are made
-
-
-def _positions_at_once(vocab_size: int, num_models: int, are_observed: bool) -> int:
-    """On a GPU; an observer makes log-probabilities and more of the same size from the logits."""
-    num_bytes = _CHUNK_BYTES["cuda"] if are_observed else _ROW_BYTES // max(1, num_models - 1)
-    return max(1, num_bytes // (4 * vocab_size))
-
-
-def _logit_chunks(
-    present: Mapping[str, tuple[Head, Tensor]], device: str, size: int | None
-) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-    """Logits of some positions of one row at a time, by entrant; the last position has no next token.
-
-    Args:
-        size: positions at a time; None = all.
-    """
-    num = next(iter(present.values()))[1].shape[1] - 1
-    if size is not None:
-        for part in slices(num, size):
-            yield part, {name: head(h_BSH[:, part])[0].to(device) for name, (head, h_BSH) in present.items()}
-        return
-    logits = {name: head(h_BSH)[0, :-1].to(device) for name, (head, h_BSH) in present.items()}
-    for part in position_chunks(next(iter(logits.values()))):
-        yield part, {name: logits_TV[part] for name, logits_TV in logits.items()}
+            checks.settle()
+    for pair in pairs:
+        _add_columns(tables[pair.name], parts[pair.name], rows, rows_of[pair.name])
 
 
 def _measure_chunk(
     targets_T: Tensor, pairs: Sequence[Pair], chunk: tuple[slice, Mapping[str, Tensor]]
-) -> tuple[slice, dict[str, Distribution], dict[str, dict[str, Tensor]]]:
-    """The distributions of some positions by entrant, and what every pair of those present has to say."""
+) -> tuple[slice, dict[str, Distribution], dict[str, tuple[Kept, Kept, Tensor]], FiniteChecks]:
+    """The distributions of some positions by entrant, what `pair_columns` takes of those present, and what to check."""
     part, logits = chunk
-    distributions = {name: Distribution(logits_TV, name) for name, logits_TV in logits.items()}
-    columns = {
-        pair.name: compare_distributions(distributions[pair.reference], distributions[pair.other], targets_T[part])
+    checks = FiniteChecks()
+    distributions = {name: Distribution(logits_TV, name, checks) for name, logits_TV in logits.items()}
+    kept = {name: Kept.of(distribution, targets_T[part]) for name, distribution in distributions.items()}
+    found = {
+        pair.name: (
+            kept[pair.reference],
+            kept[pair.other],
+            distributions[pair.reference].divergence_sums(distributions[pair.other], checks),
+        )
         for pair in pairs
-        if pair.reference in distributions and pair.other in distributions
+        if pair.reference in kept and pair.other in kept
     }
-    return part, distributions, columns
+    return part, distributions, found, checks
+
+
+def _add_columns(
+    table: PairStatistics, parts: Sequence[tuple[Kept, Kept, Tensor]], rows: TokenRows, num_rows: int
+) -> None:
+    """Columns of all positions at once: operations on those of one chunk would take longer to start than to run."""
+    if not parts:
+        return
+    reference, other, sums = zip(*parts, strict=True)
+    sums_T4 = torch.cat(sums)
+    targets_T = rows.ids_TS[:num_rows, 1:].flatten().to(sums_T4.device)
+    columns = pair_columns(Kept.cat(reference), Kept.cat(other), sums_T4, targets_T)
+    for row, part in enumerate(slices(len(targets_T), rows.ids_TS.shape[1] - 1)):
+        table.add({name: values[part] for name, values in columns.items()}, rows.documents_TS[row, 1:], row)

@@ -19,7 +19,8 @@ Dimension legend: T = positions of one row, P = all positions, K = top tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -29,12 +30,40 @@ from torch import Tensor
 
 from qconv.errors import NumericsError
 from qconv.validate.bootstrap import Bootstrap, Interval, clusters, ratio_interval
-from qconv.validate.distribution import Distribution
+from qconv.validate.distribution import Distribution, divergences_from
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
 CONFIDENCE_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 HISTOGRAM_EDGES = tuple(-8 + 0.25 * step for step in range(41))  # of log10 KL: -8 to 2
 SHOWN = 3  # most probable tokens kept for each position, to show the worst ones
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """What a pair's columns need of one model once its logits are gone, at some positions.
+
+    Attributes:
+        top_TK, top_ids_TK, max_T: see `Distribution`.
+        target_T: logits of the actual next tokens.
+    """
+
+    top_TK: Tensor
+    top_ids_TK: Tensor
+    max_T: Tensor
+    target_T: Tensor
+
+    @classmethod
+    def of(cls, distribution: Distribution, targets_T: Tensor) -> Kept:
+        return cls(
+            top_TK=distribution.top_TK,
+            top_ids_TK=distribution.top_ids_TK,
+            max_T=distribution.max_T,
+            target_T=distribution.at(targets_T),
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Kept]) -> Kept:
+        return cls(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 def compare_distributions(reference: Distribution, other: Distribution, targets_T: Tensor) -> dict[str, Tensor]:
@@ -46,22 +75,39 @@ def compare_distributions(reference: Distribution, other: Distribution, targets_
     Raises:
         NumericsError: a divergence is not finite.
     """
-    kl_T, reverse_kl_T = reference.divergences(other)
+    sums_T4 = reference.divergence_sums(other)
+    return pair_columns(Kept.of(reference, targets_T), Kept.of(other, targets_T), sums_T4, targets_T)
+
+
+def pair_columns(reference: Kept, other: Kept, sums_T4: Tensor, targets_T: Tensor) -> dict[str, Tensor]:
+    """`compare_distributions` where the logits are gone.
+
+    Args:
+        sums_T4: `Distribution.divergence_sums`.
+    """
+    kl_T, reverse_kl_T = divergences_from(sums_T4)
+    log_z_T, other_log_z_T = (
+        kept.max_T.double() + sums_T4[:, side].log() for side, kept in enumerate((reference, other))
+    )
+    top_logp_TK, other_top_logp_TK = (
+        (kept.top_TK.double() - each_T[:, None]).float()
+        for kept, each_T in ((reference, log_z_T), (other, other_log_z_T))
+    )
     common_TKK = reference.top_ids_TK[:, :, None] == other.top_ids_TK[:, None, :]
     return {
         "kl": kl_T,
         "reverse_kl": reverse_kl_T,
         "top1": reference.top_ids_TK[:, 0] == other.top_ids_TK[:, 0],
         "top5": common_TKK.any(-1).float().mean(-1),
-        "reference_logp": reference.logp(targets_T),
-        "candidate_logp": other.logp(targets_T),
-        "confidence": reference.top_logp[:, 0].exp(),
+        "reference_logp": (reference.target_T.double() - log_z_T).float(),
+        "candidate_logp": (other.target_T.double() - other_log_z_T).float(),
+        "confidence": top_logp_TK[:, 0].exp(),
         "reference_correct": reference.top_ids_TK[:, 0] == targets_T,
         "candidate_correct": other.top_ids_TK[:, 0] == targets_T,
         "reference_top_ids": reference.top_ids_TK[:, :SHOWN],
-        "reference_top_logp": reference.top_logp[:, :SHOWN],
+        "reference_top_logp": top_logp_TK[:, :SHOWN],
         "candidate_top_ids": other.top_ids_TK[:, :SHOWN],
-        "candidate_top_logp": other.top_logp[:, :SHOWN],
+        "candidate_top_logp": other_top_logp_TK[:, :SHOWN],
     }
 
 
