@@ -22,7 +22,7 @@ from tests.kernel_cases import run_checks
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 POSITIONS = 6 if DEVICE == "cpu" else 300
-VOCABULARIES = [3, 100, 1281, 4096, 5000] if DEVICE == "cpu" else [3, 100, 1281, 4096, 50257, 128256]
+VOCABULARIES = [3, 1281, 5000] if DEVICE == "cpu" else [3, 100, 1281, 4096, 50257, 128256]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -91,7 +91,7 @@ def check_totals(vocabulary: int, dtype: torch.dtype) -> None:
 
 def check_weights_of_every_size_are_exact() -> None:
     """A row of one logit at 0 and the rest at ``-depth``: what the rest adds shows the exponential's own error."""
-    depth = torch.linspace(0, 86, 40 if DEVICE == "cpu" else 4000)
+    depth = torch.linspace(0, 86, 12 if DEVICE == "cpu" else 4000)
     logits = -depth[:, None].expand(-1, 2049).clone()
     logits[:, 0] = 0
     logits = logits.to(DEVICE)
@@ -102,7 +102,7 @@ def check_weights_of_every_size_are_exact() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [3, 5, 100, 1281, 5000, 50257])
+@pytest.mark.parametrize("size", [3, 100, 1281, 5000] if DEVICE == "cpu" else [3, 5, 100, 1281, 50257, 128256])
 def check_top_tokens_with_ties(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(size)
     logits = torch.randn(POSITIONS, size + 3, generator=generator)[:, :size]
