@@ -18,11 +18,12 @@ from qconv.layout import config_dtype
 from qconv.merge import merge
 from qconv.read_ahead import read_ahead
 from qconv.remembered import Remembered
-from qconv.runners import Candidate, Reference, candidate_model, reference_model, streamed
+from qconv.runners import Candidate, Reference, candidate_model, reference_model, resident_bytes, streamed
 from qconv.streaming import BlockModel
 from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
 from qconv.validate.compare import CANDIDATE, REFERENCE, Entrant, Pair
+from qconv.validate.resident import ResidentModel
 
 CONTROL_SHARE = 10  # one row in so many runs through the controls, unless a gate is about them
 LEAST_CONTROL_ROWS = 4
@@ -116,6 +117,8 @@ class Lineup:
         for side in (self.reference, self.candidate):
             if side is not None:
                 names = [name for name in side.source.specs() if name.startswith("lm_head." if is_after else prefix)]
+                if side is self.reference:
+                    names = [name for name in names if not self.views.base.is_lent(name, self.device)]
                 side.source.read_ahead(names, pin=self.device.startswith("cuda"))
         if self.reference.adapter is not None:
             read_ahead(self.reference.adapter.tensors, self._factors_of(prefix), pin=self.device.startswith("cuda"))
@@ -148,12 +151,15 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
     views = Views.of(reference, candidate, device)
     batch = rows_per_batch(config, device)
     lineup = Lineup(reference=reference, candidate=candidate, device=device, views=views, rows_per_batch=batch)
-    for side in (reference, candidate):
+    is_resident = resident_bytes(reference, device) is not None
+    for side in (None if is_resident else reference, candidate):
         if side is not None:  # while models are prepared
             names = [name for name in side.source.specs() if "embed" in name]
             side.source.read_ahead(names, pin=device.startswith("cuda"))
     with TIMELINE.stage("load reference"):
         model, lineup.runs[REFERENCE] = reference_model(reference, views.base, device, keep)
+    if isinstance(model, ResidentModel):  # the controls and the audit read what it holds: embedding and head are large
+        views.base.lend(model.held(views.base.specs()), device)
     lineup.enter(REFERENCE, model, config.rows)
     if candidate is not None and views.stored is not None:
         with TIMELINE.stage("load candidate"):

@@ -17,6 +17,7 @@ class Remembered:
         self.view = view
         self._is_stopped = False
         self._tensors: dict[tuple[str, str], Tensor] = {}
+        self._lent: dict[tuple[str, str], Tensor] = {}
 
     @property
     def location(self) -> str:
@@ -31,12 +32,21 @@ class Remembered:
 
     def read(self, name: str, device: str = "cpu") -> Tensor:
         """The tensor; shared, not to be changed."""
+        if (name, device) in self._lent:
+            return self._lent[name, device]
         if self._is_stopped:
             return self.view.read(name, device)
         key = (name, device)
         if key not in self._tensors:
             self._tensors[key] = self.view.read(name, device)
         return self._tensors[key]
+
+    def lend(self, tensors: Mapping[str, Tensor], device: str) -> None:
+        """Has it give these for reads to ``device``, as long as it lives: somebody holds them there anyway."""
+        self._lent |= {(name, device): tensor for name, tensor in tensors.items()}
+
+    def is_lent(self, name: str, device: str) -> bool:
+        return (name, device) in self._lent
 
     def forget(self) -> None:
         self._tensors.clear()

@@ -6,12 +6,13 @@ hidden states can be compared with the candidate's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qconv.errors import CheckpointError
 from qconv.own_process import import_uncompiled, without_collections
@@ -19,7 +20,7 @@ from qconv.progress import quiet_libraries
 from qconv.skeleton import find_blocks
 from qconv.streaming import BlockModel
 from qconv.timeline import TIMELINE
-from qconv.types import BnbKind
+from qconv.types import BnbKind, TensorSpec
 
 MEMORY_SHARE = 0.6  # of the free device memory that the resident reference may take
 
@@ -47,6 +48,19 @@ class ResidentModel(BlockModel):
 
     def whole(self) -> nn.Module:
         return self._model
+
+    def held(self, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+        """Its matrices that are in memory as they are stored: neither quantized nor wrapped by the adapter.
+
+        Vectors are left out, as adapters that train biases put them in the place of the base's.
+        """
+        return {
+            name: parameter.data
+            for name, parameter in self._model.named_parameters()
+            if name in specs
+            and parameter.ndim == 2
+            and (tuple(parameter.shape), parameter.dtype) == (specs[name].shape, specs[name].dtype)
+        }
 
 
 def why_not_resident(device: str, kind: BnbKind, num_bytes: int) -> str | None:
