@@ -24,15 +24,17 @@ from qconv.validate.compare import Entrant, Pair, compare
 pytestmark = pytest.mark.gpu
 
 
-def run(base: Path, adapter: Path, out: Path, device: str, target: str | None, **options: Any) -> dict[str, Any]:
+def run(
+    base: Path, adapter: Path, out: Path, device: str, target: str | None, dtype: str | None = None
+) -> dict[str, Any]:
+    quantization = QuantizationConfig(target=target) if target else None
     job = MergeJob(
         base=str(base),
         adapter=str(adapter),
-        outputs=(OutputConfig(out=out, quantization=QuantizationConfig(target=target) if target else None),),
+        outputs=(OutputConfig(out=out, quantization=quantization, dtype=dtype),),
         calibration=CalibrationConfig(sources=("default",), samples=16, seq_len=128),
         validation=ValidationConfig(tokens=8192, seq_len=128),
         device=device,
-        **options,
     )
     (outcome,) = pipeline.run(job)
     fidelity = outcome.fidelity
