@@ -27,6 +27,7 @@ from qconv.estimate_memory import (
 )
 from qconv.layout import BNB_FORMATS, Layout, block_number, config_dtype, in_order
 from qconv.plan import Plan, is_calibrated
+from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.memory import LIBRARIES, MemoryPlan, ModelShape, free_memory, plan_memory
 from qconv.side_files import side_files, tokenizer_folder
 from qconv.streaming import StreamedModel
@@ -128,8 +129,7 @@ def _fitted(making: _Making, stage: Stage, problems: list[str]) -> Stage:
     except CapacityError as error:
         problems.append(str(error))
         return stage
-    algorithms = _algorithms(making)
-    host = {"quantize": {**moving(making.sources, stage.writes, len(algorithms), True)}}
+    host = {"quantize": {**moving(making.sources, stage.writes, len(_in_blocks(making)), True)}}
     host["quantize"]["activations of the calibration, page-locked"] = found.host_bytes
     return replace(stage, gpu=quantizing_on_gpu(found), host=host)
 
@@ -141,7 +141,7 @@ def _gpu_plan(making: _Making) -> MemoryPlan:
         _shape(making),
         rows,
         seq_len,
-        _algorithms(making),
+        _in_blocks(making),
         making.device,
         free_memory(making.device),
         making.job.gpu_memory_limit,
@@ -174,15 +174,16 @@ def _quantize_stage(making: _Making, pairs: Sequence[tuple[OutputConfig, Layout]
             units[unit] = units.get(unit, 0.0) + weights
     steps: Steps
     if plan.calibration is None:
-        steps = quantizing_by_weights(parameters, source, largest)
+        steps = quantizing_by_weights(parameters, source, largest, _head(making))
     else:
         shape = _shape(making)
         rows, seq_len = plan.calibration.shape
-        steps = quantizing(shape, rows, seq_len, _algorithms(making))
+        steps = quantizing(shape, rows, seq_len, _in_blocks(making))
         blocks = max(1, round(weights / max(1, sum(n * k for n, k in shape.stacks))))
         tokens = rows * seq_len
-        units["forward"] = blocks * tokens * (4.0 * shape.parameters + sum(k * k for k in shape.grams))
-        solves = [name for name in _algorithms(making) if "gptq" in name]
+        gathers = any("gram" in output.statistics for output in _in_blocks(making))
+        units["forward"] = blocks * tokens * (4.0 * shape.parameters + gathers * sum(k * k for k in shape.grams))
+        solves = [output for output in _in_blocks(making) if output.solves]
         if solves:
             units["gptq"] = float(len(solves) * blocks * sum(n * k * k for n, k in shape.stacks))
     gpu: dict[str, Mapping[str, int]] = {}
@@ -238,7 +239,7 @@ def _work(making: _Making, layout: Layout, name: str) -> Work:
 
 
 def _largest_block(making: _Making) -> tuple[int, int, int, dict[str, tuple[int, int]]]:
-    """Elements and bytes of the largest block, elements of the largest linear, and the linears to quantize."""
+    """Elements and bytes of the largest block, elements of its largest linear, and all linears to quantize."""
     quantized = frozenset().union(*(layout.quantized for layout in making.plan.layouts))
     sizes: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     linears: dict[str, tuple[int, int]] = {}
@@ -250,7 +251,8 @@ def _largest_block(making: _Making) -> tuple[int, int, int, dict[str, tuple[int,
         if name in quantized:
             linears[name] = (spec.shape[0], spec.shape[1])
     parameters, source = max(sizes.values(), default=[0, 0])
-    return parameters, source, max((n * k for n, k in linears.values()), default=0), linears
+    inside = (n * k for name, (n, k) in linears.items() if block_number(name) is not None)
+    return parameters, source, max(inside, default=0), linears
 
 
 def _shape(making: _Making) -> ModelShape:
@@ -268,13 +270,22 @@ def _units(algorithm: str) -> list[str]:
     return ["awq"] if algorithm.startswith(("awq", "smoothquant")) else ["fp8" if algorithm == "fp8" else "round"]
 
 
-def _algorithms(making: _Making) -> list[str]:
+def _in_blocks(making: _Making) -> list[QuantizationConfig]:
     """Of the outputs that are made block by block."""
     return [
-        output.quantization.resolved_algorithm
+        output.quantization
         for output, layout in zip(making.job.outputs, making.plan.layouts, strict=True)
         if output.quantization is not None and layout.scheme is not None
     ]
+
+
+def _head(making: _Making) -> tuple[int, int]:
+    """Elements and bytes of an output head to quantize; zeros without one."""
+    name = next((layout.head for layout in making.plan.layouts if layout.head is not None), None)
+    if name is None:
+        return 0, 0
+    spec = making.merged.specs()[name]
+    return prod(spec.shape), making.held(spec)
 
 
 def _written(making: _Making, output: OutputConfig) -> int:

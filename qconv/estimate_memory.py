@@ -20,7 +20,16 @@ from dataclasses import dataclass
 
 from qconv.assemble import CPU_WINDOW_BYTES, GPU_WINDOW_BYTES
 from qconv.plain_tensors import ELEMENTS_AT_ONCE, MAX_WORKERS
-from qconv.quantize.memory import CPU_TOKENS, LIBRARIES, MemoryPlan, ModelShape
+from qconv.quantization_config import QuantizationConfig
+from qconv.quantize.memory import (
+    CPU_TOKENS,
+    LIBRARIES,
+    MemoryPlan,
+    ModelShape,
+    head_bytes,
+    is_shared_pass,
+    solving_order,
+)
 from qconv.write_behind import HOST_BYTES, PINNED_BYTES
 
 Terms = Mapping[str, int]
@@ -96,80 +105,107 @@ def writing_plain_on_gpu(works: Iterable[Work]) -> Steps:
     return {"write": {"CUDA and its libraries": LIBRARIES, "tensors in work": sum(held[:2])}}
 
 
-def quantizing(shape: ModelShape, num_rows: int, seq_len: int, algorithms: Sequence[str]) -> Steps:
-    """Calibrated outputs on a CPU; the steps of `quantize/memory.py`, as a CPU holds them."""
+def quantizing(shape: ModelShape, num_rows: int, seq_len: int, outputs: Sequence[QuantizationConfig]) -> Steps:
+    """Outputs of one pass on a CPU, some of them calibrated; the steps of `quantize/memory.py`, as a CPU holds them."""
     rows = max(1, min(num_rows, CPU_TOKENS // seq_len))
     tokens = rows * seq_len
     token = shape.hidden_size * shape.itemsize
     held = {"activations of the calibration": num_rows * seq_len * token}
-    is_shared = len(algorithms) > 1
-    running, grams = shape.parameters * shape.itemsize, sum(4 * k * k for k in shape.grams)
+    running = shape.parameters * shape.itemsize
+    grams, samples = shape.statistics_bytes(outputs)
     forward = tokens * shape.itemsize * 3 * (shape.widest + shape.hidden_size)
     forward += rows * shape.score_heads * seq_len**2 * (4 + 2 * shape.itemsize)
-    block = {"block as read": shape.source_bytes, "Gram matrices": grams}
-    copies = {"copies for one of several outputs": 4 * shape.parameters + grams} if is_shared else {}
     largest = max((n * k for n, k in shape.stacks), default=0)
-    return {
+    # A Gram matrix takes inputs in float32, and the mean of magnitudes these magnitudes beside them.
+    widened = sum(any(kind in output.statistics for output in outputs) for kind in ("gram", "mean_abs"))
+    steps: dict[str, Terms] = {
         "embed": {**held, "embedding": shape.outer_bytes},
         "gather": {
             **held,
-            **block,
+            "block as read": shape.source_bytes,
+            "Gram matrices": grams,
+            "sampled inputs": samples,
             "block in the compute dtype": running,
             "forward pass": forward,
-            "inputs of a linear in float32": 4 * tokens * max(shape.grams, default=0),
+            "inputs of a linear in float32": widened * 4 * tokens * max(shape.grams, default=0),
         },
-        "solve": {**held, **_solving(shape, algorithms), **copies},
-        "advance": {
+        "solve": {**held, **_solving(shape, outputs), "sampled inputs": samples},
+        **_head(shape.head),
+    }
+    if not is_shared_pass(outputs):
+        steps["advance"] = {
             **held,
-            **({**block, **copies} if is_shared else {}),
             "codes": 2 * shape.parameters,
             "block in the compute dtype": running,
             "forward pass": max(forward, 8 * largest),
-        },
-    }
+        }
+    return steps
 
 
-def _solving(shape: ModelShape, algorithms: Sequence[str]) -> dict[str, int]:
-    """The largest solve of a block; one output gives away weights and Gram matrices as it goes, several keep them.
+def _solving(shape: ModelShape, outputs: Sequence[QuantizationConfig]) -> dict[str, int]:
+    """The largest solve of a block; the last output gives away weights and Gram matrices as it goes, others keep them.
 
     GPTQ holds start and pull, codes twice and a factor as large as the Gram matrix, later the dequantized weights,
-    start and pull; AWQ scaled copies of weights and Gram matrix. The weights themselves are the block as read.
+    start and pull; AWQ, before anything is given away, scaled copies of weights and Gram matrix. The weights themselves
+    are the block as read.
     """
-    others = shape.source_bytes - sum(4 * n * k for n, k in shape.stacks)
-    grams = list(shape.grams)
-    per_stack = []
-    for n, k in shape.stacks:
-        own = [grams.pop(0) for _ in range(2) if grams and grams[0] == k]
-        per_stack.append((n * k, k * k, sum(4 * each * each for each in own)))
+    stacks = _stacks(shape, outputs)
+    rest = max(0, shape.source_bytes - sum(4 * weights for weights, _, _ in stacks))
     most: dict[str, int] = {}
-    for number, (weights, square, _) in enumerate(per_stack):
-        left = per_stack if len(algorithms) > 1 else per_stack[number:]
-        workspace = max(_workspace(name, weights, square) for name in algorithms)
-        terms = {
-            "block as read": max(0, others) + sum(4 * each for each, _, _ in left),
-            "Gram matrices": sum(gram for _, _, gram in left),
-            "codes": shape.parameters + sum(each for each, _, _ in per_stack[:number]),
-            "workspace of the solver": workspace,
-        }
-        most = max(most, terms, key=lambda step: sum(step.values()))
+    *before, last = [outputs[number] for number in solving_order(outputs)]
+    for output in (*before, last):
+        for number, (weights, square, _) in enumerate(stacks):
+            left = stacks[number:] if output is last else stacks
+            terms = {
+                "block as read": rest + sum(4 * each for each, _, _ in left),
+                "Gram matrices": sum(gram for _, _, gram in left),
+                "codes": shape.parameters + sum(each for each, _, _ in stacks[:number]),
+                "workspace of the solver": _workspace(output, weights, square),
+            }
+            if output is not last:
+                terms["copies for one of several outputs"] = sum(shape.copies_bytes(output))
+            folding = {
+                "block as read": rest + sum(4 * each for each, _, _ in stacks),
+                "Gram matrices": sum(gram for _, _, gram in stacks),
+                "codes": shape.parameters,
+                "scaled copies": 8 * weights + (4 * square if "gram" in output.statistics else 0),
+            }
+            most = max(most, terms, folding if output.folding else {}, key=lambda step: sum(step.values()))
     return most
 
 
-def _workspace(algorithm: str, weights: int, square: int) -> int:
-    """Of one solve; folds come before GPTQ, and are gone by then but for the scaled copies."""
-    folding = 8 * weights + 4 * square if algorithm.startswith(("awq", "smoothquant")) else 0
-    solving = max(10 * weights + 4 * square, 14 * weights) if algorithm.endswith("gptq") else 4 * weights
-    return max(folding, solving)
+def _stacks(shape: ModelShape, outputs: Sequence[QuantizationConfig]) -> list[tuple[int, int, int]]:
+    """Of linears that may share an input: elements, K squared, and bytes of the Gram matrices of their inputs."""
+    grams = list(shape.grams) if any("gram" in output.statistics for output in outputs) else []
+    found = []
+    for n, k in shape.stacks:
+        own = [grams.pop(0) for _ in range(2) if grams and grams[0] == k]
+        found.append((n * k, k * k, sum(4 * each * each for each in own)))
+    return found
 
 
-def quantizing_by_weights(parameters: int, source_bytes: int, largest: int) -> Steps:
+def _workspace(output: QuantizationConfig, weights: int, square: int) -> int:
+    """Of one solve."""
+    return max(10 * weights + 4 * square, 14 * weights) if output.solves else 4 * weights
+
+
+def quantizing_by_weights(parameters: int, source_bytes: int, largest: int, head: tuple[int, int]) -> Steps:
     """Outputs without calibration on a CPU, block by block.
 
     Args:
         parameters, source_bytes: of the largest block, elements and bytes as the view gives them.
-        largest: elements of the largest linear.
+        largest: elements of the largest linear of a block.
+        head: elements of an output head to quantize, and its bytes as the view gives them; 0 = none.
     """
-    return {"solve": {"block as read": source_bytes, "codes": 2 * parameters, "workspace": 4 * largest}}
+    steps: dict[str, Terms] = {
+        "solve": {"block as read": source_bytes, "codes": 2 * parameters, "workspace": 4 * largest}
+    }
+    return steps | _head(head)
+
+
+def _head(head: tuple[int, int]) -> dict[str, Terms]:
+    """An output head that is quantized: after the blocks, whose activations are gone by then."""
+    return {"head": {"output head and its codes": head_bytes(*head)}} if head[0] else {}
 
 
 def quantizing_on_gpu(plan: MemoryPlan) -> Steps:

@@ -19,7 +19,7 @@ from qconv.estimate import Estimate, Stage
 from qconv.estimate_memory import Contest, comparing, peak, quantizing
 from qconv.estimate_time import CPU, H100, machine_for, seconds
 from qconv.quantization_config import QuantizationConfig
-from qconv.quantize.memory import ModelShape
+from qconv.quantize.memory import ModelShape, plan_memory
 from tests.cli_cases import job as make_job
 
 CALIBRATION = ["--samples", "4", "--seq-len", "64"]
@@ -271,8 +271,8 @@ SHAPE = ModelShape(
     location="a model",
     hidden_size=2048,
     itemsize=2,
-    parameters=60_000_000,
-    source_bytes=240_000_000,
+    parameters=72_000_000,
+    source_bytes=288_000_000,
     stacks=((10_240, 2048), (16_384, 2048), (2048, 8192)),
     grams=(2048, 2048, 2048, 2048, 8192),
     widest=8192,
@@ -284,10 +284,53 @@ def total(steps: Any) -> int:
     return sum(peak(steps).values())
 
 
-@pytest.mark.parametrize("algorithms", [["gptq"], ["awq"], ["gptq", "awq", "fp8"]])
-def test_calibration_memory_grows_with_samples_and_length(algorithms: list[str]) -> None:
+GPTQ, AWQ = QuantizationConfig(target="w4a16"), QuantizationConfig(target="awq")
+FP8, STATIC = QuantizationConfig(target="fp8"), QuantizationConfig(target="fp8", activations="static")
+SMOOTH = QuantizationConfig(target="int8", algorithm="smoothquant")
+
+
+@pytest.mark.parametrize("outputs", [[STATIC], [SMOOTH], [SMOOTH, FP8]])
+def test_no_gram_matrix_is_planned_where_none_is_gathered(outputs: list[QuantizationConfig]) -> None:
+    steps = quantizing(SHAPE, 16, 512, outputs)
+    for terms in steps.values():
+        assert not terms.get("Gram matrices", 0) + terms.get("inputs of a linear in float32", 0)
+    assert steps["gather"]["sampled inputs"] >= 4 * 512 * sum(SHAPE.grams)
+    with_gram = quantizing(SHAPE, 16, 512, [*outputs, GPTQ])
+    assert with_gram["gather"]["Gram matrices"] == 4 * sum(k * k for k in SHAPE.grams)
+
+
+def test_an_output_without_calibration_is_planned_beside_one_that_has_it() -> None:
+    """Blocks of a single calibrated output are passed on as they are stored, whatever else is made."""
+    alone, beside = quantizing(SHAPE, 16, 512, [GPTQ]), quantizing(SHAPE, 16, 512, [FP8, GPTQ])
+    assert beside.keys() == alone.keys()
+    assert {name: terms for name, terms in beside.items() if name != "solve"} == {
+        name: terms for name, terms in alone.items() if name != "solve"
+    }
+    assert total(beside) <= total(alone) * 1.02
+    assert "advance" not in quantizing(SHAPE, 16, 512, [GPTQ, AWQ])
+
+
+def test_a_quantized_head_is_planned(plan: Plan, random_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = random_model("llama", num_hidden_layers=1, tie_word_embeddings=False, vocab_size=200_000)
+    words = ["quantize", model, "--to", "w4a16", "--algorithm", "rtn", "--group-size", "32", "--no-validate"]
+    planned = {}
+    for name, more in (("without", []), ("with", ["--lm-head"])):
+        code, document = plan(*words, *more, "-o", tmp_path / "out")
+        assert code == 0
+        planned[name] = next(stage for stage in document["stages"] if stage["stage"] == "quantize")["host_terms"]
+    elements = 200_000 * json.loads((model / "config.json").read_text())["hidden_size"]
+    assert "output head and its codes" not in planned["without"]
+    assert planned["with"]["output head and its codes"] > 7 * elements  # float32, codes, and as it is read
+    # Calibrated, and on a GPU.
+    shape = replace(SHAPE, head=(elements, 2 * elements))
+    assert quantizing(shape, 16, 512, [GPTQ])["head"]["output head and its codes"] > 7 * elements
+    assert plan_memory(shape, 16, 512, [GPTQ], "cuda").steps["head"] > 7 * elements
+
+
+@pytest.mark.parametrize("outputs", [[GPTQ], [AWQ], [GPTQ, AWQ, FP8]])
+def test_calibration_memory_grows_with_samples_and_length(outputs: list[QuantizationConfig]) -> None:
     sizes = [(rows, seq_len) for seq_len in (128, 512, 2048) for rows in (1, 8, 128, 1024)]
-    found = {size: total(quantizing(SHAPE, *size, algorithms)) for size in sizes}
+    found = {size: total(quantizing(SHAPE, *size, outputs)) for size in sizes}
     for rows, seq_len in sizes:
         for more, longer in sizes:
             if more >= rows and longer >= seq_len:

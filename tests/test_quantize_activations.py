@@ -438,6 +438,10 @@ class RandomWeights(Shapes):
         return torch.randn(spec.shape, dtype=spec.dtype, device=device, generator=generator).mul_(0.02)
 
 
+def asked(algorithm: str) -> QuantizationConfig:
+    return QuantizationConfig(target="awq" if algorithm == "awq" else "gptq")
+
+
 def shape_of(*sizes: int) -> ModelShape:
     view = Shapes(*sizes)
     return ModelShape.of(StreamedModel(view, "cpu", torch.bfloat16), view.weights)
@@ -464,28 +468,33 @@ def test_shapes_are_those_of_the_largest_block(llama_8b: ModelShape) -> None:
 
 @pytest.mark.parametrize("algorithm", ["gptq", "awq"])
 def test_8b_fits_10_gb_with_its_activations_on_the_gpu(llama_8b: ModelShape, algorithm: str) -> None:
-    plan = plan_memory(llama_8b, 128, 2048, [algorithm], "cuda", free_bytes=84_000_000_000)
+    plan = plan_memory(llama_8b, 128, 2048, [asked(algorithm)], "cuda", free_bytes=84_000_000_000)
     assert (plan.placement, plan.rows_per_batch, plan.host_bytes) == ("device", 8, 0)
     assert 6e9 < plan.peak_bytes <= 10e9
-    limited = plan_memory(llama_8b, 128, 2048, [algorithm], "cuda", free_bytes=84_000_000_000, limit=10_000_000_000)
+    limited = plan_memory(
+        llama_8b, 128, 2048, [asked(algorithm)], "cuda", free_bytes=84_000_000_000, limit=10_000_000_000
+    )
     assert limited == plan
 
 
 @pytest.mark.parametrize("algorithm", ["gptq", "awq"])
 def test_70b_fits_24_gb_with_its_activations_in_host_memory(llama_70b: ModelShape, algorithm: str) -> None:
-    plan = plan_memory(llama_70b, 128, 2048, [algorithm], "cuda", free_bytes=84_000_000_000, limit=24_000_000_000)
+    plan = plan_memory(
+        llama_70b, 128, 2048, [asked(algorithm)], "cuda", free_bytes=84_000_000_000, limit=24_000_000_000
+    )
     assert plan.placement == "host"
     assert plan.peak_bytes <= 24e9
     assert plan.rows_per_batch * 2048 >= 4096
     assert plan.host_bytes == 128 * 2048 * 8192 * 2  # a power of two for each batch here
-    free = plan_memory(llama_70b, 128, 2048, [algorithm], "cuda", free_bytes=84_000_000_000)
+    free = plan_memory(llama_70b, 128, 2048, [asked(algorithm)], "cuda", free_bytes=84_000_000_000)
     assert (free.placement, free.rows_per_batch) == ("device", 8)
     assert free.peak_bytes > 24e9
 
 
 def test_less_memory_means_smaller_batches_then_host_memory(llama_8b: ModelShape) -> None:
     plans = [
-        plan_memory(llama_8b, 128, 2048, ["gptq"], "cuda", limit=limit * 100_000_000) for limit in range(100, 64, -1)
+        plan_memory(llama_8b, 128, 2048, [asked("gptq")], "cuda", limit=limit * 100_000_000)
+        for limit in range(100, 64, -1)
     ]
     ways = list(dict.fromkeys((plan.placement, plan.rows_per_batch) for plan in plans))
     assert ways[0] == ("device", 8)
@@ -496,29 +505,29 @@ def test_less_memory_means_smaller_batches_then_host_memory(llama_8b: ModelShape
 
 def test_what_cannot_fit_is_refused_with_numbers(llama_70b: ModelShape) -> None:
     with pytest.raises(CapacityError, match=r"a model: .*gptq needs about 2\d\.\d GB .*solve .* 12\.0 GB is the limit"):
-        plan_memory(llama_70b, 128, 2048, ["gptq"], "cuda", free_bytes=84_000_000_000, limit=12_000_000_000)
+        plan_memory(llama_70b, 128, 2048, [asked("gptq")], "cuda", free_bytes=84_000_000_000, limit=12_000_000_000)
     with pytest.raises(CapacityError, match=r"16\.0 GB is free and 24\.0 GB is the limit"):
-        plan_memory(llama_70b, 128, 2048, ["gptq"], "cuda", free_bytes=16_000_000_000, limit=24_000_000_000)
+        plan_memory(llama_70b, 128, 2048, [asked("gptq")], "cuda", free_bytes=16_000_000_000, limit=24_000_000_000)
 
 
 def test_libraries_are_part_of_a_limit_and_no_longer_of_what_is_free(llama_8b: ModelShape) -> None:
-    peak = plan_memory(llama_8b, 128, 2048, ["gptq"], "cuda").peak_bytes
-    assert plan_memory(llama_8b, 128, 2048, ["gptq"], "cuda", limit=peak).placement == "device"
-    assert plan_memory(llama_8b, 128, 2048, ["gptq"], "cuda", free_bytes=peak - LIBRARIES).peak_bytes == peak
-    assert plan_memory(llama_8b, 128, 2048, ["gptq"], "cuda", free_bytes=peak - LIBRARIES - 1).peak_bytes < peak
+    peak = plan_memory(llama_8b, 128, 2048, [asked("gptq")], "cuda").peak_bytes
+    assert plan_memory(llama_8b, 128, 2048, [asked("gptq")], "cuda", limit=peak).placement == "device"
+    assert plan_memory(llama_8b, 128, 2048, [asked("gptq")], "cuda", free_bytes=peak - LIBRARIES).peak_bytes == peak
+    assert plan_memory(llama_8b, 128, 2048, [asked("gptq")], "cuda", free_bytes=peak - LIBRARIES - 1).peak_bytes < peak
 
 
 def test_attention_scores_count_where_they_are_kept(llama_8b: ModelShape) -> None:
     import dataclasses
 
     eager = dataclasses.replace(llama_8b, score_heads=32)
-    assert plan_memory(eager, 128, 2048, ["gptq"], "cuda").peak_bytes > 8e9 + 32 * 8 * 2048**2 * 4
-    assert plan_memory(eager, 128, 2048, ["gptq"], "cuda", limit=10_000_000_000).rows_per_batch < 8
+    assert plan_memory(eager, 128, 2048, [asked("gptq")], "cuda").peak_bytes > 8e9 + 32 * 8 * 2048**2 * 4
+    assert plan_memory(eager, 128, 2048, [asked("gptq")], "cuda", limit=10_000_000_000).rows_per_batch < 8
 
 
 @pytest.mark.parametrize(("num_rows", "seq_len", "rows"), [(128, 512, 8), (3, 512, 3), (128, 8192, 1)])
 def test_plans_for_a_cpu(llama_8b: ModelShape, num_rows: int, seq_len: int, rows: int) -> None:
-    plan = plan_memory(llama_8b, num_rows, seq_len, ["gptq"], "cpu", limit=1)
+    plan = plan_memory(llama_8b, num_rows, seq_len, [asked("gptq")], "cpu", limit=1)
     assert (plan.placement, plan.rows_per_batch) == ("device", rows)
     assert free_memory("cpu") is None
 
@@ -532,14 +541,14 @@ def test_gpu_memory_stays_within_the_plan(algorithm: str, placement: str) -> Non
     model = StreamedModel(view, "cuda", torch.bfloat16)
     rows_TS = torch.randint(4096, (256, 1024), generator=torch.Generator().manual_seed(0))
     shape = ModelShape.of(model, view.weights)
-    plan = plan_memory(shape, 256, 1024, [algorithm], "cuda")
+    plan = plan_memory(shape, 256, 1024, [asked(algorithm)], "cuda")
     limit = None
     if placement == "host":
         limit = plan.peak_bytes - 500_000_000
-        plan = plan_memory(shape, 256, 1024, [algorithm], "cuda", limit=limit)
+        plan = plan_memory(shape, 256, 1024, [asked(algorithm)], "cuda", limit=limit)
     assert plan.placement == placement
     request = QuantizeRequest(
-        config=QuantizationConfig(target="awq" if algorithm == "awq" else "gptq"),
+        config=asked(algorithm),
         scheme=Scheme(symmetric=algorithm == "gptq"),
         weights=view.weights,
         storage=torch.bfloat16,

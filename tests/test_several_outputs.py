@@ -6,7 +6,8 @@ import dataclasses
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,18 +204,35 @@ def test_memory_of_a_shared_pass_is_planned() -> None:
         hidden_size=4096,
         itemsize=2,
         parameters=218_000_000,
-        source_bytes=872_000_000,
+        source_bytes=873_000_000,
         stacks=((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
         grams=(4096, 4096, 4096, 14336),
         widest=14336,
         outer_bytes=1_050_000_000,
     )
-    alone = [plan_memory(shape, 128, 2048, [algorithm], "cuda") for algorithm in ("gptq", "awq")]
-    both = plan_memory(shape, 128, 2048, ["gptq", "awq"], "cuda")
-    grams, copies = sum(4 * k * k for k in shape.grams), 4 * shape.parameters
-    assert both.steps["solve"] == max(plan.steps["solve"] for plan in alone) + grams + copies
+    gptq, awq, folded = (QuantizationConfig(target="w4a16", algorithm=name) for name in ("gptq", "awq", "awq+gptq"))
+    fp8, static = (QuantizationConfig(target="fp8", activations=how) for how in ("dynamic", "static"))
+
+    def steps(*outputs: QuantizationConfig, shape: ModelShape = shape) -> Mapping[str, int]:
+        return plan_memory(shape, 128, 2048, outputs, "cuda").steps
+
+    # What was read is float32 and stays as it is for the second output; the first stacks what it solves together.
+    together = steps(gptq, awq)
+    assert together["solve"] == steps(gptq)["solve"] + 4 * 28672 * 4096
+    assert together["solve"] >= steps(awq)["solve"]
+    assert together["gather"] == steps(gptq)["gather"]
+    assert "advance" not in together  # the pass that gathers makes the next block's input
+    # Two that scale weights and statistics: the first leaves them for the second.
+    grams, weights = sum(4 * k * k for k in shape.grams), 4 * sum(n * k for n, k in shape.stacks)
+    assert steps(awq, folded)["solve"] == steps(awq)["solve"] + weights + grams
+    # Weights that are not float32 as they are read become it beside them.
+    half = replace(shape, source_bytes=436_000_000)
+    assert steps(gptq, awq, shape=half)["solve"] > steps(gptq, shape=half)["solve"] + half.source_bytes
+    # An output without calibration changes neither what is gathered nor how blocks are passed through.
+    assert steps(gptq, fp8) == steps(gptq)
+    assert steps(static)["gather"] < steps(gptq)["gather"] - grams + 200_000_000
     with pytest.raises(CapacityError, match=r"quantizing it with gptq \+ awq needs about"):
-        plan_memory(shape, 128, 2048, ["gptq", "awq"], "cuda", limit=3_000_000_000)
+        plan_memory(shape, 128, 2048, [gptq, awq], "cuda", limit=3_000_000_000)
 
 
 # Failures

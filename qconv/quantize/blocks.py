@@ -26,7 +26,7 @@ from qconv.quantize.activations import Activations
 from qconv.quantize.fold_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.folds import FOLDS, Heads
 from qconv.quantize.gather import gather
-from qconv.quantize.memory import ModelShape, free_memory, plan_memory
+from qconv.quantize.memory import ModelShape, free_memory, plan_memory, solving_order
 from qconv.quantize.rtn import rtn
 from qconv.quantize.solve import solve
 from qconv.skeleton import StoredBlocks
@@ -146,7 +146,7 @@ def _embed(
         ModelShape.of(model, frozenset().union(*(request.weights for request in requests))),
         num_rows,
         seq_len,
-        [request.config.resolved_algorithm for request in requests],
+        [request.config for request in requests],
         model.device,
         free_memory(model.device),
         min(limits, default=None),
@@ -171,8 +171,8 @@ def _quantize_block(
         assert isinstance(model, StreamedModel)
         with TIMELINE.stage("gather"):
             statistics = _gather(model, index, tensors, calibrated, hidden, advance=len(calibrated) > 1 and not is_last)
-    # Those that copy least first: until the last one, what was read and gathered has to stay.
-    order = sorted(range(len(requests)), key=lambda number: _appetite(requests[number]))
+    # Until the last one, what was read and gathered has to stay.
+    order = solving_order([request.config for request in requests])
     for number in order:
         request, advancing = requests[number], None
         if calibrated == [request] and not is_last:
@@ -180,10 +180,6 @@ def _quantize_block(
         shared = number != order[-1]
         own = (dict(tensors), dict(statistics)) if shared else (tensors, statistics)
         yield _answer(model, index, number, request, *own, advancing, progress)
-
-
-def _appetite(request: QuantizeRequest) -> tuple[bool, bool]:
-    return request.config.needs_calibration, request.config.folding is not None
 
 
 def _gather(

@@ -4,12 +4,15 @@ An estimate from shapes, made before any work. The steps of a block are added up
 time), the largest is the peak:
 
 - embed: the embedding, beside the first batch.
-- gather: weights as they were read and in the compute dtype, Gram matrices, one forward pass.
-- solve: float32 weights, Gram matrices, codes, the solver's workspace.
+- gather: weights as they were read and in the compute dtype, statistics of inputs, one forward pass.
+- solve: float32 weights, statistics, codes, the solver's workspace.
 - advance: codes, weights in the compute dtype, one forward pass.
+- head: an output head that is quantized, alone, after the blocks.
 
-Several outputs of one pass solve one after the other: what was read and gathered stays beside the copies of the one
-that solves, and the forward pass of `gather` also makes the next block's input.
+Several outputs of one pass solve one after the other (`solving_order`): until the last one, what was read and gathered
+stays. Beside it are copies where an output scales weights and statistics, or where weights are not float32 as they were
+read. Where several are calibrated, the forward pass of `gather` also makes the next block's input, and there is no
+advance.
 
 On top come the activations (all of them, or the buffers of `activations.py`), the codes of the block before, which may
 still be on their way to disk, and what the libraries take for themselves.
@@ -20,13 +23,15 @@ Legend: N = out features, K = in features.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from qconv.errors import CapacityError
+from qconv.quantization_config import QuantizationConfig, Statistic
 from qconv.quantize.activations import NUM_LEAVING, NUM_SLOTS, Placement
+from qconv.quantize.sample import SAMPLE_TOKENS
 from qconv.streaming import StreamedModel
 
 CPU_TOKENS = 4096  # tokens of a forward pass: temporaries stay small, and nothing gets faster beyond
@@ -36,6 +41,7 @@ LIBRARIES = 600_000_000  # CUDA context, cuBLAS workspaces, compiled kernels
 # float32 [N, K] and [K, K] temporaries
 SOLVERS: Mapping[str, tuple[int, int]] = dict.fromkeys(("gptq", "awq", "awq+gptq", "smoothquant+gptq"), (4, 2))
 OTHERS = (4, 0)
+HEAD_BYTES = 12  # of an element of the output head: float32, codes, and what searching and packing hold (measured)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,7 @@ class ModelShape:
         widest: most features that a linear takes or gives.
         outer_bytes: of what lies outside the blocks and runs before them.
         score_heads: heads whose attention scores are kept ``[S, S]``; 0 with fused attention.
+        head: elements of an output head to quantize, and its bytes as the view gives them; 0 = none.
     """
 
     location: str
@@ -65,6 +72,26 @@ class ModelShape:
     widest: int
     outer_bytes: int
     score_heads: int = 0
+    head: tuple[int, int] = (0, 0)
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether the weights to quantize are float32 as they are read, as a merge gives them."""
+        return self.source_bytes >= 4 * sum(n * k for n, k in self.stacks)
+
+    def statistics_bytes(self, outputs: Iterable[QuantizationConfig]) -> tuple[int, int]:
+        """Gram matrices, and sampled inputs with what was just put together of them."""
+        wanted = frozenset[Statistic]().union(*(output.statistics for output in outputs))
+        grams = sum(4 * k * k for k in self.grams) if "gram" in wanted else 0
+        return grams, sum(2 * 4 * SAMPLE_TOKENS * k for k in self.grams) if "sample" in wanted else 0
+
+    def copies_bytes(self, output: QuantizationConfig) -> tuple[int, int]:
+        """Weights, and scaled statistics, that an output has beside those that stay for another one."""
+        weights = 4 * sum(n * k for n, k in self.stacks)
+        if output.folding is not None:
+            return weights, sum(self.statistics_bytes([output]))
+        stacked = max((4 * n * k for n, k in self.stacks), default=0) if output.solves else 0
+        return stacked if self.is_float32 else weights + stacked, 0
 
     @classmethod
     def of(cls, model: StreamedModel, weights: Collection[str]) -> ModelShape:
@@ -92,7 +119,25 @@ class ModelShape:
             widest=max((max(shape) for shape in matrices), default=hidden_size),
             outer_bytes=model.outer_bytes,
             score_heads=config.num_attention_heads if is_eager else 0,
+            head=_head(model, weights),
         )
+
+
+def _head(model: StreamedModel, weights: Collection[str]) -> tuple[int, int]:
+    """Elements and bytes of the only weight to quantize that lies in no block."""
+    inside = {spec.name for index in range(model.num_blocks) for spec in model.block_specs(index)}
+    specs = [model.view.specs()[name] for name in set(weights) - inside]
+    return sum(torch.Size(spec.shape).numel() for spec in specs), sum(spec.num_bytes for spec in specs)
+
+
+def head_bytes(elements: int, source_bytes: int) -> int:
+    """What rounding an output head holds: as read, in float32, codes, and temporaries of the search."""
+    return source_bytes + HEAD_BYTES * elements
+
+
+def solving_order(outputs: Sequence[QuantizationConfig]) -> list[int]:
+    """The numbers of outputs of one pass as they solve: those that copy least come first."""
+    return sorted(range(len(outputs)), key=lambda i: (outputs[i].needs_calibration, outputs[i].folding is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +169,7 @@ def plan_memory(
     shape: ModelShape,
     num_rows: int,
     seq_len: int,
-    algorithms: Sequence[str],
+    outputs: Sequence[QuantizationConfig],
     device: str,
     free_bytes: int | None = None,
     limit: int | None = None,
@@ -133,7 +178,7 @@ def plan_memory(
 
     Args:
         num_rows: calibration rows of ``seq_len`` tokens each.
-        algorithms: of all outputs of the pass; the workspace of their solvers is part of the plan.
+        outputs: all that are made block by block in this pass, one of them calibrated at least.
         device: ``"cpu"`` always keeps activations in place and is never refused.
         free_bytes: what the process may still allocate there; None = not known.
         limit: bytes that the whole process may take on the device.
@@ -143,8 +188,8 @@ def plan_memory(
     """
     if torch.device(device).type == "cpu":
         rows = max(1, min(num_rows, CPU_TOKENS // seq_len))
-        return _plan(shape, num_rows, seq_len, algorithms, ("device", rows))
-    plans = [_plan(shape, num_rows, seq_len, algorithms, way) for way in _ways(num_rows, seq_len)]
+        return _plan(shape, num_rows, seq_len, outputs, ("device", rows))
+    plans = [_plan(shape, num_rows, seq_len, outputs, way) for way in _ways(num_rows, seq_len)]
     for plan in plans:
         # The libraries had taken theirs before free memory was looked at.
         is_free = free_bytes is None or plan.peak_bytes - LIBRARIES <= free_bytes
@@ -154,8 +199,9 @@ def plan_memory(
     steps = ", ".join(f"{step} {_gb(size)}" for step, size in smallest.steps.items())
     found = [] if free_bytes is None else [f"{_gb(free_bytes)} is free"]
     found += [] if limit is None else [f"{_gb(limit)} is the limit"]
+    algorithms = " + ".join(output.resolved_algorithm for output in outputs)
     raise CapacityError(
-        f"{shape.location}: quantizing it with {' + '.join(algorithms)} needs about {_gb(smallest.peak_bytes)} of GPU "
+        f"{shape.location}: quantizing it with {algorithms} needs about {_gb(smallest.peak_bytes)} of GPU "
         f"memory, even with activations in host memory and {smallest.rows_per_batch * seq_len} tokens at a time "
         f"(a block's steps: {steps}); {' and '.join(found)}; free or allow more of it, shorten the calibration rows "
         "(--seq-len) where gather or advance is the largest, or run with --device cpu"
@@ -183,7 +229,7 @@ def _ways(num_rows: int, seq_len: int) -> list[tuple[Placement, int]]:
 
 
 def _plan(
-    shape: ModelShape, num_rows: int, seq_len: int, algorithms: Sequence[str], way: tuple[Placement, int]
+    shape: ModelShape, num_rows: int, seq_len: int, outputs: Sequence[QuantizationConfig], way: tuple[Placement, int]
 ) -> MemoryPlan:
     placement, rows = way
     token = shape.hidden_size * shape.itemsize
@@ -194,21 +240,24 @@ def _plan(
     forward += rows * shape.score_heads * seq_len**2 * (4 + 2 * shape.itemsize)
     running = shape.parameters * shape.itemsize
     codes = shape.parameters
-    grams = sum(4 * k * k for k in shape.grams)
-    needs = [SOLVERS.get(algorithm, OTHERS) for algorithm in algorithms]
-    workspace = max(
-        (4 * (per_weight * n * k + per_gram * k * k) for per_weight, per_gram in needs for n, k in shape.stacks),
-        default=0,
-    )
-    is_shared = len(algorithms) > 1
-    weights = [shape.source_bytes, 4 * shape.parameters]
+    statistics = sum(shape.statistics_bytes(outputs))
+    advances_while_gathering = is_shared_pass(outputs)
     largest = max((4 * n * k for n, k in shape.stacks), default=0)
     steps = {
         "embed": (held if placement == "device" else leaving) + shape.outer_bytes + batch,
-        "gather": held + (leaving if is_shared else 0) + codes + shape.source_bytes + running + grams + forward,
-        "solve": held + 2 * codes + (sum(weights) + 2 * grams if is_shared else max(weights) + grams) + workspace,
-        "advance": held + leaving + codes + running + max(forward, 2 * largest),
+        "gather": held
+        + (leaving if advances_while_gathering else 0)
+        + codes
+        + shape.source_bytes
+        + running
+        + statistics
+        + forward,
+        "solve": held + 2 * codes + statistics + _solving(shape, outputs),
     }
+    if not advances_while_gathering:
+        steps["advance"] = held + leaving + codes + running + max(forward, 2 * largest)
+    if shape.head[0]:
+        steps["head"] = codes + head_bytes(*shape.head)
     return MemoryPlan(
         placement=placement,
         rows_per_batch=rows,
@@ -217,6 +266,25 @@ def _plan(
         host_bytes=0 if placement == "device" else -(-num_rows // rows) * (1 << (batch - 1).bit_length()),
         steps=steps,
     )
+
+
+def is_shared_pass(outputs: Iterable[QuantizationConfig]) -> bool:
+    """Whether several outputs are calibrated together: then statistics and the next block's input come of one pass."""
+    return sum(output.needs_calibration for output in outputs) > 1
+
+
+def _solving(shape: ModelShape, outputs: Sequence[QuantizationConfig]) -> int:
+    """Weights, copies and workspace while the output solves that needs most of them."""
+    most = 0
+    *before, last = [outputs[number] for number in solving_order(outputs)]
+    for output in (*before, last):
+        weights = max(shape.source_bytes, 4 * shape.parameters)
+        if output is not last:
+            weights = shape.source_bytes + sum(shape.copies_bytes(output))
+        per_weight, per_gram = SOLVERS.get(output.resolved_algorithm, OTHERS)
+        workspace = max((4 * (per_weight * n * k + per_gram * k * k) for n, k in shape.stacks), default=0)
+        most = max(most, weights + workspace)
+    return most
 
 
 def _gb(size: int) -> str:
