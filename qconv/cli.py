@@ -69,7 +69,7 @@ def cli() -> None:
     "targets",
     multiple=True,
     type=Choice(list(TARGETS)),
-    help="Re-quantize [default: write plain 16-bit shards]. Repeatable: outputs then lie in OUT/TARGET.",
+    help="Re-quantize [default: write plain shards]. Repeatable: outputs then lie in OUT/TARGET.",
 )
 @combine_options
 @trained_on_option
@@ -127,7 +127,7 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete.")
-@click.option("--max-shard-size", help="Largest shard file of a model [default: 5GB]")
+@click.option("--max-shard-size", metavar="SIZE", help="Largest shard file of a model [default: 5GB]")
 @click.option(
     "--base", shell_complete=folders, help="lora: the adapter's base, where the adapter stores tensors of it."
 )

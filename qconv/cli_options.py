@@ -53,7 +53,7 @@ output_options = options(
     click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist."),
     click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete."),
     click.option("--dtype", type=Choice(PLAIN_DTYPES), help="Dtype of what is not quantized [default: the base's]."),
-    click.option("--max-shard-size", default="5GB", show_default=True, help="Largest shard file."),
+    click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest shard file."),
     click.option("--revision", help="Branch, tag or commit, when the base is a hub id."),
 )
 combine_options = options(
@@ -77,12 +77,20 @@ quantize_options = options(
         type=Choice(sorted({name for target in TARGETS.values() for name in target.algorithms})),
         help="How codes are chosen [default: the target's own]",
     ),
-    click.option("--bits", type=int, help="Bits of a weight; gptq and gptq_v2: 2, 3, 4 or 8 [default: 4]"),
     click.option(
-        "--group-size", type=int, help="Inputs per scale, -1 = row [default: largest of 128, 64, 32 that divides]"
+        "--bits", type=int, help="gptq, gptq_v2: bits of a weight, 2, 3, 4 or 8 [default: 4]; others have their own."
     ),
     click.option(
-        "--sym/--asym", "symmetric", default=None, help="Without or with zero points [default: sym; awq: asym]"
+        "--group-size",
+        type=int,
+        help="gptq, gptq_v2, awq, w4a16, w8a16: inputs per scale, -1 = row [default: the largest of 128, 64, 32 that "
+        "divides]",
+    ),
+    click.option(
+        "--sym/--asym",
+        "symmetric",
+        default=None,
+        help="Where --group-size is: without or with zero points [default: sym; awq: asym]",
     ),
     click.option(
         "--activations",
@@ -122,7 +130,11 @@ quantize_options = options(
     ),
     click.option("--samples", default=128, show_default=True, help="Calibration rows."),
     click.option("--seq-len", default=512, show_default=True, help="Tokens per calibration row."),
-    click.option("--gpu-memory", help="Quantize within this much GPU memory, e.g. 24GB [default: what is free]."),
+    click.option(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="On a GPU: quantize within this much of its memory, e.g. 24GB [default: what is free].",
+    ),
     click.option("--seed", default=0, show_default=True, help="Seed of calibration and evaluation sampling."),
 )
 validate_options = options(
@@ -131,7 +143,7 @@ validate_options = options(
         default="default-eval",
         show_default=True,
         shell_complete=files,
-        help="Held-out text, as for --calibration, or the default.",
+        help="Held-out text: .txt, .jsonl, .json or .parquet, org/name[:split], or the embedded default-eval.",
     ),
     click.option("--eval-tokens", default=16384, show_default=True, help="Tokens to evaluate."),
     click.option("--eval-seq-len", default=512, show_default=True, help="Tokens per evaluated row."),
@@ -148,7 +160,9 @@ validate_options = options(
     click.option("--policy", type=click.Path(path_type=Path), help="YAML or JSON file with gates and waivers."),
     click.option("--no-default-gates", is_flag=True, help="Only the gates that are given."),
     click.option(
-        "--control-tokens", type=int, help="Tokens for merge, base and noise floor on their own [default: 1 in 10]."
+        "--control-tokens",
+        type=int,
+        help="Tokens for merge, base and noise floor on their own [default: 1 in 10, all if a gate is about them].",
     ),
     click.option(
         "--attribution",
@@ -167,7 +181,10 @@ validate_options = options(
     click.option("--task-folder", type=click.Path(path_type=Path), help="Folder with local task definitions."),
     click.option("--task-limit", type=int, help="Samples per task [default: all]."),
     click.option(
-        "--report", "report_dir", type=click.Path(path_type=Path), help="Folder for JSON, Markdown, JUnit and HTML."
+        "--report",
+        "report_dir",
+        type=click.Path(path_type=Path),
+        help="Folder for JSON, Markdown, JUnit and HTML; of several outputs a folder each.",
     ),
 )
 train_options = options(
