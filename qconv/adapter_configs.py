@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +77,37 @@ class CombinationConfig:
         settings += [f"signs by {self.majority_sign or 'total'}"] if self.method in ("ties", "dare-ties") else []
         settings += [f"seed {self.seed}"] if self.method in ("dare", "dare-ties") else []
         return f"{self.method}: {', '.join(settings)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """How one adapter is read and merged, where its own config does not say it.
+
+    Attributes:
+        dampen_intruders: factor, 0 to 1, of singular vectors of a merged weight that are foreign to the base's; null =
+            they stay as they are.
+    """
+
+    dampen_intruders: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.dampen_intruders is not None and not 0 <= self.dampen_intruders <= 1:
+            raise UsageError(f"--dampen-intruders is a factor from 0 to 1, got {self.dampen_intruders}")
+
+    def check_adapter(self, has_adapter: bool, combination: CombinationConfig | None) -> None:
+        """Refuses options that have nothing to apply to.
+
+        Raises:
+            UsageError: names the options that are set.
+        """
+        given = ", ".join(f"--{f.name.replace('_', '-')}" for f in fields(self) if getattr(self, f.name) is not None)
+        if given and not has_adapter:
+            raise UsageError(f"{given}: says how an adapter is merged, and there is no adapter")
+        if given and combination is not None and combination.method not in LOW_RANK_METHODS:
+            raise UsageError(
+                f"{given}: not with --combine {combination.method}, whose update is no adapter's; merge first, or "
+                f"combine by {', '.join(LOW_RANK_METHODS)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,14 @@ from qconv.cli_adapters import extract
 from qconv.cli_answers import Answer, Complaints, answer_of, answers, made, normalised_facts, together, training_facts
 from qconv.cli_looking import completion, doctor, inspect, report
 from qconv.cli_options import (
+    adapter_options,
     combine_options,
     dry_run_option,
     json_option,
     output_options,
     quantize_options,
     run_options,
+    task_data_option,
     train_options,
     trained_on_option,
     validate_options,
@@ -73,6 +75,8 @@ def cli() -> None:
 )
 @combine_options
 @trained_on_option
+@adapter_options
+@task_data_option
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the unmerged model.")
 @output_options
 @quantize_options
@@ -173,6 +177,7 @@ def convert(source: str, target: str, **options: Any) -> Answer:
     help="What runs the candidate: weights decoded by qconv, or transformers with its own quantized kernels.",
 )
 @trained_on_option
+@adapter_options
 @click.option("--seed", default=0, show_default=True, help="Seed of the evaluation sampling.")
 @validate_options
 @dry_run_option

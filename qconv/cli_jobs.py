@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv import errors
-from qconv.adapter_configs import COMBINE_METHODS, CombinationConfig, NormaliseConfig
+from qconv.adapter_configs import COMBINE_METHODS, AdapterOptions, CombinationConfig, NormaliseConfig
 from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidateJob, ValidationConfig, parse_size
 from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
 from qconv.overrides import parse_override
@@ -33,8 +33,8 @@ def merge_job(
             "--algorithm, --bits, --group-size, --sym/--asym, --activations, --damping, --desc-act, --ignore, "
             "--override and --lm-head belong to --requant"
         )
-    names = ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks")
-    asked = [name for name in names if options[name] not in (None, ())]
+    names = ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks", "task_data")
+    asked = [name for name in names if options.get(name) not in (None, ())]
     if not validate_it and asked:
         raise errors.UsageError(
             "--no-validate leaves nothing to gate: drop it, or drop "
@@ -44,6 +44,7 @@ def merge_job(
         base=base,
         adapter=adapters[0] if len(adapters) == 1 else None,
         combination=_combination(adapters, options),
+        options=_adapter_options(options),
         outputs=tuple(
             OutputConfig(
                 out=options["out"] if len(targets) < 2 else options["out"] / target,
@@ -68,6 +69,11 @@ def merge_job(
         revision=options["revision"],
         report_dir=options["report_dir"],
     )
+
+
+def _adapter_options(options: dict[str, Any]) -> AdapterOptions:
+    """What was given of them; commands without adapters have none."""
+    return AdapterOptions(**{f.name: options.get(f.name) for f in dataclasses.fields(AdapterOptions)})
 
 
 def _combination(adapters: Sequence[str], options: dict[str, Any]) -> CombinationConfig | None:
@@ -179,6 +185,7 @@ def validation_config(options: dict[str, Any]) -> ValidationConfig:
         tasks=options["tasks"],
         task_folder=options["task_folder"],
         task_limit=options["task_limit"],
+        task_data=options.get("task_data"),
     )
 
 
@@ -243,6 +250,7 @@ def validate_job(
         reference=reference,
         candidate=candidate,
         adapter=adapter,
+        options=_adapter_options(options),
         candidate_adapter=options["candidate_adapter"],
         trained_on=options["trained_on"],
         reference_cache=options["reference_cache"],

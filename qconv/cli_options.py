@@ -71,6 +71,17 @@ combine_options = options(
         help="ties, dare-ties: signs by the sum of updates or by their number [default: total]",
     ),
 )
+adapter_options = options(
+    click.option(
+        "--dampen-intruders",
+        type=float,
+        metavar="L",
+        help="Scale singular vectors of merged weights that are foreign to the base by L, 0 to 1; needs --task-data.",
+    ),
+)
+task_data_option = click.option(
+    "--task-data", shell_complete=files, help="Held-out text of the adapter's task: loss there is reported, too."
+)
 quantize_options = options(
     click.option(
         "--algorithm",

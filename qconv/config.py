@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qconv.adapter_configs import CombinationConfig
+from qconv.adapter_configs import AdapterOptions, CombinationConfig
 from qconv.errors import UsageError
 from qconv.gate_rules import Policy, Rule, combine
 from qconv.quantization_config import QuantizationConfig
@@ -65,6 +65,7 @@ class ValidationConfig:
         tasks: of lm-evaluation-harness, names or YAML files.
         task_folder: where local tasks are defined.
         task_limit: samples per task; None = all.
+        task_data: held-out text of the adapter's task, as ``source``: loss is measured on both; None = not measured.
     """
 
     source: str = "default-eval"
@@ -82,6 +83,7 @@ class ValidationConfig:
     tasks: tuple[str, ...] = ()
     task_folder: Path | None = None
     task_limit: int | None = None
+    task_data: str | None = None
 
     def __post_init__(self) -> None:
         if self.seq_len < 8 or self.tokens < self.seq_len:
@@ -136,6 +138,7 @@ class MergeJob:
         outputs: what to write, at least one; no two in the same folder or in one another.
         adapter: folder or hub id of a PEFT adapter, or None to only quantize or convert.
         combination: several adapters in its place.
+        options: how the adapter is read and merged.
         trained_on: how training saw a 16-bit base; None = as the adapter's record says.
         validation: None = do not validate.
         report_dir: a second place for the reports, of several outputs a folder each (see `report_folder`);
@@ -151,6 +154,7 @@ class MergeJob:
     outputs: tuple[OutputConfig, ...]
     adapter: str | None = None
     combination: CombinationConfig | None = None
+    options: AdapterOptions = field(default_factory=AdapterOptions)
     trained_on: BnbKind | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     validation: ValidationConfig | None = field(default_factory=ValidationConfig)
@@ -165,6 +169,15 @@ class MergeJob:
             raise UsageError(f"--trained-on takes {', '.join(BNB_KINDS)}, got {self.trained_on}")
         if self.adapter is not None and self.combination is not None:
             raise UsageError("a job has one adapter or a combination of several, got both")
+        self.options.check_adapter(bool(self.adapters), self.combination)
+        dampens, asked = self.options.dampen_intruders is not None, self.validation
+        if dampens and asked is not None and asked.task_data is None:
+            raise UsageError(
+                "--dampen-intruders trades the task for what the model knew before, and both have to be seen: give "
+                "--task-data, held-out text of the adapter's task, or drop the comparison with --no-validate"
+            )
+        if asked is not None and asked.task_data is not None and not self.adapters:
+            raise UsageError("--task-data is text of an adapter's task, and there is no adapter")
         if not self.outputs:
             raise UsageError("a job has at least one output, got none")
         folders = [Path(os.path.abspath(output.out)) for output in self.outputs]
@@ -203,6 +216,7 @@ class ValidateJob:
         reference: the base, folder or hub id; None = only what the cache holds.
         candidate: the folder to judge; None = only write the cache.
         adapter: of the reference, unmerged.
+        options: how the adapter is read, and was merged into the candidate.
         candidate_adapter: the candidate is served with this one, unmerged.
         reference_cache: read when it exists, written when it does not.
         report_dir: where the reports go; None = the terminal alone.
@@ -211,6 +225,7 @@ class ValidateJob:
     reference: str | None
     candidate: str | None
     adapter: str | None = None
+    options: AdapterOptions = field(default_factory=AdapterOptions)
     candidate_adapter: str | None = None
     trained_on: BnbKind | None = None
     reference_cache: Path | None = None
@@ -229,7 +244,12 @@ class ValidateJob:
             raise UsageError("--adapter belongs to --reference; a cache has the adapter in it already")
         if self.reference is None and self.trained_on is not None:
             raise UsageError("--trained-on belongs to --reference; a cache has the adapter in it already")
+        self.options.check_adapter(self.adapter is not None, None)
         asked = self.validation
+        if asked.task_data is not None:
+            raise UsageError(
+                "--task-data compares what can be merged and is for qconv merge; --eval-data takes any text"
+            )
         if self.reference is None and asked.tasks:
             raise UsageError("--tasks are answered by both models: give --reference too, a cache cannot answer")
         needing = {

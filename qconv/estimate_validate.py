@@ -32,7 +32,7 @@ def estimate_validation(job: ValidateJob, device: str) -> Estimate:
     check_report_folder(job.report_dir)
     reference = None
     if job.reference is not None:
-        reference = load_reference(open_checkpoint(job.reference), job.adapter, job.trained_on)
+        reference = load_reference(open_checkpoint(job.reference), job.adapter, job.trained_on, options=job.options)
         check_rules(reference, config, reference.adapter is not None)
     candidate = None if job.candidate is None else load_candidate(job.candidate, job.candidate_adapter)
     written: dict[str, int] = {}

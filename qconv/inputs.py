@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from qconv.adapter_configs import CombinationConfig
+from qconv.adapter_configs import AdapterOptions, CombinationConfig
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.config import BNB_KINDS
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
 from qconv.errors import AdapterError, UsageError
-from qconv.merge import CombinedCheckpoint, combine_adapters, load_adapter
+from qconv.merge import CombinedCheckpoint, Dampening, combine_adapters, load_adapter
 from qconv.runners import Candidate, Combination, Reference
 from qconv.skeleton import linear_weights
 from qconv.types import Adapter, BnbKind, Checkpoint
@@ -23,6 +23,7 @@ def load_reference(
     adapter_source: str | None,
     trained_on: BnbKind | None,
     combination: CombinationConfig | None = None,
+    options: AdapterOptions | None = None,
 ) -> Reference:
     """The base as training saw it, and the checked adapter, or several in its place.
 
@@ -30,16 +31,18 @@ def load_reference(
         UsageError: a 16-bit base whose training quantization nobody recorded, or options that disagree.
         AdapterError: the adapter was trained on another kind of base than the one given.
     """
-    base = dequantize(source)
+    base, options = dequantize(source), options or AdapterOptions()
+    dampening = None if options.dampen_intruders is None else Dampening(options.dampen_intruders)
     if combination is not None:
-        return _combined_reference(source, base, combination, trained_on)
+        return replace(_combined_reference(source, base, combination, trained_on), dampening=dampening)
     if adapter_source is None:
         if trained_on is not None:
             raise UsageError("--trained-on says how an adapter saw its base, and there is no adapter")
         return Reference(source=source, base=base, adapter=None, kind=_stored_kind(base))
     adapter = load_adapter(adapter_source, base)
     kind = _training_kind(base, adapter, trained_on)
-    return Reference(source=source, base=_seen(base, kind, adapter), adapter=adapter, kind=kind)
+    seen = _seen(base, kind, adapter)
+    return Reference(source=source, base=seen, adapter=adapter, kind=kind, dampening=dampening)
 
 
 def _seen(base: DequantizedCheckpoint, kind: BnbKind, adapter: Adapter) -> Checkpoint:

@@ -15,7 +15,6 @@ import torch
 from qconv.config import ValidationConfig
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.layout import config_dtype
-from qconv.merge import merge
 from qconv.read_ahead import read_ahead
 from qconv.remembered import Remembered
 from qconv.runners import Candidate, Reference, candidate_model, reference_model, resident_bytes, streamed
@@ -58,10 +57,11 @@ class Views:
         changed: frozenset[str] = frozenset()
         factors = None
         if reference.adapter is not None:
-            factors = Remembered(reference.adapter.tensors)
-            view = merge(base, [dataclasses.replace(reference.adapter, tensors=factors)])
+            factors = Remembered((reference.merged_adapter or reference.adapter).tensors)
+            view = reference.merged_into(base, factors)
+            changed = frozenset(getattr(view, "changed", ()))
             # In float32, so worth its memory only where merging again is slow.
-            merged, changed = (view if device.startswith("cuda") else Remembered(view)), view.changed
+            merged = view if device.startswith("cuda") else Remembered(view)
         stored = dequantize(Remembered(candidate.source)) if candidate else None
         return Views(base=base, merged=merged, changed=changed, stored=stored, factors=factors)
 
@@ -177,6 +177,11 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
         else:
             lineup.enter("base", streamed(views.base, None, None, device), controls)
             lineup.pair("base_without_adapter", REFERENCE, "base")
+    if reference.dampening is not None:
+        lineup.notes.append(
+            f"intruder dimensions were scaled by {reference.dampening.factor:g}: the reference is still the unmerged "
+            "adapter with all of them, so that the merge's distance has what the scaling changed; the audit expects it"
+        )
     if reference.combination is not None and reference.adapter is None:
         lineup.notes.append(
             "the adapters were combined to an update of full rank, which nothing unmerged equals: the reference is the "

@@ -20,6 +20,7 @@ from qconv.estimate_jobs import estimate_merge
 from qconv.evaluation import reference_tokenizer
 from qconv.fidelity import Fidelity, measure_fidelity
 from qconv.gating import check_rules, rules_for
+from qconv.held_out import loss_facts, merge_losses
 from qconv.inputs import load_candidate, load_reference, resolve_device
 from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run_tasks
 from qconv.plan import make_plan, stored_blocks
@@ -78,6 +79,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             writer.copy_files(side_files(reference.source.folder, plan.adapter_folder))
         blocks = _quantized_blocks(job, makings, merged, calibration, device, progress)
         write_tensors(makings, merged, blocks, progress, device)
+        losses = _losses(job, reference, device, progress)
         documents = []
         for making in makings:
             writer, output = making.writer, making.output
@@ -88,6 +90,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             )
             if combined:
                 facts["combination"] = combined
+            if losses:
+                facts["held-out loss"] = losses
             documents.append(_judge_output(job, output, reference, writer.partial, facts, digests, device, progress))
             with TIMELINE.stage("report"):
                 write_reports(writer.partial, documents[-1], (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
@@ -103,6 +107,15 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             make_report_folder(folder)
             write_reports(folder, outcome.document)
     return outcomes
+
+
+def _losses(job: MergeJob, reference: Reference, device: str, progress: Progress) -> dict[str, Any]:
+    if job.validation is None or job.validation.task_data is None:
+        return {}
+    losses = merge_losses(reference, job.validation, device, progress)
+    for loss in losses:
+        progress.say(loss.line())
+    return loss_facts(losses)
 
 
 def _publish(writer: CheckpointWriter, out: Path, verdict: str) -> Path:
@@ -168,7 +181,7 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Outcome:
     make_report_folder(job.report_dir)
     reference = None
     if job.reference is not None:
-        reference = load_reference(open_checkpoint(job.reference), job.adapter, job.trained_on)
+        reference = load_reference(open_checkpoint(job.reference), job.adapter, job.trained_on, options=job.options)
         check_rules(reference, config, reference.adapter is not None)
     candidate = None if job.candidate is None else load_candidate(job.candidate, job.candidate_adapter)
     with Provenance(_inputs(reference) | {"candidate": candidate.source.folder if candidate else None}) as digests:

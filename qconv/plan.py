@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from qconv import corpus
+from qconv.adapter_configs import AdapterOptions
 from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig
 from qconv.errors import concerning
 from qconv.evaluation import check_vocabulary, evaluation_rows
 from qconv.gating import check_rules
+from qconv.held_out import held_out_rows
 from qconv.inputs import load_reference
 from qconv.layout import Layout, config_dtype, plan_layout
 from qconv.mixture import load_mixture, pack_mixture
@@ -65,7 +67,7 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
     with concerning("base"):
         source = open_checkpoint(job.base, job.revision)
     with concerning("combine" if job.combination is not None else "adapter"):
-        reference = load_reference(source, job.adapter, job.trained_on, job.combination)
+        reference = load_reference(source, job.adapter, job.trained_on, job.combination, job.options)
     merged = reference.merged
     with concerning("base"):
         linears = linear_weights(merged) if any(output.quantization for output in job.outputs) else []
@@ -107,7 +109,9 @@ def plan_before_training(job: MergeJob, progress: Progress = QUIET) -> Plan:
     Raises:
         QconvError: any of its kinds; see `errors`.
     """
-    return make_plan(replace(job, adapter=None, trained_on=None), progress, adapter_comes=True)
+    validation = None if job.validation is None else replace(job.validation, task_data=None)
+    without = replace(job, adapter=None, trained_on=None, options=AdapterOptions(), validation=validation)
+    return make_plan(without, progress, adapter_comes=True)
 
 
 def _check_before_work(
@@ -123,6 +127,9 @@ def _check_before_work(
         if reference.adapter is not None:
             with concerning("adapter"):
                 check_peft(reference.adapter)
+        if job.validation.task_data is not None:
+            with concerning("validation", "task-data"):
+                held_out_rows(reference, job.validation, with_general=False)
     quantized = any(output.quantization is not None for output in job.outputs)
     if job.validation is not None or (quantized and stored_blocks(job.outputs, merged, "cpu") is None):
         # From headers alone: can this model be run block by block?

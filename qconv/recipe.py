@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qconv.adapter_configs import AdapterOptions
 from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.errors import QconvError, RecipeError, UsageError
 from qconv.gate_rules import Policy, load_policy, read_policy
 from qconv.nodes import Node, PlaceError, parse_yaml, read_nodes
 from qconv.quantization_config import QuantizationConfig
 from qconv.recipe_fields import (
+    ADAPTER,
     CALIBRATION,
     COMBINATION,
     JOB,
@@ -44,7 +46,7 @@ EXCLUSIVE = (
     ("trained-on", "train"),
     *(("policy", key) for key in GATE_KEYS),
 )
-TOP_KEYS = ("recipe", *JOB.names, *SECTIONS, "policy", *GATE_KEYS)
+TOP_KEYS = ("recipe", *JOB.names, *ADAPTER.names, *SECTIONS, "policy", *GATE_KEYS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,7 @@ def _recipe(path: Path, top: Node) -> Recipe:
     training = _training(keyed, job) if "train" in keyed else None
     if training is not None:
         job["adapter"] = str(training.out)
+    job["options"] = built(AdapterOptions, top, ADAPTER.values(keyed))
     if "combine" in keyed:
         job["combination"] = COMBINATION.read(keyed["combine"])
     outputs = tuple(map(_output, _some(keyed["outputs"])))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from qconv.adapter_configs import CombinationConfig
+from qconv.adapter_configs import AdapterOptions, CombinationConfig
 from qconv.config import BNB_KINDS, CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
 from qconv.errors import QconvError
 from qconv.nodes import Node, PlaceError
@@ -234,10 +234,11 @@ def _kind(hint: Any) -> Kind:
 
 JOB = _section(
     MergeJob,
-    without=("combination", "outputs", "calibration", "validation"),
+    without=("combination", "options", "outputs", "calibration", "validation"),
     names={"report_dir": "report", "gpu_memory_limit": "gpu-memory"},
     kinds={"base": MODEL, "adapter": MODEL, "gpu_memory_limit": SIZE, "trained_on": choice(BNB_KINDS)},
 )
+ADAPTER = _section(AdapterOptions)  # whose keys stand beside those of the job
 TRAIN = _section(
     TrainConfig,
     without=("base", "device", "overwrite", "revision"),  # those of the job
@@ -257,5 +258,5 @@ VALIDATION = _section(
     ValidationConfig,
     without=("rules", "policy", "defaults", "engine"),  # gates stand at the top; only `qconv validate` has engines
     names={"source": "data"},
-    kinds={"source": SOURCE, "prompts": PROMPTS, "tasks": TASK, "task_folder": FOLDER},
+    kinds={"source": SOURCE, "task_data": SOURCE, "prompts": PROMPTS, "tasks": TASK, "task_folder": FOLDER},
 )

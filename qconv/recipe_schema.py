@@ -16,6 +16,7 @@ from qconv.gate_metrics import METRICS, TASK_NAME, TASK_PATTERN
 from qconv.gate_rules import Waiver
 from qconv.recipe import EXCLUSIVE, RECIPE_FORMAT, REQUIRED, TOP_KEYS
 from qconv.recipe_fields import (
+    ADAPTER,
     CALIBRATION,
     COMBINATION,
     JOB,
@@ -40,6 +41,7 @@ def recipe_schema() -> dict[str, Any]:
     properties = {
         "recipe": {"const": RECIPE_FORMAT, "description": "Version of this format."},
         **_properties(JOB),
+        **_properties(ADAPTER),
         "train": {
             **_object(TRAIN),
             "type": ["object", "null"],

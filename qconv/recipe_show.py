@@ -7,13 +7,24 @@ from typing import Any
 
 from qconv.gate_rules import Policy, Rule, Waiver
 from qconv.recipe import RECIPE_FORMAT, Recipe
-from qconv.recipe_fields import CALIBRATION, COMBINATION, JOB, OUTPUT, QUANTIZATION, TRAIN, VALIDATION, Key, Section
+from qconv.recipe_fields import (
+    ADAPTER,
+    CALIBRATION,
+    COMBINATION,
+    JOB,
+    OUTPUT,
+    QUANTIZATION,
+    TRAIN,
+    VALIDATION,
+    Key,
+    Section,
+)
 
 
 def as_document(recipe: Recipe) -> dict[str, Any]:
     """Plain values that `load_recipe` reads as the same recipe, from the same working folder."""
     job = recipe.job
-    top = _shown(JOB, job)
+    top = _shown(JOB, job) | _shown(ADAPTER, job.options)
     document: dict[str, Any] = {"recipe": RECIPE_FORMAT, **top}
     if recipe.train is not None:
         del document["adapter"]  # what training makes

@@ -19,7 +19,7 @@ from qconv.checkpoint import SafetensorsCheckpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.errors import AdapterError
 from qconv.layout import config_dtype
-from qconv.merge import merge
+from qconv.merge import DampenedCheckpoint, Dampening, MergedCheckpoint, merge
 from qconv.quantize.fp8_static import fake_quantize_static
 from qconv.quantize.int8 import fake_quantize_inputs
 from qconv.side_files import tokenizer_files
@@ -54,6 +54,7 @@ class Reference:
         kind: how training saw the base; ``"16bit"`` of a base that has several adapters in it.
         combination: what ``adapter`` was made of, or ``base`` where the update has full rank; None = one adapter.
         merged_adapter: what is merged in the place of ``adapter``, where that is only near it.
+        dampening: how intruder dimensions are scaled in the merge; None = they are not.
     """
 
     source: SafetensorsCheckpoint
@@ -62,6 +63,7 @@ class Reference:
     kind: BnbKind
     combination: Combination | None = None
     merged_adapter: Adapter | None = None
+    dampening: Dampening | None = None
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -82,8 +84,26 @@ class Reference:
 
     @property
     def merged(self) -> Checkpoint:
+        return self.merged_into(self.base)
+
+    def merged_into(self, base: Checkpoint, factors: Checkpoint | None = None) -> Checkpoint:
+        """What is written.
+
+        Args:
+            base: ours, or a view of it that has the same values; it is the result, without an adapter.
+            factors: the same of the tensors of the adapter that is merged.
+        """
+        view = self.undampened(base, factors)
+        if self.dampening is None or not isinstance(view, MergedCheckpoint) or self.adapter is None:
+            return view
+        return DampenedCheckpoint(base, view, self.adapter, self.dampening)
+
+    def undampened(self, base: Checkpoint, factors: Checkpoint | None = None) -> Checkpoint:
+        """The same with all intruder dimensions."""
         adapter = self.merged_adapter or self.adapter
-        return merge(self.base, [adapter]) if adapter else self.base
+        if adapter is None:
+            return base
+        return merge(base, [adapter if factors is None else dataclasses.replace(adapter, tensors=factors)])
 
     @property
     def resizes_vocabulary(self) -> bool:

@@ -714,11 +714,13 @@ TRAIN = {
     "--seq-len",
     "--steps",
 }
+ADAPTER = {"--dampen-intruders"}
 SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "merge": (
         ["base", "adapters"],
         {"--combine", "--weights", "--combine-rank", "--density", "--majority-sign"}
-        | {"--requant", "--trained-on", "--no-validate", "--dtype"}
+        | {"--requant", "--trained-on", "--no-validate", "--dtype", "--task-data"}
+        | ADAPTER
         | OUTPUT
         | QUANTIZE
         | VALIDATE
@@ -738,6 +740,7 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
         [],
         {"--reference", "--adapter", "--candidate", "--candidate-adapter", "--reference-cache", "--engine"}
         | {"--trained-on", "--seed", "--json", "--dry-run"}
+        | ADAPTER
         | VALIDATE
         | RUN,
     ),

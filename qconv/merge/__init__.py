@@ -2,11 +2,14 @@
 
 from qconv.merge.adapter import load_adapter
 from qconv.merge.combine import CombinedCheckpoint, combine_adapters
+from qconv.merge.dampen import DampenedCheckpoint, Dampening
 from qconv.merge.delta import delta_weight, merged_weight
 from qconv.merge.merged import MergedCheckpoint, merge
 
 __all__ = [
     "CombinedCheckpoint",
+    "DampenedCheckpoint",
+    "Dampening",
     "MergedCheckpoint",
     "combine_adapters",
     "delta_weight",

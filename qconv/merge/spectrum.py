@@ -48,17 +48,26 @@ class SpectrumChange:
     intruders: tuple[Intruder, ...]
 
 
-@torch.no_grad()
 def find_intruders(w_NK: Tensor, merged_NK: Tensor, looked_at: int = LOOKED_AT) -> list[Intruder]:
     """Among the ``looked_at`` leading left singular vectors of ``merged_NK``, those that ``w_NK`` has not."""
+    return intruding_components(w_NK, merged_NK, looked_at)[0]
+
+
+@torch.no_grad()
+def intruding_components(
+    w_NK: Tensor, merged_NK: Tensor, looked_at: int = LOOKED_AT
+) -> tuple[list[Intruder], Tensor, Tensor]:
+    """As `find_intruders`, with their left ``[N, I]`` and right ``[I, K]`` singular vectors."""
     u_NR = torch.linalg.svd(w_NK, full_matrices=False)[0]
-    v_NR, s_R, _ = torch.linalg.svd(merged_NK, full_matrices=False)
+    v_NR, s_R, right_RK = torch.linalg.svd(merged_NK, full_matrices=False)
     nearest_R = (u_NR.T @ v_NR[:, :looked_at]).abs().amax(dim=0)
-    return [
+    found = [
         Intruder(place=place, singular_value=float(s_R[place]), cosine=cosine)
         for place, cosine in enumerate(nearest_R.tolist())
         if cosine < THRESHOLD
     ]
+    places = [one.place for one in found]
+    return found, v_NR[:, places], right_RK[places]
 
 
 def spectrum_changes(base: Checkpoint, adapter: Adapter, device: str = "cpu") -> Iterator[SpectrumChange]:
