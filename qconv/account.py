@@ -231,6 +231,7 @@ def stages(
             f"weights changed by a {what}": len(adapter.transforms or adapter.deltas),
             "tensors replaced whole": len(adapter.replacements),
             "notes": list(getattr(merged, "notes", ())),
+            **({"read as": job.options.summary} if job.options.summary else {}),
             **({"intruder dimensions": reference.dampening.facts()} if reference.dampening else {}),
             **({"names read by rules": list(adapter.name_rules)} if adapter.name_rules else {}),
         }

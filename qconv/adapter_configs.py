@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -86,13 +86,40 @@ class AdapterOptions:
     Attributes:
         dampen_intruders: factor, 0 to 1, of singular vectors of a merged weight that are foreign to the base's; null =
             they stay as they are.
+        rank: merge the first components alone (DyLoRA, QDyLoRA); auto = of 1, 2, 4 and so on the one with the lowest
+            loss on the task's text; null = all.
+        rank_scaling: of those: by alpha over the rank that is merged (truncated, as DyLoRA trains), or over the rank of
+            training (trained).
+        qa_lora: the adapter is QA-LoRA's, whose A takes inputs pooled in groups: their sum, their mean, or the mean
+            times the number of groups (peft).
+        ir_qlora: the adapter is IR-QLoRA's, with elastic connections; trained on a base that was quantized with
+            information calibration (calibrated), or without (plain).
     """
 
     dampen_intruders: float | None = None
+    rank: int | Literal["auto"] | None = None
+    rank_scaling: Literal["truncated", "trained"] | None = None
+    qa_lora: Literal["sum", "mean", "peft"] | None = None
+    ir_qlora: Literal["calibrated", "plain"] | None = None
 
     def __post_init__(self) -> None:
+        if (self.rank is None) != (self.rank_scaling is None):
+            raise UsageError(
+                "--rank and --rank-scaling go together: truncated (alpha over the rank that is merged, as DyLoRA "
+                "trains) or trained (alpha over the rank of training)"
+            )
+        if isinstance(self.rank, int) and self.rank < 1:
+            raise UsageError(f"--rank is at least 1, or auto, got {self.rank}")
         if self.dampen_intruders is not None and not 0 <= self.dampen_intruders <= 1:
             raise UsageError(f"--dampen-intruders is a factor from 0 to 1, got {self.dampen_intruders}")
+
+    @property
+    def summary(self) -> str:
+        """How an adapter is read, in words; empty when its own config says it all."""
+        words = [f"the first {self.rank} components, scaled as {self.rank_scaling}"] if self.rank is not None else []
+        words += [f"QA-LoRA, {self.qa_lora} of pooled inputs"] if self.qa_lora is not None else []
+        words += [f"IR-QLoRA on a {self.ir_qlora} base"] if self.ir_qlora is not None else []
+        return "; ".join(words)
 
     def check_adapter(self, has_adapter: bool, combination: CombinationConfig | None) -> None:
         """Refuses options that have nothing to apply to.
@@ -108,6 +135,8 @@ class AdapterOptions:
                 f"{given}: not with --combine {combination.method}, whose update is no adapter's; merge first, or "
                 f"combine by {', '.join(LOW_RANK_METHODS)}"
             )
+        if combination is not None and replace(self, dampen_intruders=None) != AdapterOptions():
+            raise UsageError(f"{given}: says how one adapter is read, and --combine takes several")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,13 @@ def merge_job(
 
 def _adapter_options(options: dict[str, Any]) -> AdapterOptions:
     """What was given of them; commands without adapters have none."""
-    return AdapterOptions(**{f.name: options.get(f.name) for f in dataclasses.fields(AdapterOptions)})
+    given = {f.name: options.get(f.name) for f in dataclasses.fields(AdapterOptions) if f.name != "rank"}
+    rank = options.get("rank")
+    if rank not in (None, "auto"):
+        if not re.fullmatch(r"\d{1,6}", rank):
+            raise errors.UsageError(f"--rank takes a number or auto, got {rank!r}")
+        rank = int(rank)
+    return AdapterOptions(**given, rank=rank)
 
 
 def _combination(adapters: Sequence[str], options: dict[str, Any]) -> CombinationConfig | None:

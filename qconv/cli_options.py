@@ -78,6 +78,22 @@ adapter_options = options(
         metavar="L",
         help="Scale singular vectors of merged weights that are foreign to the base by L, 0 to 1; needs --task-data.",
     ),
+    click.option(
+        "--rank", metavar="B|auto", help="Merge the first B components (DyLoRA, QDyLoRA); auto: by --task-data."
+    ),
+    click.option(
+        "--rank-scaling",
+        type=Choice(["truncated", "trained"]),
+        help="With --rank: alpha over B, as DyLoRA trains, or over the rank of training.",
+    ),
+    click.option(
+        "--qa-lora", type=Choice(["sum", "mean", "peft"]), help="A QA-LoRA adapter: how a group's inputs were pooled."
+    ),
+    click.option(
+        "--ir-qlora",
+        type=Choice(["calibrated", "plain"]),
+        help="An IR-QLoRA adapter: its base was quantized with information calibration, or without.",
+    ),
 )
 task_data_option = click.option(
     "--task-data", shell_complete=files, help="Held-out text of the adapter's task: loss there is reported, too."

@@ -176,6 +176,8 @@ class MergeJob:
                 "--dampen-intruders trades the task for what the model knew before, and both have to be seen: give "
                 "--task-data, held-out text of the adapter's task, or drop the comparison with --no-validate"
             )
+        if self.options.rank == "auto" and (asked is None or asked.task_data is None):
+            raise UsageError("--rank auto goes by the loss on held-out text of the adapter's task: give --task-data")
         if asked is not None and asked.task_data is not None and not self.adapters:
             raise UsageError("--task-data is text of an adapter's task, and there is no adapter")
         if not self.outputs:
@@ -245,6 +247,13 @@ class ValidateJob:
         if self.reference is None and self.trained_on is not None:
             raise UsageError("--trained-on belongs to --reference; a cache has the adapter in it already")
         self.options.check_adapter(self.adapter is not None, None)
+        if self.options.rank == "auto":
+            raise UsageError("--rank auto chooses a rank to merge; a candidate has one already: give its number")
+        if self.reference_cache is not None and self.options not in (AdapterOptions(), _dampening_alone(self.options)):
+            raise UsageError(
+                "--rank, --qa-lora and --ir-qlora with --reference-cache: a cache does not know how its adapter was "
+                "read; compare without it"
+            )
         asked = self.validation
         if asked.task_data is not None:
             raise UsageError(
@@ -263,6 +272,10 @@ class ValidateJob:
         if self.candidate is None and any(needing.values()):
             given = ", ".join(name for name, value in needing.items() if value)
             raise UsageError(f"{given}: there is nothing to judge without --candidate; drop that, or add --candidate")
+
+
+def _dampening_alone(options: AdapterOptions) -> AdapterOptions:
+    return AdapterOptions(dampen_intruders=options.dampen_intruders)
 
 
 _SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}

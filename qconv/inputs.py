@@ -12,7 +12,7 @@ from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.config import BNB_KINDS
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
 from qconv.errors import AdapterError, UsageError
-from qconv.merge import CombinedCheckpoint, Dampening, combine_adapters, load_adapter
+from qconv.merge import CombinedCheckpoint, Dampening, WithoutSmallest, combine_adapters, load_adapter, truncated
 from qconv.runners import Candidate, Combination, Reference
 from qconv.skeleton import linear_weights
 from qconv.types import Adapter, BnbKind, Checkpoint
@@ -39,10 +39,34 @@ def load_reference(
         if trained_on is not None:
             raise UsageError("--trained-on says how an adapter saw its base, and there is no adapter")
         return Reference(source=source, base=base, adapter=None, kind=_stored_kind(base))
-    adapter = load_adapter(adapter_source, base)
+    adapter = load_adapter(adapter_source, base, options=options)
     kind = _training_kind(base, adapter, trained_on)
+    _check_base_of(adapter, kind, options)
+    if isinstance(options.rank, int) and options.rank_scaling is not None:
+        adapter = truncated(adapter, options.rank, options.rank_scaling)
+    dropped = {name: delta.dropped for name, delta in adapter.deltas.items() if delta.dropped}
     seen = _seen(base, kind, adapter)
+    seen = WithoutSmallest(seen, dropped) if dropped else seen
     return Reference(source=source, base=seen, adapter=adapter, kind=kind, dampening=dampening)
+
+
+def _check_base_of(adapter: Adapter, kind: BnbKind, options: AdapterOptions) -> None:
+    """Refuses kinds of LoRA on a base that they were not trained on.
+
+    Raises:
+        AdapterError: KaSA on 4 bits; information calibration, which is not re-created here.
+    """
+    if kind != "16bit" and any(delta.dropped for delta in adapter.deltas.values()):
+        raise AdapterError(
+            f"{adapter.location}: KaSA takes components out of 16-bit weights, and the base was quantized as {kind}; "
+            "peft has no KaSA on 4-bit layers: is this the adapter's base?"
+        )
+    if kind != "16bit" and options.ir_qlora == "calibrated":
+        raise AdapterError(
+            f"{adapter.location}: --ir-qlora calibrated was trained on 4-bit codes of W - tau, tau of each block added "
+            "again, which the base here is not. Save the weights that its quantizer gives in 16 bits and pass those "
+            "with --trained-on 16bit"
+        )
 
 
 def _seen(base: DequantizedCheckpoint, kind: BnbKind, adapter: Adapter) -> Checkpoint:

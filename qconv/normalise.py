@@ -22,6 +22,7 @@ from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_che
 from qconv.convert import dequantize
 from qconv.errors import AdapterError
 from qconv.merge import load_adapter
+from qconv.merge.delta import factors
 from qconv.merge.implied_base import ImpliedBase
 from qconv.merge.plain_lora import SERVED_RANKS, Factors, served_rank, write_plain_lora
 from qconv.progress import QUIET, Progress
@@ -101,7 +102,8 @@ def _refuse_what_is_no_lora(adapter: Adapter) -> None:
         _refuse(adapter, next(iter(transform.tensors.values())), f"peft_type {adapter.kind} is no low-rank product")
     for delta in adapter.deltas.values():
         if delta.singular is not None:
-            _refuse(adapter, delta.singular, "AdaLoRA's singular values are not folded in yet")
+            what = "KaSA changed the base" if delta.dropped else "AdaLoRA's singular values are not folded in yet"
+            _refuse(adapter, delta.singular, what)
     for delta in adapter.deltas.values():
         if delta.magnitude is not None:
             _refuse(adapter, delta.magnitude, "DoRA rescales the rows of the whole base weight, which has full rank")
@@ -117,7 +119,7 @@ def _refuse(adapter: Adapter, tensor: str, why: str) -> NoReturn:
 
 
 def _factors(adapter: Adapter, delta: LoraDelta) -> Factors:
-    a_RK, b_NR = adapter.tensors.read(delta.a).float(), adapter.tensors.read(delta.b).float()
+    a_RK, b_NR = factors(adapter, delta)
     return Factors(a_RK=a_RK, b_NR=b_NR * delta.scaling)
 
 

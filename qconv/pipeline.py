@@ -26,12 +26,14 @@ from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run
 from qconv.plan import make_plan, stored_blocks
 from qconv.progress import QUIET, Progress
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
+from qconv.rank_sweep import with_rank
 from qconv.report.document import HTML_NAME, JSON_NAME, MARKDOWN_NAME, write_reports
 from qconv.runners import Candidate, Reference, candidate_model, reference_model
 from qconv.side_files import side_files
 from qconv.streaming import StreamedModel
 from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
+from qconv.work_folder import check_output
 from qconv.writer import CheckpointWriter
 
 
@@ -56,6 +58,9 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
         QconvError: any of its kinds; see `errors`.
     """
     device = resolve_device(job.device)
+    for output in job.outputs:  # before a sweep; the plan checks the rest
+        check_output(output.out, job.overwrite)
+    job, sweep = with_rank(job, device, progress)
     with TIMELINE.stage("prepare"):
         plan = make_plan(job, progress)
         for line in estimate_merge(job, plan, device, "").check():
@@ -90,6 +95,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             )
             if combined:
                 facts["combination"] = combined
+            if sweep:
+                facts["rank"] = sweep.facts()
             if losses:
                 facts["held-out loss"] = losses
             documents.append(_judge_output(job, output, reference, writer.partial, facts, digests, device, progress))

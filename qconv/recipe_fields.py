@@ -30,6 +30,7 @@ from qconv.recipe_values import (
     PATH,
     PATTERN,
     PROMPTS,
+    RANK,
     SIZE,
     SOURCE,
     SWITCH,
@@ -220,8 +221,8 @@ def _unpacked(hint: Any) -> tuple[Any, bool, bool]:
     """The type of a value, whether there is a list of them, and whether it may be None."""
     nullable = False
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (one for one in get_args(hint) if one is not type(None))
-        nullable = True
+        nullable = type(None) in get_args(hint)
+        hint = next(one for one in get_args(hint) if one is not type(None))  # of several, a kind is given
     many = get_origin(hint) is tuple
     if many:
         hint = get_args(hint)[0]
@@ -238,7 +239,7 @@ JOB = _section(
     names={"report_dir": "report", "gpu_memory_limit": "gpu-memory"},
     kinds={"base": MODEL, "adapter": MODEL, "gpu_memory_limit": SIZE, "trained_on": choice(BNB_KINDS)},
 )
-ADAPTER = _section(AdapterOptions)  # whose keys stand beside those of the job
+ADAPTER = _section(AdapterOptions, kinds={"rank": RANK})  # whose keys stand beside those of the job
 TRAIN = _section(
     TrainConfig,
     without=("base", "device", "overwrite", "revision"),  # those of the job

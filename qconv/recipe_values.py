@@ -53,6 +53,10 @@ def _whole(node: Node) -> int:
     return int(_numeral(node, _WHOLE, "a whole number"))
 
 
+def _rank(node: Node) -> int | str:
+    return "auto" if node.content == "auto" else _whole(node)
+
+
 def _number(node: Node) -> float:
     text = _numeral(node, _NUMBER, "a number")
     return int(text) if _WHOLE.fullmatch(text) else float(text)
@@ -151,6 +155,7 @@ _STRING = {"type": "string", "minLength": 1}
 
 TEXT = Kind(_text, _STRING)
 WHOLE = Kind(_whole, {"type": "integer"})
+RANK = Kind(_rank, {"type": ["integer", "string"], "pattern": "^auto$"})
 NUMBER = Kind(_number, {"type": "number"})
 SWITCH = Kind(_switch, {"type": "boolean"})
 SIZE = Kind(

@@ -168,11 +168,23 @@ def _residence(reference: Reference, is_quantized: bool, device: str) -> tuple[i
         reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
     if reason is None and reference.combination is not None:
         reason = "several adapters, which peft would not combine alike"
-    if reason is None and reference.adapter is not None and reference.adapter.name_rules:
-        reason = "peft does not know the names of the adapter's tensors"
-    if reason is None and reference.adapter is not None and reference.adapter.transforms:
-        reason = f"peft's {reference.adapter.kind} layers run on decoded weights"
+    if reason is None and reference.adapter is not None:
+        reason = _why_not_peft(reference.adapter)
     return num_bytes, reason
+
+
+def _why_not_peft(adapter: Adapter) -> str | None:
+    """Why peft does not run an adapter on 4-bit layers as it is meant here; None = it does."""
+    if adapter.name_rules:
+        return "peft does not know the names of the adapter's tensors"
+    if adapter.transforms:
+        return f"peft's {adapter.kind} layers run on decoded weights"
+    for delta in adapter.deltas.values():
+        if delta.pooled > 1 or delta.elastic_a is not None or delta.dropped:
+            return "peft has no such layers in 4 bits"
+        if adapter.tensors.specs()[delta.a].shape[0] != delta.rank:
+            return "peft would run it with all of its rank"
+    return None
 
 
 def candidate_model(

@@ -227,13 +227,18 @@ class LoraDelta:
         weight: base tensor that changes, e.g. ``model.layers.0.self_attn.q_proj.weight``.
         a: adapter tensor A ``[R, in]``.
         b: adapter tensor B ``[out, R]``.
-        rank: R of this module, after ``rank_pattern``.
+        rank: R of this module, after ``rank_pattern``; of A and B the first R components count.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA, after both patterns.
         transposed: the base weight is stored ``[in, out]`` (``fan_in_fan_out``, Conv1D).
         b_bias: adapter tensor ``[out]`` added, scaled, to the layer's bias (``lora_bias``), or None.
         magnitude: adapter tensor ``[out]`` of DoRA (Liu et al. 2024, equation 5), or None.
-        singular: adapter tensor ``[R, 1]`` that multiplies the rows of A (AdaLoRA, Zhang et al. 2023, equation 3), or
-            None.
+        singular: adapter tensor ``[R, 1]`` that multiplies the rows of A (AdaLoRA, Zhang et al. 2023, equation 3;
+            KaSA, Wang et al. 2024: ``[R]``), or None.
+        pooled: so many neighbouring inputs are summed before A, ``[R, in / pooled]`` (QA-LoRA, Xu et al. 2023).
+        elastic_a: adapter tensor ``[1]``: that times the means of R equal runs of inputs is added to what A gives
+            (IR-QLoRA, Qin et al. 2024), or None.
+        elastic_b: adapter tensor ``[1]``: that times what A gives, each in its run of outputs, is added to B's.
+        dropped: smallest singular components that the base weight lost when training began (KaSA).
     """
 
     weight: str
@@ -245,6 +250,10 @@ class LoraDelta:
     b_bias: str | None = None
     magnitude: str | None = None
     singular: str | None = None
+    pooled: int = 1
+    elastic_a: str | None = None
+    elastic_b: str | None = None
+    dropped: int = 0
 
     @property
     def module(self) -> str:

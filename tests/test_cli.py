@@ -714,7 +714,7 @@ TRAIN = {
     "--seq-len",
     "--steps",
 }
-ADAPTER = {"--dampen-intruders"}
+ADAPTER = {"--dampen-intruders", "--rank", "--rank-scaling", "--qa-lora", "--ir-qlora"}
 SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "merge": (
         ["base", "adapters"],

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from qconv.adapter_configs import AdapterOptions
 from qconv.checkpoint import open_adapter_files
 from qconv.errors import AdapterError, NumericsError
 from qconv.merge.adapter_config import parse_adapter_config
@@ -33,6 +34,7 @@ def load_adapter(
     base: Checkpoint,
     revision: str | None = None,
     linear_weights: Collection[str] | None = None,
+    options: AdapterOptions | None = None,
 ) -> Adapter:
     """Opens an adapter by folder or hub id and checks all of it against its base.
 
@@ -45,6 +47,7 @@ def load_adapter(
         revision: of the hub id.
         linear_weights: the base tensors that are weights of linear layers, when the caller knows
             them; a LoRA on any other tensor (a norm, an embedding) is then refused.
+        options: what its config does not say of it.
 
     Raises:
         CheckpointError: the folder or its files are missing or malformed.
@@ -65,6 +68,7 @@ def load_adapter(
         files=tensors,
         where=where,
         config=config,
+        options=options or AdapterOptions(),
         names=names,
         base=base,
         vocabulary=find_vocabulary(base, touched),

@@ -44,7 +44,6 @@ HARMLESS_KEYS = frozenset(
         "merge_weights",
         "modules_to_tie",
         "peft_version",
-        "qalora_group_size",  # acts only with use_qalora
         "revision",
         "runtime_config",
         "target_modules",
@@ -59,13 +58,16 @@ UNDERSTOOD_KEYS = frozenset(
         "ensure_weight_tying",
         "fan_in_fan_out",
         "init_lora_weights",
+        "kasa_config",
         "lora_alpha",
         "lora_bias",
         "modules_to_save",
         "peft_type",
+        "qalora_group_size",
         "r",
         "rank_pattern",
         "use_dora",
+        "use_qalora",
         "use_rslora",
     }
 )
@@ -73,14 +75,12 @@ REFUSED_KEYS = {
     "alora_invocation_tokens": "Activated LoRA acts only on tokens after the invocation, so no fixed weight equals it",
     "arrow_config": "Arrow routes every token to other adapters, so no fixed weight equals it",
     "enable_lora": "peft before 0.3 put several LoRAs into one fused linear, whose factors lie in another layout",
-    "kasa_config": "KaSA truncates the base weights and scales the rank components",
     "layer_replication": "the trained model has other layers than the base; build that base first, without an adapter",
     "megatron_config": "Megatron layers are sharded and named differently; convert the adapter to plain peft first",
     "monteclora_config": "MonteCLoRA samples its weights; its tensors are not a plain low-rank update",
     "target_parameters": "LoRA on bare parameters (fused experts) is not read yet; train with target_modules",
     "trainable_token_indices": "trained token rows are not read yet; train with modules_to_save=['embed_tokens']",
     "use_bdlora": "block-diagonal factors are stored in another layout",
-    "use_qalora": "QA-LoRA pools the inputs in groups before A, so its update is not B @ A",
     "velora_config": "VeLoRA adds its own tensors, which are not read",
 }
 # Of AdaLoRA: its schedule, which is over once it was saved, and what is read.
@@ -131,6 +131,8 @@ class AdapterConfig:
         tie_trained: ``ensure_weight_tying``; the output head uses the trained embedding.
         kind: what the adapter is, when its update is not made of LoRA's two factors.
         read: for the keys that only this kind has.
+        is_kasa: KaSA as peft has it: the base lost its R smallest components, and a diagonal stands between A and B.
+        qalora_group: inputs that peft's QA-LoRA pools, or None.
         kept_ranks: AdaLoRA alone: module -> components that were kept. Modules without an entry keep all.
     """
 
@@ -148,6 +150,8 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     modules_to_save: tuple[str, ...]
     tie_trained: bool
+    is_kasa: bool = False
+    qalora_group: int | None = None
     kept_ranks: Mapping[str, int] | None = None
 
     @property
@@ -221,6 +225,10 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig
                 f"{where}: unknown key {key!r} is set to {short(config[key])}; a newer peft may mean other maths by "
                 "it. Update qconv, or remove the key if you know that it does not change the weights"
             )
+    is_kasa, is_qalora = has_factors and bool(config.get("kasa_config")), has_factors and read.flag("use_qalora")
+    variants = [key for key in ("use_dora", "kasa_config", "use_qalora") if config.get(key)]
+    if len(variants) > 1 or (variants and variants[0] != "use_dora" and is_adalora):
+        raise AdapterError(f"{where}: expected at most one variant of LoRA, found {', '.join(variants)} set")
     bias = config.get("bias") or "none"
     if not isinstance(bias, str) or not (bias in ("none", "all") or bias.endswith("_only")):
         read.refuse("bias", "'none', 'lora_only' or 'all'")
@@ -246,6 +254,8 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig
         alpha_pattern={key: alpha_value(value, f"alpha_pattern[{key!r}]", where) for key, value in alphas},
         modules_to_save=read.names("modules_to_save"),
         tie_trained=read.flag("ensure_weight_tying"),
+        is_kasa=is_kasa,
+        qalora_group=read.whole("qalora_group_size", 2) if is_qalora else None,
         kept_ranks={_module_of(key): _kept_rank(value, key, where) for key, value in masks} if is_adalora else None,
     )
 

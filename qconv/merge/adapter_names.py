@@ -21,6 +21,9 @@ _LORA_PARTS = {
     "lora_B.bias": "b_bias",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
+    "lora_diag": "singular",
+    "lora_default_A_scale": "elastic_a",
+    "lora_default_B_scale": "elastic_b",
 }
 _PARTS_OF_LOW_RANK = {"LORA": _LORA_PARTS, "ADALORA": {"lora_A": "a", "lora_B": "b", "lora_E": "singular"}}
 _HEADS = frozenset(part.partition(".")[0] for part in _LORA_PARTS)
@@ -32,7 +35,6 @@ _REFUSED = {
     "token_adapter": "trained token rows are not read yet; train with modules_to_save=['embed_tokens']",
     "trainable_tokens_delta": "trained token rows are not read yet; train with modules_to_save=['embed_tokens']",
     "lora_E": "AdaLoRA's singular values scale the update; the config should then say peft_type ADALORA",
-    "lora_diag": "KaSA scales the rank components and changed the base",
 }
 
 
@@ -41,8 +43,9 @@ class AdapterNames:
     """The tensors of an adapter by what they do.
 
     Attributes:
-        layers: module -> part -> adapter tensor. Parts are ``a``, ``b``, ``b_bias``, ``magnitude``, ``singular`` for
-            the low-rank kinds, and as the file spells them for others (`Kind.parts`).
+        layers: module -> part -> adapter tensor. Parts are ``a``, ``b``, ``b_bias``, ``magnitude``, ``singular``,
+            ``elastic_a`` and ``elastic_b`` for the low-rank kinds, and as the file spells them for others
+            (`Kind.parts`).
         shared: part -> adapter tensor, for those that all layers share.
         tuned: base tensor names whose values are trained copies of whole layers (LN tuning).
         plain: base tensor name -> adapter tensors that hold a value for it (more than one only

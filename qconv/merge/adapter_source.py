@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import NoReturn
 
+from qconv.adapter_configs import AdapterOptions
 from qconv.errors import AdapterError
 from qconv.merge.adapter_config import AdapterConfig
 from qconv.merge.adapter_names import AdapterNames
@@ -21,11 +22,13 @@ class AdapterSource:
     Attributes:
         files: the adapter's tensors.
         where: the adapter's tensor file, for messages.
+        options: what was said of it beside its config.
     """
 
     files: Checkpoint
     where: str
     config: AdapterConfig
+    options: AdapterOptions
     names: AdapterNames
     base: Checkpoint
     vocabulary: Vocabulary

@@ -24,7 +24,7 @@ from torch import Tensor
 from qconv.adapter_configs import LOW_RANK_METHODS, CombinationConfig
 from qconv.errors import AdapterError, CheckpointError, NumericsError
 from qconv.finite import all_finite
-from qconv.merge.delta import delta_weight
+from qconv.merge.delta import delta_weight, factors
 from qconv.merge.elementwise import combined_update
 from qconv.merge.low_rank import low_rank
 from qconv.merge.merged import MergedCheckpoint, merge
@@ -133,6 +133,7 @@ class _CombinedTensors:
     def _add_delta(self, weight: str, found: list[Part], rank: int | None) -> None:
         adapter, delta, _ = found[0]
         k, n = adapter.tensors.specs()[delta.a].shape[1], adapter.tensors.specs()[delta.b].shape[0]
+        k *= delta.pooled
         total = sum(one.rank for _, one, _ in found)
         if self._method == "svd":
             total = min(rank or max(one.rank for _, one, _ in found), n, k)
@@ -162,17 +163,12 @@ class _CombinedTensors:
             with self._decomposing:
                 a_RK, b_NR = self._truncated(weight)
             return (a_RK if side == "A" else b_NR).to(device, copy=True)
+        made = [
+            (*factors(adapter, delta, device), delta.scaling * share) for adapter, delta, share in self._parts[weight]
+        ]
         if side == "A":
-            return torch.cat(
-                [adapter.tensors.read(delta.a, device).float() for adapter, delta, _ in self._parts[weight]]
-            )
-        return torch.cat(
-            [
-                adapter.tensors.read(delta.b, device).float() * (delta.scaling * share)
-                for adapter, delta, share in self._parts[weight]
-            ],
-            dim=1,
-        )
+            return torch.cat([a_RK for a_RK, _, _ in made])
+        return torch.cat([b_NR * scaling for _, b_NR, scaling in made], dim=1)
 
     def _truncated(self, weight: str) -> tuple[Tensor, Tensor]:
         """The leading singular vectors of the sum, padded with zeros where the sum has fewer."""
@@ -181,11 +177,11 @@ class _CombinedTensors:
             shape_a, shape_b = self._specs[made.a].shape, self._specs[made.b].shape
             d_NK = torch.zeros(shape_b[0], shape_a[1])
             for adapter, delta, share in self._parts[weight]:
-                b_NR = adapter.tensors.read(delta.b).float() * (delta.scaling * share)
-                d_NK += b_NR @ adapter.tensors.read(delta.a).float()
-            factors = low_rank(d_NK, rank=made.rank).factors
+                a_RK, b_NR = factors(adapter, delta)
+                d_NK += b_NR * (delta.scaling * share) @ a_RK
+            best = low_rank(d_NK, rank=made.rank).factors
             a_RK, b_NR = torch.zeros(shape_a), torch.zeros(shape_b)
-            a_RK[: factors.rank], b_NR[:, : factors.rank] = factors.a_RK, factors.b_NR
+            a_RK[: best.rank], b_NR[:, : best.rank] = best.a_RK, best.b_NR
             self._factors = (weight, a_RK, b_NR)
         return self._factors[1], self._factors[2]
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.errors import NumericsError
+from qconv.finite import all_finite
 from qconv.merge.merged import MergedCheckpoint
 from qconv.merge.spectrum import Intruder, intruding_components
 from qconv.read_ahead import read_ahead
@@ -109,6 +111,8 @@ class DampenedCheckpoint:
         tensor = self._merged.read(name, device)
         if name not in self._weights:
             return tensor
+        if not all_finite(tensor):  # what the merge has put off, a decomposition cannot
+            raise NumericsError(f"{self.location}: NaN or infinity in the merged weight {name!r}")
         merged_NK = tensor.T if self._weights[name] else tensor
         w = self._base.read(name, device).float()
         taken = self._dampening.of(name, w.T if self._weights[name] else w, merged_NK)

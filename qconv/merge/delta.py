@@ -32,7 +32,7 @@ def delta_weight(adapter: Adapter, delta: LoraDelta, device: str = "cpu") -> Ten
 
     For DoRA this is the direction update alone; the magnitude needs the weight, see `merged_weight`.
     """
-    a_RK, b_NR = _factors(adapter, delta, torch.device(device))
+    a_RK, b_NR = _factors_of(adapter, delta, torch.device(device))
     update_NK = (b_NR @ a_RK).mul_(delta.scaling).float()
     return update_NK.T.contiguous() if delta.transposed else update_NK
 
@@ -48,7 +48,7 @@ def merged_weight(w: Tensor, adapter: Adapter, delta: LoraDelta, again: Callable
     Raises:
         NumericsError: NaN or infinity in the result; names the tensor and the likely cause.
     """
-    a_RK, b_NR = _factors(adapter, delta, w.device)
+    a_RK, b_NR = _factors_of(adapter, delta, w.device)
     magnitude_N = None
     if delta.magnitude is not None:
         magnitude_N = adapter.tensors.read(delta.magnitude, str(w.device)).float()
@@ -81,15 +81,37 @@ def _row_slices(x_NK: Tensor, num_elements: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, x_NK.shape[0], step))
 
 
-def _factors(adapter: Adapter, delta: LoraDelta, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A ``[R, K]`` (AdaLoRA: its rows scaled) and B ``[N, R]``; float32, float64 where products would run in TF32."""
+def _factors_of(adapter: Adapter, delta: LoraDelta, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As `factors`; float64 where products would run in TF32."""
     dtype = torch.float32
     if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         dtype = torch.float64
-    a_RK = adapter.tensors.read(delta.a, str(device)).to(dtype)
+    return factors(adapter, delta, str(device), dtype)
+
+
+@torch.no_grad()
+def factors(
+    adapter: Adapter, delta: LoraDelta, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """A ``[R, K]`` and B ``[N, R]`` whose product, scaled, is the update: with all that is no plain LoRA folded in.
+
+    Pooled inputs (QA-LoRA) repeat a column of A for each input of its group. IR-QLoRA's elastic connections add to A
+    the means of R equal runs of inputs, and to B the component of each of R equal runs of outputs.
+    """
+
+    def read(name: str) -> Tensor:
+        return adapter.tensors.read(name, device).to(dtype)
+
+    a_RK, b_NR = read(delta.a)[: delta.rank], read(delta.b)[:, : delta.rank]
     if delta.singular is not None:
-        a_RK = a_RK * adapter.tensors.read(delta.singular, str(device)).to(dtype)
-    b_NR = adapter.tensors.read(delta.b, str(device)).to(dtype)
+        a_RK = a_RK * read(delta.singular).reshape(-1, 1)
+    if delta.pooled > 1:
+        a_RK = a_RK.repeat_interleave(delta.pooled, dim=1)
+    if delta.elastic_a is not None and delta.elastic_b is not None:
+        own_RR = torch.eye(delta.rank, device=device, dtype=dtype)
+        inputs, outputs = a_RK.shape[1] // delta.rank, len(b_NR) // delta.rank
+        a_RK = a_RK + read(delta.elastic_a) * own_RR.repeat_interleave(inputs, dim=1) / inputs
+        b_NR = b_NR + read(delta.elastic_b) * own_RR.repeat_interleave(outputs, dim=0)
     return a_RK, b_NR
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from qconv.merge.adapter_source import AdapterSource
+from qconv.merge.variants import check_elastic, could_be_pooled, find_pooling
 from qconv.types import LoraDelta
 
 # Model types whose linears are Conv1D layers, stored [in, out]; only the head is a Linear.
@@ -14,8 +15,11 @@ _SPELLED = {
     "b": "lora_B",
     "b_bias": "lora_B.bias",
     "magnitude": "lora_magnitude_vector",
-    "singular": "lora_E",
+    "singular": "lora_E or lora_diag",
+    "elastic_a": "lora_default_A_scale",
+    "elastic_b": "lora_default_B_scale",
 }
+_SAID_BY = {"b_bias": "lora_bias", "magnitude": "use_dora"}
 
 
 def find_deltas(
@@ -40,14 +44,25 @@ def find_deltas(
 
 def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -> None:
     config = source.config
-    wanted_parts = {"b_bias": config.lora_bias, "magnitude": config.use_dora, "singular": config.is_adalora}
+    wanted_parts = {"b_bias": config.lora_bias, "magnitude": config.use_dora}
+    wanted_parts["singular"] = config.is_adalora or config.is_kasa
+    wanted_parts |= dict.fromkeys(("elastic_a", "elastic_b"), source.options.ir_qlora is not None)
     for part, wanted in {"a": True, "b": True, **wanted_parts}.items():
         if wanted and part not in parts:
             found = ", ".join(map(repr, parts.values()))
             source.refuse(f"{module} has no {_SPELLED[part]} (found only {found}); the file is incomplete")
         if not wanted and part in parts:
-            flag = "lora_bias" if part == "b_bias" else "use_dora"
-            source.refuse(f"spare tensor {parts[part]!r}: {config.where} says that {flag} is false")
+            if part.startswith("elastic"):
+                source.refuse(
+                    f"tensor {parts[part]!r} is IR-QLoRA's; its config does not say on which base it was trained: "
+                    "--ir-qlora calibrated (W - tau in 4 bits, as its authors do) or plain (bitsandbytes' own 4 bits)"
+                )
+            if part == "singular":
+                source.refuse(
+                    f"tensor {parts[part]!r} is KaSA's, and {config.where} has no kasa_config: of KaSA adapters only "
+                    "those of peft are read, others cut the base otherwise"
+                )
+            source.refuse(f"spare tensor {parts[part]!r}: {config.where} says that {_SAID_BY[part]} is false")
 
 
 def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replacements: Mapping[str, str]) -> LoraDelta:
@@ -55,25 +70,38 @@ def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replace
     base_shape = source.base_spec(weight, a).shape
     if weight in replacements:
         base_shape = source.shape(replacements[weight])
-    _check_factors(source, module, a, b, base_shape)
+    pooled = find_pooling(source, module, a, b, base_shape)
+    _check_factors(source, module, a, b, base_shape, pooled.inputs)
     delta = LoraDelta(
         weight=weight,
         a=a,
         b=b,
         rank=source.rank_of(module),
-        scaling=source.scaling_of(module),
-        transposed=_is_transposed(source, weight, a, b, base_shape),
+        scaling=source.scaling_of(module) * pooled.factor,
+        transposed=_is_transposed(source, weight, a, b, base_shape, pooled.inputs),
         b_bias=parts.get("b_bias"),
         magnitude=parts.get("magnitude"),
         singular=parts.get("singular"),
+        pooled=pooled.inputs,
+        elastic_a=parts.get("elastic_a"),
+        elastic_b=parts.get("elastic_b"),
+        dropped=source.rank_of(module) if source.config.is_kasa else 0,
     )
     num_out = source.shape(b)[0]
     for vector in (delta.b_bias, delta.magnitude):
         if vector is not None and source.shape(vector) != (num_out,):
             source.refuse(f"tensor {vector!r}: expected shape [{num_out}], found {list(source.shape(vector))}")
-    if delta.singular is not None and source.shape(delta.singular) != (delta.rank, 1):
+    singular_shape = (delta.rank,) if source.config.is_kasa else (delta.rank, 1)
+    if delta.singular is not None and source.shape(delta.singular) != singular_shape:
         source.refuse(
-            f"tensor {delta.singular!r}: expected shape [{delta.rank}, 1], found {list(source.shape(delta.singular))}"
+            f"tensor {delta.singular!r}: expected shape {list(singular_shape)}, found "
+            f"{list(source.shape(delta.singular))}"
+        )
+    check_elastic(source, delta, *(base_shape[::-1] if delta.transposed else base_shape))
+    if delta.dropped >= min(base_shape) or (delta.dropped and delta.transposed):
+        source.refuse(
+            f"{module}: KaSA takes the {delta.dropped} smallest components of a base weight {list(base_shape)}, which "
+            "has to be a plain linear with more of them"
         )
     if delta.b_bias is not None and delta.bias not in source.base.specs():
         source.refuse(
@@ -83,7 +111,9 @@ def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replace
     return delta
 
 
-def _check_factors(source: AdapterSource, module: str, a: str, b: str, base_shape: tuple[int, ...]) -> None:
+def _check_factors(
+    source: AdapterSource, module: str, a: str, b: str, base_shape: tuple[int, ...], pooled: int
+) -> None:
     a_shape, b_shape, rank = source.shape(a), source.shape(b), source.rank_of(module)
     if len(a_shape) != 2 or len(b_shape) != 2:
         source.refuse(
@@ -95,21 +125,24 @@ def _check_factors(source: AdapterSource, module: str, a: str, b: str, base_shap
             f"{source.config.where} gives {module} rank {rank}: expected {a!r} [{rank}, in] and {b!r} [out, {rank}], "
             f"found {list(a_shape)} and {list(b_shape)}; config and tensors are not of one adapter"
         )
-    update = (b_shape[0], a_shape[1])
+    update = (b_shape[0], a_shape[1] * pooled)
     if base_shape not in (update, update[::-1]):
+        hint = "; a QA-LoRA adapter needs --qa-lora" if could_be_pooled(update, base_shape) else ""
         source.refuse(
             f"{b!r} {list(b_shape)} and {a!r} {list(a_shape)} update a weight of shape {list(update)}: expected that "
             f"of {module}.weight, found {list(base_shape)} in {source.base.location}; "
-            "the adapter belongs to another base model"
+            f"the adapter belongs to another base model{hint}"
         )
 
 
-def _is_transposed(source: AdapterSource, weight: str, a: str, b: str, base_shape: tuple[int, ...]) -> bool:
+def _is_transposed(
+    source: AdapterSource, weight: str, a: str, b: str, base_shape: tuple[int, ...], pooled: int
+) -> bool:
     """Whether the base stores this weight ``[in, out]``: the shapes decide, and for squares the kind of layer.
 
     fan_in_fan_out alone cannot: peft overwrites it for each module, so the file holds the last one's.
     """
-    update = (source.shape(b)[0], source.shape(a)[1])
+    update = (source.shape(b)[0], source.shape(a)[1] * pooled)
     if update != update[::-1]:
         return base_shape != update
     if source.base.config.get("model_type") in CONV1D_MODEL_TYPES:
@@ -121,7 +154,7 @@ def _check_squares(source: AdapterSource, deltas: Mapping[str, LoraDelta]) -> No
     """Refuses square weights taken as transposed when other weights show that this base transposes nothing."""
     if source.base.config.get("model_type") in CONV1D_MODEL_TYPES or not source.config.fan_in_fan_out:
         return
-    oblong = {name: source.shape(d.b)[0] != source.shape(d.a)[1] for name, d in deltas.items()}
+    oblong = {name: source.shape(d.b)[0] != source.shape(d.a)[1] * d.pooled for name, d in deltas.items()}
     squares = [name for name in deltas if not oblong[name]]
     straight = [
         name for name, d in deltas.items() if oblong[name] and not d.transposed and name != source.vocabulary.head

@@ -125,6 +125,7 @@ class MergedCheckpoint:
                 of_adapter.append(recipe.whole)
             if recipe.delta is not None:
                 of_adapter += [recipe.delta.a, recipe.delta.b, recipe.delta.magnitude, recipe.delta.singular]
+                of_adapter += [recipe.delta.elastic_a, recipe.delta.elastic_b]
             elif recipe.transform is not None:
                 of_adapter += recipe.transform.tensors.values()
             elif recipe.bias_of is not None:

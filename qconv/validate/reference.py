@@ -4,8 +4,8 @@ The side branch follows peft's `lora.Linear` / `lora.bnb.Linear4bit` forward: th
 the adapter's float32, ``scaling * B(A(x))`` is formed there, rounded once to the activation dtype,
 and added to the base linear's output. DoRA (Liu et al. 2024, equation 5) scales the result by
 magnitude / ||W + dW|| per output feature, as peft's `DoraLinearLayer` does. AdaLoRA (Zhang et al. 2023, equation 3)
-scales what A gives. No merging code is used, so that a mistake there cannot hide here; adapters of other kinds run in
-peft's own layers (`peft_layers.py`).
+and KaSA scale what A gives, QA-LoRA pools inputs, IR-QLoRA has connections beside A and B. No merging code is used, so
+that a mistake there cannot hide here; adapters of other kinds run in peft's own layers (`peft_layers.py`).
 """
 
 from __future__ import annotations
@@ -63,13 +63,47 @@ def _attach(linear: nn.Module, adapter: Adapter, delta: LoraDelta) -> None:
     if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(linear, nn.Embedding):
         raise AdapterError(f"{adapter.location}: {delta.module!r} is not a linear layer, cannot run it unmerged")
     device = str(weight.device)
-    a_RK = adapter.tensors.read(delta.a, device).float()
+    a_RK = adapter.tensors.read(delta.a, device).float()[: delta.rank]
     if delta.singular is not None:
-        a_RK = adapter.tensors.read(delta.singular, device).float() * a_RK
-    b_NR = adapter.tensors.read(delta.b, device).float()
+        a_RK = adapter.tensors.read(delta.singular, device).float().reshape(-1, 1) * a_RK
+    b_NR = adapter.tensors.read(delta.b, device).float()[:, : delta.rank]
     b_bias_N = adapter.tensors.read(delta.b_bias, device).float() if delta.b_bias else None
     factor_N = _dora_factor(weight, adapter, delta, a_RK, b_NR) if delta.magnitude else None
-    linear.register_forward_hook(_branch(a_RK, b_NR, b_bias_N, factor_N, delta.scaling))
+    down, up = (_down(a_RK, delta), _up(b_NR, b_bias_N))
+    if delta.elastic_a is not None and delta.elastic_b is not None:
+        scale_a, scale_b = (adapter.tensors.read(name, device).float() for name in (delta.elastic_a, delta.elastic_b))
+        down, up = _elastic(down, up, scale_a, scale_b, delta.rank, len(b_NR))
+    linear.register_forward_hook(_branch(lambda x: up(down(x.float())), factor_N, delta.scaling))
+
+
+Map = Callable[[Tensor], Tensor]
+
+
+def _down(a_RK: Tensor, delta: LoraDelta) -> Map:
+    """What A gives, of sums of ``pooled`` neighbouring inputs (QA-LoRA, Xu et al. 2023)."""
+
+    def down(x: Tensor) -> Tensor:
+        if delta.pooled > 1:
+            x = x.reshape(*x.shape[:-1], -1, delta.pooled).sum(-1)
+        return nn.functional.linear(x, a_RK)
+
+    return down
+
+
+def _up(b_NR: Tensor, b_bias_N: Tensor | None) -> Map:
+    return lambda h: nn.functional.linear(h, b_NR, b_bias_N)
+
+
+def _elastic(down: Map, up: Map, scale_a: Tensor, scale_b: Tensor, rank: int, num_out: int) -> tuple[Map, Map]:
+    """Beside A the means of ``rank`` runs of inputs, beside B its inputs again (IR-QLoRA, Qin et al. 2024)."""
+
+    def around_a(x: Tensor) -> Tensor:
+        return down(x) + scale_a * x.reshape(*x.shape[:-1], rank, -1).mean(-1)
+
+    def around_b(h: Tensor) -> Tensor:
+        return up(h) + scale_b * h.repeat_interleave(num_out // rank, dim=-1)
+
+    return around_a, around_b
 
 
 def _dora_factor(weight: Tensor, adapter: Adapter, delta: LoraDelta, a_RK: Tensor, b_NR: Tensor) -> Tensor:
@@ -81,11 +115,10 @@ def _dora_factor(weight: Tensor, adapter: Adapter, delta: LoraDelta, a_RK: Tenso
 
 
 def _branch(
-    a_RK: Tensor, b_NR: Tensor, b_bias_N: Tensor | None, factor_N: Tensor | None, scaling: float
+    update: Map, factor_N: Tensor | None, scaling: float
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        x: Tensor = args[0].to(a_RK.dtype)
-        branch = nn.functional.linear(nn.functional.linear(x, a_RK), b_NR, b_bias_N) * scaling
+        branch = update(args[0]) * scaling
         if factor_N is None:
             return out + branch.to(out.dtype)
         bias = getattr(module, "bias", None)
