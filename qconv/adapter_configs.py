@@ -165,6 +165,21 @@ class NormaliseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnpickleConfig:
+    """An adapter with pickled tensors -> the same as safetensors.
+
+    Attributes:
+        adapter: folder.
+        out: adapter folder; it must not exist, unless it may be overwritten.
+        overwrite: an existing adapter folder is replaced.
+    """
+
+    adapter: str
+    out: Path
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """Two full checkpoints -> the LoRA between them.
 

@@ -46,7 +46,7 @@ DTYPES: dict[str, torch.dtype] = {
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 SMALL_BYTES = 1 << 20  # below this a tensor reaches a GPU in one plain copy
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Where AutoGPTQ and AutoAWQ put what newer tools write to config.json, with the method that each stands for.
 _QUANTIZATION_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
@@ -277,14 +277,14 @@ def _index_files(index_file: Path, weight_map: Mapping[str, Any]) -> list[Path]:
 
 
 def _refuse_files(folder: Path, found: list[Path], expected: str) -> NoReturn:
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if found:
         raise CheckpointError(f"{folder}: expected {expected}, found {', '.join(path.name for path in found)}")
     if pickles:
         raise CheckpointError(
             f"{folder}: holds only pickled weights ({pickles[0]}), which can run code when they are read; "
-            f"expected {expected}. Load and save it once with transformers or peft in a sandbox you trust "
-            "(safetensors is their default)"
+            f"expected {expected}. An adapter: qconv convert --to safetensors reads its tensors without running any. "
+            "A model: load and save it once with transformers in a sandbox you trust (safetensors is its default)"
         )
     packed = next((path.name for path in sorted(folder.glob("*.gguf"))), None)
     if packed:

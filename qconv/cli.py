@@ -15,7 +15,17 @@ import click
 
 from qconv import __version__, cli_jobs, errors
 from qconv.cli_adapters import extract
-from qconv.cli_answers import Answer, Complaints, answer_of, answers, made, normalised_facts, together, training_facts
+from qconv.cli_answers import (
+    Answer,
+    Complaints,
+    answer_of,
+    answers,
+    made,
+    normalised_facts,
+    together,
+    training_facts,
+    unpickled_facts,
+)
 from qconv.cli_looking import completion, doctor, inspect, report
 from qconv.cli_options import (
     adapter_options,
@@ -127,7 +137,11 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
 @cli.command()
 @click.argument("source", metavar="MODEL|ADAPTER", shell_complete=folders)
 @click.option(
-    "--to", "target", required=True, type=Choice([*PLAIN_DTYPES, "lora"]), help="Plain dtype of a model, or plain LoRA."
+    "--to",
+    "target",
+    required=True,
+    type=Choice([*PLAIN_DTYPES, "lora", "safetensors"]),
+    help="Plain dtype of a model; of an adapter plain LoRA, or its pickled tensors as safetensors.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete.")
@@ -146,12 +160,17 @@ def convert(source: str, target: str, **options: Any) -> Answer:
 
     A plain LoRA has one rank that engines allocate (8, 16, 32, 64, 128, 256, 320, 512), padded with zeros, and
     lora_alpha = r: rsLoRA, rank and alpha patterns are in its factors. What no such LoRA equals is refused.
+    --to safetensors reads the pickled tensors of an ADAPTER without running what else a pickle may hold.
 
     \b
     qconv convert ./base-nf4 --to bf16 -o ./base-bf16
     qconv convert ./adapter --to lora -o ./adapter-served
     """
     cli_jobs.check_conversion(source, target, options)
+    if target == "safetensors":
+        from qconv.unpickle import unpickle
+
+        return unpickled_facts(unpickle(cli_jobs.unpickle_config(source, options)))
     if target != "lora":
         return _run_job(cli_jobs.convert_job(source, target, options), options, "convert")
     from qconv.normalise import normalise

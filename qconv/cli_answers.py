@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qconv.normalise import Normalised
     from qconv.outcome import Outcome
     from qconv.train import TrainResult
+    from qconv.unpickle import Unpickled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,15 @@ def normalised_facts(result: Normalised) -> Answer:
     document = {"tool": f"qconv {__version__}", "command": "convert", "folder": str(result.out)}
     facts = {name: getattr(result, name) for name in ("num_modules", "ranks", "rank", "dtype", "rounding")}
     return Answer(text=text, document=document | facts)
+
+
+def unpickled_facts(result: Unpickled) -> Answer:
+    """An adapter that was pickled as an answer."""
+    document = {"tool": f"qconv {__version__}", "command": "convert", "folder": str(result.out)}
+    return Answer(
+        text=f"adapter     {result.out}\ntensors     {result.num_tensors}, from {result.file}",
+        document=document | {"file": result.file, "num_tensors": result.num_tensors},
+    )
 
 
 @dataclass(frozen=True)

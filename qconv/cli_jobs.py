@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv import errors
-from qconv.adapter_configs import COMBINE_METHODS, AdapterOptions, CombinationConfig, NormaliseConfig
+from qconv.adapter_configs import COMBINE_METHODS, AdapterOptions, CombinationConfig, NormaliseConfig, UnpickleConfig
 from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidateJob, ValidationConfig, parse_size
 from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
 from qconv.overrides import parse_override
@@ -209,20 +209,22 @@ def check_conversion(source: str, target: str, options: dict[str, Any]) -> None:
 
         folder = resolve_folder(source, options["revision"])
     of_adapter = is_adapter(folder)
-    if of_adapter and target != "lora":
+    if of_adapter and target not in ("lora", "safetensors"):
         raise errors.UsageError(
             f"{source} is an adapter: --to {target} is for models. --to lora makes a plain LoRA of it, qconv merge "
             "puts it into its base"
         )
-    if not of_adapter and target == "lora":
+    if not of_adapter and target in ("lora", "safetensors"):
         raise errors.UsageError(
-            f"{source} is no adapter (it has no adapter_config.json), and --to lora is for adapters; "
+            f"{source} is no adapter (it has no adapter_config.json), and --to {target} is for adapters; "
             "qconv extract makes a LoRA of two models"
         )
-    strange = ("max_shard_size",) if of_adapter else ("base", "dtype")
+    strange = ["max_shard_size"] if of_adapter else ["base", "dtype"]
+    strange += ["base", "dtype", "revision"] if target == "safetensors" else []
     given = [f"--{name.replace('_', '-')}" for name in strange if options[name] is not None]
     if given:
-        raise errors.UsageError(f"{', '.join(given)} is not for {'adapters' if of_adapter else 'models'}; drop it")
+        what = "--to safetensors" if target == "safetensors" else "adapters" if of_adapter else "models"
+        raise errors.UsageError(f"{', '.join(given)} is not for {what}; drop it")
     if of_adapter and options["dry_run"]:
         raise errors.UsageError("--dry-run plans what is done to models; converting an adapter takes seconds, drop it")
 
@@ -248,6 +250,10 @@ def normalise_config(adapter: str, options: dict[str, Any]) -> NormaliseConfig:
         overwrite=options["overwrite"],
         revision=options["revision"],
     )
+
+
+def unpickle_config(adapter: str, options: dict[str, Any]) -> UnpickleConfig:
+    return UnpickleConfig(adapter=adapter, out=options["out"], overwrite=options["overwrite"])
 
 
 def validate_job(

@@ -6,7 +6,6 @@ the adapter (what the adapter changed), and the reference again with another bat
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 

@@ -111,7 +111,11 @@ def plan_before_training(job: MergeJob, progress: Progress = QUIET) -> Plan:
     """
     validation = None if job.validation is None else replace(job.validation, task_data=None)
     without = replace(job, adapter=None, trained_on=None, options=AdapterOptions(), validation=validation)
-    return make_plan(without, progress, adapter_comes=True)
+    plan = make_plan(without, progress, adapter_comes=True)
+    if job.validation is not None and job.validation.task_data is not None:
+        with concerning("validation", "task-data"):
+            held_out_rows(plan.reference, job.validation, with_general=False)
+    return plan
 
 
 def _check_before_work(
