@@ -121,13 +121,20 @@ class AdapterOptions:
         words += [f"IR-QLoRA on a {self.ir_qlora} base"] if self.ir_qlora is not None else []
         return "; ".join(words)
 
+    @property
+    def flags(self) -> list[str]:
+        """As they are typed."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value is not None]
+        return [word for pair in given for word in pair]
+
     def check_adapter(self, has_adapter: bool, combination: CombinationConfig | None) -> None:
         """Refuses options that have nothing to apply to.
 
         Raises:
             UsageError: names the options that are set.
         """
-        given = ", ".join(f"--{f.name.replace('_', '-')}" for f in fields(self) if getattr(self, f.name) is not None)
+        given = ", ".join(self.flags[::2])
         if given and not has_adapter:
             raise UsageError(f"{given}: says how an adapter is merged, and there is no adapter")
         if given and combination is not None and combination.method not in LOW_RANK_METHODS:

@@ -302,6 +302,7 @@ def following_a_merge(job: MergeJob, output: OutputConfig) -> tuple[str, ...]:
         words = ["qconv", "validate", "--reference", job.base]
         words += ["--adapter", job.adapter] if job.adapter is not None else []
         words += ["--trained-on", job.trained_on] if job.trained_on is not None else []
+        words += job.options.flags
         lines.append(shlex.join([*words, "--candidate", str(output.out)]))
     target = output.quantization
     # That one vLLM does not take.

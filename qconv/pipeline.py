@@ -33,7 +33,6 @@ from qconv.side_files import side_files
 from qconv.streaming import StreamedModel
 from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
-from qconv.work_folder import check_output
 from qconv.writer import CheckpointWriter
 
 
@@ -58,8 +57,6 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
         QconvError: any of its kinds; see `errors`.
     """
     device = resolve_device(job.device)
-    for output in job.outputs:  # before a sweep; the plan checks the rest
-        check_output(output.out, job.overwrite)
     job, sweep = with_rank(job, device, progress)
     with TIMELINE.stage("prepare"):
         plan = make_plan(job, progress)

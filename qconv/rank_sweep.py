@@ -14,7 +14,8 @@ from qconv.config import MergeJob
 from qconv.errors import AdapterError
 from qconv.held_out import Loss, held_out_rows, loss_facts, measure_losses
 from qconv.inputs import load_reference
-from qconv.progress import Progress
+from qconv.plan import make_plan
+from qconv.progress import QUIET, Progress
 from qconv.remembered import Remembered
 from qconv.runners import streamed
 from qconv.streaming import BlockModel
@@ -42,6 +43,7 @@ def with_rank(job: MergeJob, device: str, progress: Progress) -> tuple[MergeJob,
     options, config = job.options, job.validation
     if options.rank != "auto" or config is None:
         return job, None
+    make_plan(job, QUIET)  # what can be refused is refused before the work
     source = open_checkpoint(job.base, job.revision)
     reference = load_reference(
         source, job.adapter, job.trained_on, options=replace(options, rank=None, rank_scaling=None)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qconv.adapter_configs import AdapterOptions
 from qconv.checkpoint import open_checkpoint
 from qconv.cli import main
+from qconv.cli_jobs import following_a_merge
 from qconv.config import MergeJob, OutputConfig, ValidateJob, ValidationConfig
 from qconv.errors import AdapterError, UsageError
 from qconv.inputs import load_reference
@@ -349,6 +350,36 @@ def test_a_sweep_takes_the_rank_with_the_lowest_loss(
     torch.testing.assert_close(open_checkpoint(tmp_path / "out").read(name), expected.read(name))
 
 
+def test_a_sweep_comes_after_all_that_can_be_refused(
+    nested: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, task = nested
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "merge",
+                str(TINY_LLAMA),
+                str(adapter),
+                "--trained-on",
+                "16bit",
+                "--device",
+                "cpu",
+                "--rank",
+                "auto",
+                "--rank-scaling",
+                "trained",
+                "--task-data",
+                str(task),
+                "-o",
+                str(tmp_path / "out"),
+            ]
+        )
+    said = capsys.readouterr().err
+    assert "exists already" in said
+    assert "nats a token" not in said
+
+
 # Options
 
 
@@ -385,6 +416,13 @@ AUTO = AdapterOptions(rank="auto", rank_scaling="trained")
 def test_options_refused(make: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         make()
+
+
+def test_what_follows_a_merge_reads_the_adapter_alike() -> None:
+    options = AdapterOptions(rank=2, rank_scaling="trained", qa_lora="sum", dampen_intruders=0.25)
+    made = job(options=options, validation=None)
+    words = following_a_merge(made, made.outputs[0])[0]
+    assert "--dampen-intruders 0.25 --rank 2 --rank-scaling trained --qa-lora sum" in words
 
 
 def test_a_rank_that_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
