@@ -22,6 +22,7 @@ from qconv.checkpoint import open_checkpoint
 from qconv.cli import main
 from qconv.cli_jobs import following_a_merge
 from qconv.config import MergeJob, OutputConfig, ValidateJob, ValidationConfig
+from qconv.convert import dequantize
 from qconv.errors import AdapterError, UsageError
 from qconv.inputs import load_reference
 from qconv.merge import load_adapter, merge
@@ -133,6 +134,63 @@ def test_qa_lora_is_what_its_repository_puts_into_zero_points(tmp_path: Path) ->
     adapter = load_adapter(adapter_of(tmp_path, a, b), base, options=AdapterOptions(qa_lora="mean"))
     found = merge(base, [adapter]).read(f"{NAME}.weight")
     np.testing.assert_allclose(found.numpy(), weight(moved), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_on_a_base_of_grouped_zero_points(tmp_path: Path) -> None:
+    """The base as QA-LoRA trains on it, and the merge in 16 bits judged against the unmerged adapter."""
+    main(
+        [
+            "quantize",
+            str(TINY_LLAMA),
+            "--to",
+            "gptq",
+            "--algorithm",
+            "rtn",
+            "--asym",
+            "--group-size",
+            "64",
+            "-o",
+            str(tmp_path / "base"),
+            "--device",
+            "cpu",
+            "--no-validate",
+        ]
+    )
+    tensors = {}
+    for layer in range(4):
+        for module, n, k in (("self_attn.q_proj", 256, 256), ("mlp.down_proj", 256, None)):
+            k = k or open_checkpoint(TINY_LLAMA).specs()[f"model.layers.{layer}.{module}.weight"].shape[1]
+            name = f"{PREFIX}model.layers.{layer}.{module}.lora_"
+            tensors[name + "A.weight"], tensors[name + "B.weight"] = random(R, k // 64) * 0.1, random(n, R) * 0.05
+    write_adapter(tmp_path / "adapter", tensors, r=R, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"])
+    main(
+        [
+            "merge",
+            str(tmp_path / "base"),
+            str(tmp_path / "adapter"),
+            "--qa-lora",
+            "sum",
+            "-o",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+            "--eval-tokens",
+            "512",
+            "--eval-seq-len",
+            "64",
+            "--attribution",
+            "never",
+        ]
+    )
+    document = json.loads((tmp_path / "out" / "qconv-report.json").read_text())
+    assert document["verdict"] == "pass"
+    assert document["fidelity"]["base_without_adapter"]["kl"]["mean"] > 20 * document["fidelity"]["total"]["kl"]["mean"]
+    assert document["stages"]["merge"]["read as"] == "QA-LoRA, sum of pooled inputs"
+    stored, base = open_checkpoint(tmp_path / "out"), dequantize(open_checkpoint(tmp_path / "base"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    update = stored.read(name).float() - base.read(name).float()
+    groups = update.unflatten(1, (-1, 64))
+    assert float((groups - groups.mean(-1, keepdim=True)).abs().max()) < 0.02 * float(update.abs().max()) + 1e-3
 
 
 @pytest.mark.parametrize(
