@@ -60,7 +60,7 @@ def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -
             if part == "singular":
                 source.refuse(
                     f"tensor {parts[part]!r} is KaSA's, and {config.where} has no kasa_config: of KaSA adapters only "
-                    "those of peft are read, others cut the base otherwise"
+                    "those of peft are read; how others cut the base is not known here"
                 )
             source.refuse(f"spare tensor {parts[part]!r}: {config.where} says that {_SAID_BY[part]} is false")
 
