@@ -51,7 +51,7 @@ def merge_job(
                 out=options["out"] if len(targets) < 2 else options["out"] / target,
                 quantization=quantization,
                 dtype=options["dtype"],
-                max_shard_bytes=parse_size(options["max_shard_size"]),
+                max_shard_bytes=parse_size(options["max_shard_size"], "--max-shard-size"),
                 not_taken=tuple(not_taken.get(target, ())),
             )
             for target, quantization in zip(targets or [""], quantizations, strict=True)
@@ -66,7 +66,7 @@ def merge_job(
         validation=validation_config(options) if validate_it else None,
         device=options["device"],
         overwrite=options["overwrite"],
-        gpu_memory_limit=None if options["gpu_memory"] is None else parse_size(options["gpu_memory"]),
+        gpu_memory_limit=None if options["gpu_memory"] is None else parse_size(options["gpu_memory"], "--gpu-memory"),
         revision=options["revision"],
         report_dir=options["report_dir"],
     )
@@ -230,7 +230,7 @@ def check_conversion(source: str, target: str, options: dict[str, Any]) -> None:
 
 
 def convert_job(model: str, dtype: str, options: dict[str, Any]) -> MergeJob:
-    size = parse_size(options["max_shard_size"] or "5GB")
+    size = parse_size(options["max_shard_size"] or "5GB", "--max-shard-size")
     return MergeJob(
         base=model,
         outputs=(OutputConfig(out=options["out"], dtype=dtype, max_shard_bytes=size),),

@@ -281,13 +281,13 @@ def _dampening_alone(options: AdapterOptions) -> AdapterOptions:
 _SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-def parse_size(text: str) -> int:
-    """``"5GB"``, ``"500MiB"`` or ``"20m"`` in bytes.
+def parse_size(text: str, option: str = "") -> int:
+    """``"5GB"``, ``"500MiB"`` or ``"20m"`` in bytes; ``option`` is who gave it, for messages.
 
     Raises:
         UsageError: not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", text.lower())
     if not match or match[2] not in _SIZE_UNITS:
-        raise UsageError(f"expected a size such as 5GB or 500MiB, got {text!r}")
+        raise UsageError(f"{f'{option}: ' if option else ''}expected a size such as 5GB or 500MiB, got {text!r}")
     return int(float(match[1]) * _SIZE_UNITS[match[2]])

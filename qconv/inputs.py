@@ -11,7 +11,7 @@ from qconv.adapter_configs import AdapterOptions, CombinationConfig
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.config import BNB_KINDS
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
-from qconv.errors import AdapterError, UsageError
+from qconv.errors import AdapterError, UsageError, concerning
 from qconv.merge import CombinedCheckpoint, Dampening, WithoutSmallest, combine_adapters, load_adapter, truncated
 from qconv.runners import Candidate, Combination, Reference
 from qconv.skeleton import linear_weights
@@ -156,6 +156,11 @@ def resolve_device(device: str) -> str:
     Raises:
         UsageError: CUDA was asked for and there is none, or the device is another one.
     """
+    with concerning("device"):
+        return _resolved(device)
+
+
+def _resolved(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):

@@ -204,6 +204,7 @@ AFTER_TRAINING: dict[str, tuple[dict[str, str], int, list[str]]] = {
     "calibration rows": ({"samples: 8": "samples: 99999"}, 6, ["calibration: ", "99999 rows of 64 tokens"]),
     "evaluation": ({"data: default-eval": "data: empty.jsonl"}, 7, ["validation", "empty.jsonl"]),
     "a gate": ({"GATES": "prompts_identical: {min: 90%}"}, 9, ["gates.prompts_identical", "add prompts default"]),
+    "a machine": ({"device: cpu": "device: cuda"}, 11, ["device", "no CUDA device", "use device cpu or auto"]),
     "report": ({"REPORT": "text.txt"}, 10, ["report", "text.txt: not a folder"]),
 }
 
@@ -213,6 +214,7 @@ def test_what_comes_after_training_is_refused_before_it_at_its_line(
     runs: Runs, tiny_nf4: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     monkeypatch.setattr("qconv.train._load_model", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (runs.folder / "text.txt").write_text("Something to read, again and again, until it is long enough. " * 100)
     (runs.folder / "empty.jsonl").write_text("")
     (runs.folder / "theirs.partial").mkdir()
