@@ -98,8 +98,9 @@ def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout]
         updates = (
             f"{len(adapter.transforms)} {adapter.kind}" if adapter.transforms else f"{len(adapter.deltas)} low-rank"
         )
+        rows = f", rows of {' and '.join(adapter.rows)}" if adapter.rows else ""
         yield (
-            f"merging {updates} updates and {len(adapter.replacements)} whole tensors into {job.base}, "
+            f"merging {updates} updates and {len(adapter.replacements)} whole tensors{rows} into {job.base}, "
             f"as training saw it ({reference.kind})"
         )
         if adapter.name_rules:
@@ -230,6 +231,7 @@ def stages(
         result["merge"] = {
             f"weights changed by a {what}": len(adapter.transforms or adapter.deltas),
             "tensors replaced whole": len(adapter.replacements),
+            **({"tensors with rows replaced": len(adapter.rows)} if adapter.rows else {}),
             "notes": list(getattr(merged, "notes", ())),
             **({"read as": job.options.summary} if job.options.summary else {}),
             **({"intruder dimensions": reference.dampening.facts()} if reference.dampening else {}),

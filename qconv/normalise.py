@@ -107,8 +107,12 @@ def _refuse_what_is_no_lora(adapter: Adapter) -> None:
     for delta in adapter.deltas.values():
         if delta.magnitude is not None:
             _refuse(adapter, delta.magnitude, "DoRA rescales the rows of the whole base weight, which has full rank")
+        if delta.of_embedding:
+            _refuse(adapter, delta.a, f"it is on {delta.weight}, an embedding, on which vLLM loads no LoRA")
         if delta.b_bias is not None and adapter.tensors.read(delta.b_bias).any():
             _refuse(adapter, delta.b_bias, "engines load no bias with a LoRA (lora_bias)")
+    for rows in adapter.rows.values():
+        _refuse(adapter, rows.tensor, f"it holds trained rows of {rows.weight}, which vLLM does not load")
     for name, tensor in adapter.replacements.items():
         what = "a trained bias" if name.endswith(".bias") else "a whole trained tensor (modules_to_save)"
         _refuse(adapter, tensor, f"{name} is {what}, which no low-rank update equals and vLLM does not load")

@@ -221,7 +221,7 @@ def streamed(
     dtype = config_dtype(view.config)
     if adapter is not None:
         # Whole replacements (biases, saved modules) join the view; updates stay beside it.
-        view = merge(view, [dataclasses.replace(adapter, deltas={}, transforms={})])
+        view = merge(view, [dataclasses.replace(adapter, deltas={}, transforms={}, rows={})])
         decorations.append(unmerged(adapter))
 
     def decorate(prefix: str, module: nn.Module) -> None:

@@ -239,6 +239,8 @@ class LoraDelta:
             (IR-QLoRA, Qin et al. 2024), or None.
         elastic_b: adapter tensor ``[1]``: that times what A gives, each in its run of outputs, is added to B's.
         dropped: smallest singular components that the base weight lost when training began (KaSA).
+        of_embedding: the weight ``[V, D]`` is looked up, not multiplied: A is ``[R, V]``, B ``[D, R]``, and the update
+            is transposed.
     """
 
     weight: str
@@ -254,6 +256,7 @@ class LoraDelta:
     elastic_a: str | None = None
     elastic_b: str | None = None
     dropped: int = 0
+    of_embedding: bool = False
 
     @property
     def module(self) -> str:
@@ -296,6 +299,21 @@ class Transform:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedRows:
+    """Rows of an embedding or a head that were trained by themselves.
+
+    Attributes:
+        weight: base tensor ``[V, D]`` whose rows they replace.
+        tensor: adapter tensor ``[len(rows), D]``.
+        rows: which ones, each once.
+    """
+
+    weight: str
+    tensor: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """A PEFT adapter that was checked against its base: every tensor in it has a place to go.
 
@@ -305,6 +323,7 @@ class Adapter:
         replacements: base tensor name -> adapter tensor that replaces it whole
             (biases, ``modules_to_save``).
         transforms: updates of other kinds by base tensor name; an adapter has one kind.
+        rows: by base tensor name, rows of embedding and head that are replaced (trainable tokens).
         trained_on: the base quantization recorded by ``qconv train``, or None when unknown.
         backend: where the base was quantized for training; a GPU unless the record says otherwise.
         name_rules: by which names that are not peft's own were read (see `merge/spellings.py`).
@@ -314,6 +333,7 @@ class Adapter:
     deltas: Mapping[str, LoraDelta]
     replacements: Mapping[str, str]
     transforms: Mapping[str, Transform] = field(default_factory=dict)
+    rows: Mapping[str, TrainedRows] = field(default_factory=dict)
     trained_on: BnbKind | None = None
     backend: BnbBackend = "cuda"
     name_rules: tuple[str, ...] = ()

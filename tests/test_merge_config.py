@@ -58,7 +58,6 @@ def test_not_a_peft_config(kind: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "word"),
     [
-        ("trainable_token_indices", [1, 2], "token rows"),
         ("target_parameters", ["experts.down_proj"], "bare parameters"),
         ("layer_replication", [[0, 2], [1, 2]], "other layers"),
         ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
@@ -147,6 +146,12 @@ def test_alpha_zero(tmp_path: Path) -> None:
 def test_alpha_patterns_that_disagree(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path, alpha_pattern={"q_proj": 3, r"layers\.0\..*": 5})
     refused(folder, "'q_proj'", "all match", "[3.0, 5.0]")
+
+
+def test_rank_patterns_that_disagree(tmp_path: Path) -> None:
+    """The tensors fit one of them; the scaling that training used is still the first's of an order that is lost."""
+    for ranks in ({"q_proj": 2, r"layers\.0\..*": 5}, {r"layers\.0\..*": 5, "q_proj": 2}):
+        refused(write_adapter(tmp_path, rank_pattern=ranks), "rank_pattern keys", "[2, 5]", "keep the one")
 
 
 def test_alpha_patterns_that_agree(tmp_path: Path) -> None:

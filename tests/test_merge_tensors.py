@@ -126,8 +126,7 @@ def test_peft_adapter_before_any_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "word"),
     [
-        ("model.embed_tokens.lora_embedding_A", "LoRA on an embedding"),
-        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "token rows"),
+        ("model.embed_tokens.trainable_tokens_delta", "trained rows"),
         ("model.layers.0.self_attn.q_proj.lora_E", "AdaLoRA"),
         ("model.layers.0.self_attn.q_proj.lora_diag", "KaSA"),
         ("model.layers.0.self_attn.q_proj.lora_velora_embed", "not a part of plain LoRA"),
@@ -136,13 +135,6 @@ def test_peft_adapter_before_any_training(tmp_path: Path) -> None:
 )
 def test_tensors_of_other_methods(name: str, word: str, tmp_path: Path) -> None:
     refused(write_adapter(tmp_path, {**factors(), PREFIX + name: torch.ones(2, 2)}), name, word)
-
-
-def test_embedding_lora_of_peft(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    trained(llama(), target_modules=["q_proj", "embed_tokens"]).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match="LoRA on an embedding"):
-        load_adapter(tmp_path, open_checkpoint(TINY_LLAMA))
 
 
 def test_spare_tensor(tmp_path: Path) -> None:

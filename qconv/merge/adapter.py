@@ -4,8 +4,8 @@ Method: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 
 saves them, with trained biases, ``lora_bias`` and ``modules_to_save``, and the other kinds of `kinds/`. Nothing is
 rounded here.
 
-Left out, and refused by name: the kinds that `kinds/refused.py` lists, LoRA on embeddings, convolutions and bare
-parameters, trained token rows, pickled adapters.
+Left out, and refused by name: the kinds that `kinds/refused.py` lists, LoRA on convolutions and bare parameters,
+pickled adapters.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from qconv.errors import AdapterError, NumericsError
 from qconv.merge.adapter_config import parse_adapter_config
 from qconv.merge.adapter_names import named_as_in_base, sort_names
 from qconv.merge.adapter_source import AdapterSource
-from qconv.merge.kinds import Kind
+from qconv.merge.kinds import LOW_RANK, Kind
 from qconv.merge.lora_layers import find_deltas
 from qconv.merge.spellings import TORCHTUNE, HalvedHeads
+from qconv.merge.token_rows import check_number_of_rows, find_rows
 from qconv.merge.transform import find_transforms
 from qconv.merge.vocabulary import find_vocabulary
 from qconv.merge.whole_tensors import drop_unchanged, find_replacements
@@ -63,7 +64,7 @@ def load_adapter(
     if TORCHTUNE in names.rules:
         tensors = HalvedHeads(files, names.peft, base.config, where)
     record = read_train_record(files.folder)
-    touched = {module + ".weight" for module in names.layers} | names.plain.keys()
+    touched = {module + ".weight" for module in [*names.layers, *names.rows]} | names.plain.keys()
     opened = AdapterSource(
         files=tensors,
         where=where,
@@ -77,15 +78,20 @@ def load_adapter(
     replacements = find_replacements(opened)
     deltas = find_deltas(opened, replacements, linear_weights)
     transforms = find_transforms(opened, replacements, linear_weights)
+    rows = find_rows(opened)
+    check_number_of_rows(opened, rows, replacements)
     if config.kind is not None:
         _check_changes(transforms, config.kind, zeros, where)
-    elif not names.tuned:
+    elif files.config["peft_type"] in LOW_RANK:
         _check_trained(deltas, zeros, where)
+    elif not names.tuned and not rows:
+        raise AdapterError(f"{where}: holds nothing that peft_type {files.config['peft_type']} trains")
     return Adapter(
         tensors=tensors,
         deltas=deltas,
         replacements=drop_unchanged(opened, replacements),
         transforms=transforms,
+        rows=rows,
         trained_on=None if record is None else record.trained_on,
         backend="cuda" if record is None else record.backend,
         name_rules=names.rules,

@@ -66,6 +66,7 @@ UNDERSTOOD_KEYS = frozenset(
         "qalora_group_size",
         "r",
         "rank_pattern",
+        "trainable_token_indices",
         "use_dora",
         "use_qalora",
         "use_rslora",
@@ -79,7 +80,6 @@ REFUSED_KEYS = {
     "megatron_config": "Megatron layers are sharded and named differently; convert the adapter to plain peft first",
     "monteclora_config": "MonteCLoRA samples its weights; its tensors are not a plain low-rank update",
     "target_parameters": "LoRA on bare parameters (fused experts) is not read yet; train with target_modules",
-    "trainable_token_indices": "trained token rows are not read yet; train with modules_to_save=['embed_tokens']",
     "use_bdlora": "block-diagonal factors are stored in another layout",
     "velora_config": "VeLoRA adds its own tensors, which are not read",
 }
@@ -109,6 +109,7 @@ KEYS_OF_ALL_KINDS = frozenset(
         "task_type",
     }
 )
+ROWS_KEYS = frozenset({"token_indices"})  # of trainable tokens
 PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
 BASE_CHANGING_INITS = {
     "pissa": "PiSSA subtracts the principal components from the base",
@@ -133,6 +134,7 @@ class AdapterConfig:
         read: for the keys that only this kind has.
         is_kasa: KaSA as peft has it: the base lost its R smallest components, and a diagonal stands between A and B.
         qalora_group: inputs that peft's QA-LoRA pools, or None.
+        pattern_key: what ``rank_pattern`` is called.
         kept_ranks: AdaLoRA alone: module -> components that were kept. Modules without an entry keep all.
     """
 
@@ -152,6 +154,7 @@ class AdapterConfig:
     tie_trained: bool
     is_kasa: bool = False
     qalora_group: int | None = None
+    pattern_key: str = "rank_pattern"
     kept_ranks: Mapping[str, int] | None = None
 
     @property
@@ -161,24 +164,10 @@ class AdapterConfig:
     def rank_of(self, module: str) -> int:
         if self.kept_ranks is not None:
             return self.kept_ranks.get(module, self.rank)
-        matches = self._matches(self.rank_pattern, "rank_pattern", module)
-        return int(self.rank_pattern[matches[0]]) if matches else self.rank
+        return int(self._of_pattern(self.rank_pattern, self.pattern_key, module, self.rank))
 
     def alpha_of(self, module: str) -> float:
-        """The alpha of a module: the first pattern that ends its name, by peft's rule.
-
-        Raises:
-            AdapterError: two patterns fit and disagree. peft sorts the keys when it saves, so the
-                order that decided in training is lost.
-        """
-        matches = self._matches(self.alpha_pattern, "alpha_pattern", module)
-        values = {self.alpha_pattern[key] for key in matches}
-        if len(values) > 1:
-            raise AdapterError(
-                f"{self.where}: alpha_pattern keys {', '.join(map(repr, matches))} all match {module} and give "
-                f"{sorted(values)}; which one training used is not recorded: keep the one that was meant"
-            )
-        return self.alpha_pattern[matches[0]] if matches else self.alpha
+        return self._of_pattern(self.alpha_pattern, "alpha_pattern", module, self.alpha)
 
     def scaling_of(self, module: str) -> float:
         """What the update is multiplied by; AdaLoRA divides by the rank that training began with, and peft's 1e-5."""
@@ -193,11 +182,24 @@ class AdapterConfig:
         parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
         return any(parent.endswith(name) for parent in parents for name in self.modules_to_save)
 
-    def _matches(self, pattern: Mapping[str, Any], key_name: str, module: str) -> list[str]:
+    def _of_pattern(self, pattern: Mapping[str, float], key_name: str, module: str, default: float) -> float:
+        """The value of the pattern that ends a module's name, by peft's rule.
+
+        Raises:
+            AdapterError: two patterns fit and disagree. peft sorts the keys when it saves, so the
+                order that decided in training is lost.
+        """
         try:
-            return [key for key in pattern if re.match(rf"(.*\.)?({key})$", module)]
+            matches = [key for key in pattern if re.match(rf"(.*\.)?({key})$", module)]
         except re.error as error:
             raise AdapterError(f"{self.where}: {key_name} has a key that is no regular expression ({error})") from error
+        values = {pattern[key] for key in matches}
+        if len(values) > 1:
+            raise AdapterError(
+                f"{self.where}: {key_name} keys {', '.join(map(repr, matches))} all match {module} and give "
+                f"{sorted(values)}; which one training used is not recorded: keep the one that was meant"
+            )
+        return pattern[matches[0]] if matches else default
 
 
 def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig:
@@ -218,7 +220,7 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig
         _check_init(config.get("init_lora_weights", True), where)
         known = HARMLESS_KEYS | UNDERSTOOD_KEYS | REFUSED_KEYS.keys() | ADALORA_KEYS
     else:
-        known = KEYS_OF_ALL_KINDS | (frozenset() if kind is None else kind.keys | kind.harmless)
+        known = KEYS_OF_ALL_KINDS | (ROWS_KEYS if kind is None else kind.keys | kind.harmless)
     for key in sorted(config.keys() - known):
         if config[key]:
             raise AdapterError(
@@ -256,6 +258,7 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig
         tie_trained=read.flag("ensure_weight_tying"),
         is_kasa=is_kasa,
         qalora_group=read.whole("qalora_group_size", 2) if is_qalora else None,
+        pattern_key=pattern_key,
         kept_ranks={_module_of(key): _kept_rank(value, key, where) for key, value in masks} if is_adalora else None,
     )
 

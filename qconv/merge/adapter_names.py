@@ -24,16 +24,22 @@ _LORA_PARTS = {
     "lora_diag": "singular",
     "lora_default_A_scale": "elastic_a",
     "lora_default_B_scale": "elastic_b",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
 }
 _PARTS_OF_LOW_RANK = {"LORA": _LORA_PARTS, "ADALORA": {"lora_A": "a", "lora_B": "b", "lora_E": "singular"}}
 _HEADS = frozenset(part.partition(".")[0] for part in _LORA_PARTS)
 _TUNED = "ln_tuning_layers"
+# What peft calls trained rows, by the kind of adapter that has them.
+_ROWS_BESIDE_LORA = {"token_adapter.trainable_tokens_delta": "rows"}
+_ROWS = {
+    "LORA": _ROWS_BESIDE_LORA,
+    "ADALORA": _ROWS_BESIDE_LORA,
+    "TRAINABLE_TOKENS": {"trainable_tokens_delta": "rows"},
+}
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.(?=[^.]+$)|\.modules_to_save(?:\.default)?(?=\.)")
 _REFUSED = {
-    "lora_embedding_A": "LoRA on an embedding is not read yet; train with modules_to_save=['embed_tokens']",
-    "lora_embedding_B": "LoRA on an embedding is not read yet; train with modules_to_save=['embed_tokens']",
-    "token_adapter": "trained token rows are not read yet; train with modules_to_save=['embed_tokens']",
-    "trainable_tokens_delta": "trained token rows are not read yet; train with modules_to_save=['embed_tokens']",
+    "trainable_tokens_delta": "trained rows of an embedding belong to peft_type TRAINABLE_TOKENS or to a LoRA",
     "lora_E": "AdaLoRA's singular values scale the update; the config should then say peft_type ADALORA",
 }
 
@@ -44,8 +50,9 @@ class AdapterNames:
 
     Attributes:
         layers: module -> part -> adapter tensor. Parts are ``a``, ``b``, ``b_bias``, ``magnitude``, ``singular``,
-            ``elastic_a`` and ``elastic_b`` for the low-rank kinds, and as the file spells them for others
-            (`Kind.parts`).
+            ``elastic_a`` and ``elastic_b`` for the low-rank kinds (``embedding_a`` and ``embedding_b`` where an
+            embedding is adapted), and as the file spells them for others (`Kind.parts`).
+        rows: module -> adapter tensor with some rows of its weight (trainable tokens).
         shared: part -> adapter tensor, for those that all layers share.
         tuned: base tensor names whose values are trained copies of whole layers (LN tuning).
         plain: base tensor name -> adapter tensors that hold a value for it (more than one only
@@ -59,6 +66,7 @@ class AdapterNames:
 
     layers: dict[str, dict[str, str]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
     tuned: set[str] = field(default_factory=set)
     plain: dict[str, list[str]] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
@@ -92,8 +100,13 @@ def sort_names(tensor_names: Iterable[str], peft_type: str, where: str) -> Adapt
         name = name.removeprefix(PREFIX)
         layer = _layer_of(name, parts)
         if layer is not None:
-            _add_part(names, *layer, tensor_name, where)
+            _put(names.layers.setdefault(layer[0], {}), layer[1], tensor_name, where)
             continue
+        layer = _layer_of(name, _ROWS.get(peft_type, {}))
+        if layer is not None:
+            _put(names.rows, layer[0], tensor_name, where)
+            continue
+        name = name.replace(".token_adapter.", ".")
         _refuse_foreign(name, tensor_name, peft_type, where)
         if f".{_TUNED}." in name and peft_type == "LN_TUNING":
             name = name.replace(f".{_TUNED}.default.", ".").replace(f".{_TUNED}.", ".")
@@ -139,6 +152,9 @@ def named_as_in_base(names: AdapterNames, base: Collection[str], where: str) -> 
         for part, tensor_name in parts.items():
             found = layers.setdefault(moved(module + ".weight").removesuffix(".weight"), {})
             _put(found, part, tensor_name, where)
+    rows: dict[str, str] = {}
+    for module, tensor_name in names.rows.items():
+        _put(rows, moved(module + ".weight").removesuffix(".weight"), tensor_name, where)
     plain: dict[str, list[str]] = {}
     for name, tensor_names in names.plain.items():
         plain.setdefault(moved(name), []).extend(tensor_names)
@@ -148,6 +164,7 @@ def named_as_in_base(names: AdapterNames, base: Collection[str], where: str) -> 
     return replace(
         names,
         layers=layers,
+        rows=rows,
         plain=plain,
         copies=copies,
         tuned={moved(name) for name in names.tuned},
@@ -178,10 +195,6 @@ def _refuse_foreign(name: str, tensor_name: str, peft_type: str, where: str) -> 
             )
         if reason is not None:
             raise AdapterError(f"{where}: tensor {tensor_name!r} cannot be merged: {reason}")
-
-
-def _add_part(names: AdapterNames, module: str, part: str, tensor_name: str, where: str) -> None:
-    _put(names.layers.setdefault(module, {}), part, tensor_name, where)
 
 
 def _put(parts: dict[str, str], part: str, tensor_name: str, where: str) -> None:

@@ -61,6 +61,11 @@ def combined_parts(adapters: Sequence[Adapter], config: CombinationConfig) -> di
     """
     parts: dict[str, list[Part]] = {}
     for adapter, weight in zip(adapters, config.resolved_weights, strict=True):
+        if adapter.rows:
+            raise AdapterError(
+                f"{adapter.location}: has trained rows of {' and '.join(adapter.rows)}, which cannot be combined with "
+                "other adapters; merge it by itself first, and combine the rest on the result"
+            )
         if adapter.transforms or any(d.singular is not None for d in adapter.deltas.values()):
             raise AdapterError(
                 f"{adapter.location}: peft_type {adapter.kind} cannot be combined with others, that is for LoRA "
@@ -138,7 +143,13 @@ class _CombinedTensors:
         if self._method == "svd":
             total = min(rank or max(one.rank for _, one, _ in found), n, k)
         made = LoraDelta(
-            weight=weight, a=weight + ":A", b=weight + ":B", rank=total, scaling=1.0, transposed=delta.transposed
+            weight=weight,
+            a=weight + ":A",
+            b=weight + ":B",
+            rank=total,
+            scaling=1.0,
+            transposed=delta.transposed,
+            of_embedding=delta.of_embedding,
         )
         self.deltas[weight] = made
         for name, shape in ((made.a, (total, k)), (made.b, (n, total))):

@@ -50,6 +50,9 @@ class ImpliedBase:
                 update = (*adapter.specs()[parts["b"]].shape[:1], *adapter.specs()[parts["a"]].shape[1:])
                 shapes[module + ".weight"] = update[::-1] if config.fan_in_fan_out else update
                 shapes[module + ".bias"] = update[:1]
+            if "embedding_a" in parts and "embedding_b" in parts:
+                a, b = (adapter.specs()[parts[f"embedding_{side}"]].shape for side in "ab")
+                shapes[module + ".weight"] = (*a[1:], *b[:1])
         whole = {name: tensors[0] for name, tensors in names.plain.items()} | names.copies
         shapes |= {name: adapter.specs()[tensor].shape for name, tensor in whole.items()}
         self._specs = {name: TensorSpec(name=name, shape=shape, dtype=torch.float32) for name, shape in shapes.items()}

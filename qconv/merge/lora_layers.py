@@ -13,6 +13,8 @@ CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_tran
 _SPELLED = {
     "a": "lora_A",
     "b": "lora_B",
+    "embedding_a": "lora_embedding_A",
+    "embedding_b": "lora_embedding_B",
     "b_bias": "lora_B.bias",
     "magnitude": "lora_magnitude_vector",
     "singular": "lora_E or lora_diag",
@@ -35,7 +37,8 @@ def find_deltas(
     for module, parts in source.names.layers.items() if source.config.kind is None else ():
         _check_parts(source, module, parts)
         delta = _delta(source, module, parts, replacements)
-        if linear_weights is not None and delta.weight not in linear_weights and delta.weight != source.vocabulary.head:
+        is_linear = linear_weights is None or delta.weight in linear_weights
+        if not (is_linear or delta.of_embedding or delta.weight == source.vocabulary.head):
             source.refuse(f"tensor {delta.a!r} is a LoRA on {delta.weight}, which is not the weight of a linear layer")
         deltas[delta.weight] = delta
     _check_squares(source, deltas)
@@ -44,13 +47,18 @@ def find_deltas(
 
 def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -> None:
     config = source.config
-    wanted_parts = {"b_bias": config.lora_bias, "magnitude": config.use_dora}
+    of_embedding = "embedding_a" in parts or "embedding_b" in parts
+    wanted_parts = {"a": not of_embedding, "b": not of_embedding}
+    wanted_parts |= {"embedding_a": of_embedding, "embedding_b": of_embedding}
+    wanted_parts |= {"b_bias": config.lora_bias, "magnitude": config.use_dora}
     wanted_parts["singular"] = config.is_adalora or config.is_kasa
     wanted_parts |= dict.fromkeys(("elastic_a", "elastic_b"), source.options.ir_qlora is not None)
-    for part, wanted in {"a": True, "b": True, **wanted_parts}.items():
+    for part, wanted in wanted_parts.items():
         if wanted and part not in parts:
             found = ", ".join(map(repr, parts.values()))
             source.refuse(f"{module} has no {_SPELLED[part]} (found only {found}); the file is incomplete")
+        if not wanted and part in ("a", "b") and part in parts:
+            source.refuse(f"spare tensor {parts[part]!r}: {module} has a LoRA as an embedding; keep one")
         if not wanted and part in parts:
             if part.startswith("elastic"):
                 source.refuse(
@@ -66,7 +74,8 @@ def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -
 
 
 def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replacements: Mapping[str, str]) -> LoraDelta:
-    weight, a, b = module + ".weight", parts["a"], parts["b"]
+    weight, of_embedding = module + ".weight", "embedding_a" in parts
+    a, b = (parts["embedding_a"], parts["embedding_b"]) if of_embedding else (parts["a"], parts["b"])
     base_shape = source.base_spec(weight, a).shape
     if weight in replacements:
         base_shape = source.shape(replacements[weight])
@@ -78,15 +87,22 @@ def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replace
         b=b,
         rank=source.rank_of(module),
         scaling=source.scaling_of(module) * pooled.factor,
-        transposed=_is_transposed(source, weight, a, b, base_shape, pooled.inputs),
+        transposed=of_embedding or _is_transposed(source, weight, a, b, base_shape, pooled.inputs),
         b_bias=parts.get("b_bias"),
         magnitude=parts.get("magnitude"),
         singular=parts.get("singular"),
+        of_embedding=of_embedding,
         pooled=pooled.inputs,
         elastic_a=parts.get("elastic_a"),
         elastic_b=parts.get("elastic_b"),
         dropped=source.rank_of(module) if source.config.is_kasa else 0,
     )
+    if of_embedding and base_shape != (source.shape(a)[1], source.shape(b)[0]):
+        source.refuse(
+            f"{a!r} {list(source.shape(a))} and {b!r} {list(source.shape(b))} update an embedding of "
+            f"{source.shape(a)[1]} rows of {source.shape(b)[0]}: {weight} is {list(base_shape)} in "
+            f"{source.base.location}; the adapter belongs to another base model"
+        )
     num_out = source.shape(b)[0]
     for vector in (delta.b_bias, delta.magnitude):
         if vector is not None and source.shape(vector) != (num_out,):
@@ -154,10 +170,11 @@ def _check_squares(source: AdapterSource, deltas: Mapping[str, LoraDelta]) -> No
     """Refuses square weights taken as transposed when other weights show that this base transposes nothing."""
     if source.base.config.get("model_type") in CONV1D_MODEL_TYPES or not source.config.fan_in_fan_out:
         return
-    oblong = {name: source.shape(d.b)[0] != source.shape(d.a)[1] * d.pooled for name, d in deltas.items()}
-    squares = [name for name in deltas if not oblong[name]]
+    linears = {name: d for name, d in deltas.items() if not d.of_embedding}
+    oblong = {name: source.shape(d.b)[0] != source.shape(d.a)[1] * d.pooled for name, d in linears.items()}
+    squares = [name for name in linears if not oblong[name]]
     straight = [
-        name for name, d in deltas.items() if oblong[name] and not d.transposed and name != source.vocabulary.head
+        name for name, d in linears.items() if oblong[name] and not d.transposed and name != source.vocabulary.head
     ]
     if squares and straight:
         source.refuse(

@@ -26,7 +26,7 @@ from qconv.merge.delta import merged_weight
 from qconv.merge.transform import transformed_bias, transformed_weight
 from qconv.merge.vocabulary import Vocabulary, find_vocabulary, resized_config, untied_config
 from qconv.read_ahead import read_ahead
-from qconv.types import Adapter, Checkpoint, LoraDelta, TensorSpec, Transform
+from qconv.types import Adapter, Checkpoint, LoraDelta, TensorSpec, TrainedRows, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class _Recipe:
         delta: low-rank update of a weight, or None.
         bias_of: the layer whose scaled ``b_bias`` is added (the tensor is its bias), or None.
         transform: update of another kind, or None; ``of_bias`` when the tensor is its layer's bias.
+        rows: rows that are replaced, or None.
     """
 
     base: str
@@ -47,10 +48,21 @@ class _Recipe:
     bias_of: LoraDelta | None = None
     transform: Transform | None = None
     of_bias: bool = False
+    rows: TrainedRows | None = None
 
     @property
     def is_computed(self) -> bool:
-        return self.delta is not None or self.bias_of is not None or self.transform is not None
+        return self.of_adapter != (None, None, None, None)
+
+    @property
+    def of_adapter(self) -> tuple[object, ...]:
+        """What the adapter does to the tensor."""
+        return self.delta, self.bias_of, self.transform, self.rows
+
+    def is_like(self, other: _Recipe) -> bool:
+        """Whether both make the same values, as far as names tell; of the base they start alike."""
+        rows = (None if r is None else (r.tensor, r.rows) for r in (self.rows, other.rows))
+        return self.whole == other.whole and self.of_adapter[:3] == other.of_adapter[:3] and next(rows) == next(rows)
 
 
 class MergedCheckpoint:
@@ -111,6 +123,9 @@ class MergedCheckpoint:
             tensor = tensor.float() + recipe.bias_of.scaling * b_bias_N
             if not all_finite(tensor):
                 raise NumericsError(f"{self.location}: NaN or infinity in the merged bias {name!r}")
+        if recipe.rows is not None:
+            tensor = tensor.float()
+            tensor[list(recipe.rows.rows)] = self._adapter.tensors.read(recipe.rows.tensor, device).float()
         return tensor
 
     def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
@@ -130,6 +145,8 @@ class MergedCheckpoint:
                 of_adapter += recipe.transform.tensors.values()
             elif recipe.bias_of is not None:
                 of_adapter.append(recipe.bias_of.b_bias)
+            elif recipe.rows is not None:
+                of_adapter.append(recipe.rows.tensor)
         read_ahead(self._base, of_base, pin, max_bytes)
         read_ahead(self._adapter.tensors, [name for name in of_adapter if name is not None], pin, max_bytes)
 
@@ -152,10 +169,12 @@ def merge(base: Checkpoint, adapters: Sequence[Adapter]) -> MergedCheckpoint:
             + "; make one of them with combine_adapters first"
         )
     adapter = adapters[0]
-    vocabulary = find_vocabulary(base, adapter.deltas.keys() | adapter.transforms.keys() | adapter.replacements.keys())
+    vocabulary = find_vocabulary(
+        base, adapter.deltas.keys() | adapter.transforms.keys() | adapter.replacements.keys() | adapter.rows.keys()
+    )
     recipes = _recipes(base, adapter, vocabulary)
     config, notes = dict(base.config), []
-    untied = _untie(recipes, vocabulary)
+    untied = _untie(recipes, vocabulary, adapter)
     if untied is not None:
         config = untied_config(config)
         notes.append(f"{vocabulary.head} was untied from {vocabulary.embedding}: {untied}")
@@ -172,7 +191,8 @@ def _recipes(base: Checkpoint, adapter: Adapter, vocabulary: Vocabulary) -> dict
     biases = {delta.bias: delta for delta in adapter.deltas.values() if delta.b_bias is not None}
     changed = {t.bias: t for t in adapter.transforms.values() if t.changes_bias and t.bias in base.specs()}
     recipes = {}
-    for name in dict.fromkeys([*adapter.deltas, *adapter.transforms, *biases, *changed, *adapter.replacements]):
+    updated = [*adapter.deltas, *adapter.transforms, *biases, *changed, *adapter.replacements, *adapter.rows]
+    for name in dict.fromkeys(updated):
         source = vocabulary.embedding if vocabulary.head_is_embedding and name == vocabulary.head else name
         if source is None or source not in base.specs():
             raise AdapterError(
@@ -186,23 +206,28 @@ def _recipes(base: Checkpoint, adapter: Adapter, vocabulary: Vocabulary) -> dict
             bias_of=biases.get(name),
             transform=adapter.transforms.get(name) or changed.get(name),
             of_bias=name in changed,
+            rows=adapter.rows.get(name),
         )
     return recipes
 
 
-def _untie(recipes: dict[str, _Recipe], vocabulary: Vocabulary) -> str | None:
+def _untie(recipes: dict[str, _Recipe], vocabulary: Vocabulary, adapter: Adapter) -> str | None:
     """Gives a tied head its own recipe when its values leave the embedding's, and says why; else None."""
     embedding, head = vocabulary.embedding, vocabulary.head
     if not vocabulary.tied or embedding is None or head is None or recipes.keys().isdisjoint((embedding, head)):
         return None
     of_embedding = recipes.get(embedding, _Recipe(base=embedding))
     of_head = recipes.get(head, _Recipe(base=embedding))
-    if not of_head.is_computed and of_head.whole == of_embedding.whole:
+    if of_head.is_like(of_embedding) or _is_tied_update(of_head, of_embedding, adapter):
         if not vocabulary.head_stored:
             recipes.pop(head, None)
         return None
     if not vocabulary.head_stored:
         recipes[head] = of_head
+    if of_embedding.is_computed and (of_head.is_computed or of_head.whole != of_embedding.whole):
+        return "the adapter trained embedding and head apart, and they differ"
+    if of_embedding.is_computed:
+        return "the adapter has an update on the embedding, and the unmerged model keeps the base's as its head"
     if of_head.is_computed:
         return "the adapter has an update on the head, which must not change the embedding"
     if of_head.whole is None:
@@ -210,6 +235,19 @@ def _untie(recipes: dict[str, _Recipe], vocabulary: Vocabulary) -> str | None:
     if of_embedding.whole is None:
         return "the adapter trained the head alone"
     return "the adapter trained embedding and head apart, and they differ"
+
+
+def _is_tied_update(of_head: _Recipe, of_embedding: _Recipe, adapter: Adapter) -> bool:
+    """Whether embedding and head have one LoRA, stored twice (``ensure_weight_tying``)."""
+    ours, theirs = of_head.delta, of_embedding.delta
+    if ours is None or theirs is None or of_head.whole != of_embedding.whole:
+        return False
+    if ours.of_embedding or not theirs.of_embedding or (ours.scaling, ours.rank) != (theirs.scaling, theirs.rank):
+        return False
+    if ours.magnitude is not None or theirs.magnitude is not None or ours.transposed:
+        return False
+    read = adapter.tensors.read
+    return torch.equal(read(ours.a).T, read(theirs.b)) and torch.equal(read(ours.b).T, read(theirs.a))
 
 
 def _specs(base: Checkpoint, adapter: Adapter, recipes: Mapping[str, _Recipe]) -> dict[str, TensorSpec]:

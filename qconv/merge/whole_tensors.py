@@ -76,7 +76,7 @@ def _check_explained(source: AdapterSource, name: str, tensor: str) -> None:
 def _check_copy(source: AdapterSource, name: str, tensor: str) -> None:
     """Checks a ``base_layer`` tensor: a trained bias, or the frozen weight that peft keeps of a head under LoRA."""
     module = name.rpartition(".")[0]
-    if module not in source.names.layers:
+    if module not in source.names.layers and module not in source.names.rows:
         source.refuse(f"tensor {tensor!r} is the layer under an update, but {module} has none in this file")
     if name.endswith(".bias"):
         if source.config.bias == "none" and name not in _vocabulary_names(source):

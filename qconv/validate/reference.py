@@ -4,8 +4,9 @@ The side branch follows peft's `lora.Linear` / `lora.bnb.Linear4bit` forward: th
 the adapter's float32, ``scaling * B(A(x))`` is formed there, rounded once to the activation dtype,
 and added to the base linear's output. DoRA (Liu et al. 2024, equation 5) scales the result by
 magnitude / ||W + dW|| per output feature, as peft's `DoraLinearLayer` does. AdaLoRA (Zhang et al. 2023, equation 3)
-and KaSA scale what A gives, QA-LoRA pools inputs, IR-QLoRA has connections beside A and B. No merging code is used, so
-that a mistake there cannot hide here; adapters of other kinds run in peft's own layers (`peft_layers.py`).
+and KaSA scale what A gives, QA-LoRA pools inputs, IR-QLoRA has connections beside A and B. A LoRA on an embedding is
+looked up as the embedding is; trained rows take the place of what the layer gives for their tokens. No merging code is
+used, so that a mistake there cannot hide here; adapters of other kinds run in peft's own layers (`peft_layers.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from qconv.errors import AdapterError
 from qconv.streaming import Decorate
-from qconv.types import Adapter, LoraDelta
+from qconv.types import Adapter, LoraDelta, TrainedRows
 from qconv.validate.peft_layers import attach_peft_layers, check_peft
 
 
@@ -41,6 +42,10 @@ def unmerged(adapter: Adapter) -> Decorate:
             local = delta.module.removeprefix(prefix)
             if name.startswith(prefix) and local in loaded:
                 _attach(loaded[local], adapter, delta)
+        for name, rows in adapter.rows.items():
+            local = name.removeprefix(prefix).removesuffix(".weight")
+            if name.startswith(prefix) and local in loaded:
+                loaded[local].register_forward_hook(_trained_rows(loaded[local], adapter, rows))
         transforms = {
             transform.module.removeprefix(prefix): transform
             for name, transform in adapter.transforms.items()
@@ -60,8 +65,9 @@ def _is_loaded(module: nn.Module) -> bool:
 
 def _attach(linear: nn.Module, adapter: Adapter, delta: LoraDelta) -> None:
     weight = linear.weight
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(linear, nn.Embedding):
-        raise AdapterError(f"{adapter.location}: {delta.module!r} is not a linear layer, cannot run it unmerged")
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(linear, nn.Embedding) is not delta.of_embedding:
+        what = "an embedding" if delta.of_embedding else "a linear layer"
+        raise AdapterError(f"{adapter.location}: {delta.module!r} is not {what}, cannot run it unmerged")
     device = str(weight.device)
     a_RK = adapter.tensors.read(delta.a, device).float()[: delta.rank]
     if delta.singular is not None:
@@ -69,6 +75,9 @@ def _attach(linear: nn.Module, adapter: Adapter, delta: LoraDelta) -> None:
     b_NR = adapter.tensors.read(delta.b, device).float()[:, : delta.rank]
     b_bias_N = adapter.tensors.read(delta.b_bias, device).float() if delta.b_bias else None
     factor_N = _dora_factor(weight, adapter, delta, a_RK, b_NR) if delta.magnitude else None
+    if delta.of_embedding:
+        linear.register_forward_hook(_looked_up(a_RK, b_NR, factor_N, delta.scaling))
+        return
     down, up = (_down(a_RK, delta), _up(b_NR, b_bias_N))
     if delta.elastic_a is not None and delta.elastic_b is not None:
         scale_a, scale_b = (adapter.tensors.read(name, device).float() for name in (delta.elastic_a, delta.elastic_b))
@@ -127,3 +136,46 @@ def _branch(
         return scaled if bias is None else scaled + bias
 
     return hook
+
+
+def _looked_up(
+    a_RV: Tensor, b_DR: Tensor, factor_D: Tensor | None, scaling: float
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """The branch of a LoRA on an embedding, as peft's `lora.Embedding` computes it."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        branch: Tensor = nn.functional.embedding(args[0], a_RV.T) @ b_DR.T * (scaling * _embed_scale(module))
+        if factor_D is None:
+            return out + branch.to(out.dtype)
+        scaled: Tensor = factor_D * (out.float() + branch)
+        return scaled.to(out.dtype)
+
+    return hook
+
+
+def _trained_rows(
+    layer: nn.Module, adapter: Adapter, trained: TrainedRows
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """What an embedding or a head gives for tokens whose rows were trained."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    values_TD = adapter.tensors.read(trained.tensor, str(weight.device)).to(weight.dtype)
+    rows_T = torch.tensor(trained.rows, device=weight.device)
+    place_V = torch.full((len(weight),), -1, device=weight.device)
+    place_V[rows_T] = torch.arange(len(rows_T), device=weight.device)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        if isinstance(module, nn.Embedding):
+            place = place_V[args[0]][..., None]
+            found = values_TD[place.squeeze(-1)] * _embed_scale(module)
+            return torch.where(place >= 0, found.to(out.dtype), out)
+        result: Tensor = out.index_copy(-1, rows_T, nn.functional.linear(args[0], values_TD).to(out.dtype))
+        return result
+
+    return hook
+
+
+def _embed_scale(embedding: nn.Module) -> Tensor | float:
+    """What models like Gemma multiply their embeddings by."""
+    scale = getattr(embedding, "embed_scale", 1.0)
+    return scale if isinstance(scale, Tensor) else float(scale)

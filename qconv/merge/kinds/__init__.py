@@ -20,14 +20,14 @@ KINDS: dict[str, Kind] = {
     for kind in (LOHA, LOKR, IA3, OFT, BOFT, VERA, FOURIERFT, HRA, MISS, SHIRA, HIRA, C3A, RANDLORA, ROAD, DELORA)
 }
 LOW_RANK = ("LORA", "ADALORA")
-WHOLE = ("LN_TUNING",)
-"""Kinds whose tensors replace the base's (Zhao et al. 2023 for LN tuning)."""
+WHOLE = ("LN_TUNING", "TRAINABLE_TOKENS")
+"""Kinds whose values replace the base's: norms (LN tuning, Zhao et al. 2023), rows of the embedding."""
 
 
 def how_merged(peft_type: Any) -> str:
     """Whether adapters of a kind are merged, in a few words."""
     if peft_type in (*LOW_RANK, *WHOLE, *KINDS):
-        return "as an update of each weight" if peft_type not in WHOLE else "as whole tensors"
+        return "as an update of each weight" if peft_type not in WHOLE else "as values that replace the base's"
     reason, alternative = REFUSED.get(peft_type, ("is unknown", "update qconv"))
     return f"refused: {reason}; {alternative}"
 

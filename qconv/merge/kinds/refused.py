@@ -43,10 +43,6 @@ REFUSED: dict[str, tuple[str, str]] = {
         _PEFT_MERGES,
     ),
     "TINYLORA": ("scales components of the base weight's own decomposition, a formula that is not read", _PEFT_MERGES),
-    "TRAINABLE_TOKENS": (
-        "holds rows of the embedding alone, which are not read yet",
-        "train with LoRA and modules_to_save=['embed_tokens']",
-    ),
     "UNILORA": ("projects one vector with a seeded random matrix, a formula that is not read", _PEFT_MERGES),
     "VBLORA": ("composes its factors of a shared bank of vectors, a formula that is not read", _PEFT_MERGES),
     "WAVEFT": ("is an inverse wavelet transform, a formula that is not read", _PEFT_MERGES),
