@@ -279,7 +279,7 @@ class Transform:
         tensors: part -> adapter tensor, the ones that layers share included.
         settings: what the formula needs of the config.
         transposed: the base weight is stored ``[in, out]`` (Conv1D).
-        changes_bias: the layer's bias changes, too.
+        changes_weight, changes_bias: whether the layer's weight changes, and its bias.
     """
 
     kind: str
@@ -287,6 +287,7 @@ class Transform:
     tensors: Mapping[str, str]
     settings: Mapping[str, Any]
     transposed: bool = False
+    changes_weight: bool = True
     changes_bias: bool = False
 
     @property

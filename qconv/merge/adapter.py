@@ -101,7 +101,8 @@ def load_adapter(
 def _check_values(source: AdapterSource) -> set[str]:
     """Reads every tensor once; returns the names of those that are all zero."""
     files, where, kind = source.files, source.where, source.config.kind
-    parts = {} if kind is None else {parts[p]: p for parts in source.names.layers.values() for p in parts}
+    layers = [*source.names.layers.values(), source.names.shared]
+    parts = {} if kind is None else {tensor: part.split(".")[0] for parts in layers for part, tensor in parts.items()}
     zeros = set()
     for name, spec in files.specs().items():
         is_index = kind is not None and parts.get(name) in kind.indices
@@ -127,14 +128,21 @@ def _check_values(source: AdapterSource) -> set[str]:
 def _check_changes(transforms: Mapping[str, Transform], kind: Kind, zeros: set[str], where: str) -> None:
     """The same for other kinds, as far as zeros tell."""
     if not transforms:
-        raise AdapterError(f"{where}: holds no layer of peft_type {kind.peft_type}; expected {', '.join(kind.parts)}")
-    if kind.vanishing and all(
-        any(t.tensors.get(part) in zeros for part in kind.vanishing) for t in transforms.values()
-    ):
+        expected = kind.when_no_layers or f"expected {', '.join(sorted(kind.parts))}"
+        raise AdapterError(f"{where}: holds no layer of peft_type {kind.peft_type}; {expected}")
+    if all(_vanishes(t.tensors, kind, zeros) for t in transforms.values()):
+        parts = kind.vanishing or kind.vanishing_together
         raise AdapterError(
-            f"{where}: {' or '.join(sorted(kind.vanishing))} is zero in all {len(transforms)} modules: the adapter was "
+            f"{where}: {' or '.join(sorted(parts))} is zero in all {len(transforms)} modules: the adapter was "
             "never trained, or its tensors were saved before training; merging it would change nothing"
         )
+
+
+def _vanishes(tensors: Mapping[str, str], kind: Kind, zeros: set[str]) -> bool:
+    if any(tensors.get(part) in zeros for part in kind.vanishing):
+        return True
+    terms = kind.vanishing_together
+    return bool(terms) and all(tensor in zeros for part, tensor in tensors.items() if part in terms)
 
 
 def _check_trained(deltas: Mapping[str, LoraDelta], zeros: set[str], where: str) -> None:

@@ -89,8 +89,8 @@ def sort_names(tensor_names: Iterable[str], peft_type: str, where: str) -> Adapt
     frozen: dict[str, str] = {}
     tensor_name = None
     for tensor_name, name in spelled.names.items():
-        if name.removesuffix(".default") in shared:
-            names.shared[shared[name.removesuffix(".default")]] = tensor_name
+        if (part := _shared_part(name.removesuffix(".default"), shared)) is not None:
+            names.shared[part] = tensor_name
             continue
         if not name.startswith(PREFIX):
             raise AdapterError(
@@ -130,6 +130,14 @@ def sort_names(tensor_names: Iterable[str], peft_type: str, where: str) -> Adapt
                 "but the trained one is missing; save the adapter again"
             )
     return names
+
+
+def _shared_part(name: str, shared: Mapping[str, str]) -> str | None:
+    if name in shared:
+        return shared[name]
+    return next(
+        (part + name.removeprefix(s) for s, part in shared.items() if s[-1] == "." and name.startswith(s)), None
+    )
 
 
 def named_as_in_base(names: AdapterNames, base: Collection[str], where: str) -> AdapterNames:

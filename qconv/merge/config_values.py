@@ -53,6 +53,12 @@ class ConfigReader:
             self.refuse(key, " or ".join(map(repr, choices)))
         return value
 
+    def share(self, key: str) -> float:
+        value = self.config.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            self.refuse(key, "a number of 0 to 1")
+        return float(value)
+
     def number(self, key: str) -> float:
         return alpha_value(self.config.get(key), key, self.where)
 

@@ -116,8 +116,11 @@ class MergedCheckpoint:
         if recipe.delta is not None:
             return merged_weight(tensor, self._adapter, recipe.delta, partial(self.read, name, device))
         if recipe.transform is not None:
-            change = transformed_bias if recipe.of_bias else transformed_weight
-            return change(tensor, self._adapter, recipe.transform)
+            if not recipe.of_bias:
+                return transformed_weight(tensor, self._adapter, recipe.transform)
+            weight = recipe.transform.weight
+            read_weight = partial(self._base.read, weight, device)
+            return transformed_bias(tensor, read_weight, self._adapter, recipe.transform)
         if recipe.bias_of is not None and recipe.bias_of.b_bias is not None:
             b_bias_N = self._adapter.tensors.read(recipe.bias_of.b_bias, device).float()
             tensor = tensor.float() + recipe.bias_of.scaling * b_bias_N
@@ -190,8 +193,9 @@ def merge(base: Checkpoint, adapters: Sequence[Adapter]) -> MergedCheckpoint:
 def _recipes(base: Checkpoint, adapter: Adapter, vocabulary: Vocabulary) -> dict[str, _Recipe]:
     biases = {delta.bias: delta for delta in adapter.deltas.values() if delta.b_bias is not None}
     changed = {t.bias: t for t in adapter.transforms.values() if t.changes_bias and t.bias in base.specs()}
+    weights = {name: t for name, t in adapter.transforms.items() if t.changes_weight}
     recipes = {}
-    updated = [*adapter.deltas, *adapter.transforms, *biases, *changed, *adapter.replacements, *adapter.rows]
+    updated = [*adapter.deltas, *weights, *biases, *changed, *adapter.replacements, *adapter.rows]
     for name in dict.fromkeys(updated):
         source = vocabulary.embedding if vocabulary.head_is_embedding and name == vocabulary.head else name
         if source is None or source not in base.specs():
@@ -204,7 +208,7 @@ def _recipes(base: Checkpoint, adapter: Adapter, vocabulary: Vocabulary) -> dict
             whole=adapter.replacements.get(name),
             delta=adapter.deltas.get(name),
             bias_of=biases.get(name),
-            transform=adapter.transforms.get(name) or changed.get(name),
+            transform=weights.get(name) or changed.get(name),
             of_bias=name in changed,
             rows=adapter.rows.get(name),
         )

@@ -9,7 +9,7 @@ Dimensions: N = out, K = in; a base that stores ``[K, N]`` (Conv1D) is handled t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from qconv.errors import NumericsError
 from qconv.finite import all_finite
 from qconv.merge.adapter_source import AdapterSource
-from qconv.merge.kinds import KINDS, Layer
+from qconv.merge.kinds import KINDS, Kind, Layer
 from qconv.merge.lora_layers import CONV1D_MODEL_TYPES
 from qconv.types import Adapter, Transform
 
@@ -44,8 +44,9 @@ def find_transforms(
         if len(shape) != 2 or (linear_weights is not None and weight not in linear_weights and not is_head):
             source.refuse(f"tensor {first!r} changes {weight}, which is not the weight of a linear layer")
         transposed = source.base.config.get("model_type") in CONV1D_MODEL_TYPES and not is_head
-        tensors = parts | source.names.shared
-        for part in parts.keys() & source.names.shared.keys():
+        shared = _shared(source, kind, module)
+        tensors = parts | shared
+        for part in parts.keys() & shared.keys():
             if not source.are_same(parts[part], tensors[part]):
                 source.refuse(
                     f"{parts[part]!r} and {tensors[part]!r} should be equal and differ; save the adapter again"
@@ -59,6 +60,8 @@ def find_transforms(
             rank=source.rank_of(module),
             scaling=source.scaling_of(module),
             read=source.config.read,
+            dtype=source.base_spec(weight, first).dtype,
+            has_bias=module + ".bias" in source.base.specs(),
         )
         settings = kind.check(layer)
         spare = [tensors[part] for part in layer.shapes if part not in layer.seen]
@@ -70,9 +73,21 @@ def find_transforms(
             tensors=tensors,
             settings=settings,
             transposed=transposed,
+            changes_weight=kind.merged is not None,
             changes_bias=kind.merged_bias is not None,
         )
+    unused = set(source.names.shared.values()) - {tensor for t in found.values() for tensor in t.tensors.values()}
+    if found and unused:
+        source.refuse(f"spare tensor {sorted(unused)[0]!r}: no layer in the file uses it; it is incomplete")
     return found
+
+
+def _shared(source: AdapterSource, kind: Kind, module: str) -> dict[str, str]:
+    """Part -> adapter tensor, of those that a module uses and other modules may, too."""
+    if kind.shared_of is None:
+        return dict(source.names.shared)
+    used = kind.shared_of(source, module)
+    return {part: source.names.shared[name] for part, name in used.items() if name in source.names.shared}
 
 
 @torch.no_grad()
@@ -87,14 +102,21 @@ def transformed_weight(w: Tensor, adapter: Adapter, transform: Transform) -> Ten
     """
     dtype = _compute_dtype(w)
     w_NK = (w.T if transform.transposed else w).to(dtype)
-    result_NK = KINDS[transform.kind].merged(w_NK, _parts(adapter, transform, w, dtype), transform.settings).float()
+    change = KINDS[transform.kind].merged
+    assert change is not None
+    result_NK = change(w_NK, _parts(adapter, transform, w, dtype), transform.settings).float()
     result = result_NK.T.contiguous() if transform.transposed else result_NK
     return _checked(result, w, transform.weight, adapter)
 
 
 @torch.no_grad()
-def transformed_bias(bias_N: Tensor, adapter: Adapter, transform: Transform) -> Tensor:
+def transformed_bias(
+    bias_N: Tensor, read_weight: Callable[[], Tensor], adapter: Adapter, transform: Transform
+) -> Tensor:
     """The bias ``[N]`` beside a weight that `transformed_weight` makes, in float32.
+
+    Args:
+        read_weight: the base weight as it is stored, for kinds that need it.
 
     Raises:
         NumericsError: NaN or infinity in the result.
@@ -102,7 +124,13 @@ def transformed_bias(bias_N: Tensor, adapter: Adapter, transform: Transform) -> 
     change = KINDS[transform.kind].merged_bias
     assert change is not None
     dtype = _compute_dtype(bias_N)
-    result_N = change(bias_N.to(dtype), _parts(adapter, transform, bias_N, dtype), transform.settings).float()
+
+    def weight() -> Tensor:
+        w = read_weight().to(dtype)
+        return w.T if transform.transposed else w
+
+    parts = _parts(adapter, transform, bias_N, dtype)
+    result_N = change(bias_N.to(dtype), weight, parts, transform.settings).float()
     return _checked(result_N, bias_N, transform.bias, adapter)
 
 

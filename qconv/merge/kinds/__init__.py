@@ -7,17 +7,24 @@ from typing import Any
 
 from qconv.errors import AdapterError
 from qconv.merge.config_values import short
+from qconv.merge.kinds.biases import BEFT, GLORA
+from qconv.merge.kinds.composed import GRALORA, TINYLORA, UNILORA, VBLORA
+from qconv.merge.kinds.decomposed import DEFT, FROD, OSF
 from qconv.merge.kinds.kind import Kind, Layer
 from qconv.merge.kinds.lycoris import LOHA, LOKR
 from qconv.merge.kinds.refused import REFUSED
 from qconv.merge.kinds.rotations import BOFT, HRA, OFT
 from qconv.merge.kinds.scales import IA3, ROAD
 from qconv.merge.kinds.shared_bases import RANDLORA, VERA
-from qconv.merge.kinds.structured import C3A, DELORA, FOURIERFT, HIRA, MISS, SHIRA
+from qconv.merge.kinds.structured import C3A, DELORA, FOURIERFT, HIRA, MISS, SHIRA, SUPERTUNING
+from qconv.merge.kinds.wavelets import WAVEFT
 
 KINDS: dict[str, Kind] = {
     kind.peft_type: kind
-    for kind in (LOHA, LOKR, IA3, OFT, BOFT, VERA, FOURIERFT, HRA, MISS, SHIRA, HIRA, C3A, RANDLORA, ROAD, DELORA)
+    for kind in (
+        *(LOHA, LOKR, IA3, OFT, BOFT, VERA, FOURIERFT, HRA, MISS, SHIRA, HIRA, C3A, RANDLORA, ROAD, DELORA),
+        *(GRALORA, VBLORA, UNILORA, TINYLORA, DEFT, OSF, FROD, WAVEFT, SUPERTUNING, GLORA, BEFT),
+    )
 }
 LOW_RANK = ("LORA", "ADALORA")
 WHOLE = ("LN_TUNING", "TRAINABLE_TOKENS")

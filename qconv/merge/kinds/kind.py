@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from qconv.errors import AdapterError
 from qconv.merge.config_values import ConfigReader
+
+if TYPE_CHECKING:
+    from qconv.merge.adapter_source import AdapterSource
 
 Parts = Mapping[str, Tensor]
 Settings = Mapping[str, Any]
@@ -28,6 +32,8 @@ class Layer:
         shapes: of the layer's tensors and of those that all layers share, by part.
         rank, scaling: of this layer, after patterns; 1 for a kind that has none.
         read: the adapter's config.
+        dtype: of the base weight.
+        has_bias: the base has a bias beside the weight.
         seen: parts that were asked for; what is left over is spare.
     """
 
@@ -39,6 +45,8 @@ class Layer:
     rank: int
     scaling: float
     read: ConfigReader
+    dtype: torch.dtype
+    has_bias: bool
     seen: set[str] = field(default_factory=set)
 
     def shape(self, part: str, ndim: int) -> tuple[int, ...]:
@@ -78,10 +86,15 @@ class Kind:
         harmless: of the config, without effect on the merged weights once training is over.
         check: refuses a layer that does not fit; returns what `merged` needs beside the tensors.
         merged: the new weight ``[N, K]`` from the old one (not changed), the parts and the settings, all of one
-            float dtype but for indices.
-        merged_bias: the new bias ``[N]``, for kinds that change it too.
-        vanishing: parts that make the update nothing when they are all zero.
-        shared: tensors that all layers share: full name in the file -> part.
+            float dtype but for indices. None for a kind that changes the bias alone.
+        merged_bias: the new bias ``[N]``, for kinds that change it too; from the old one, what reads the old weight
+            ``[N, K]``, the parts and the settings.
+        vanishing: parts of which each makes the update nothing when it is all zero.
+        vanishing_together: parts that make it nothing when all of them are, as far as the layer has them.
+        shared: tensors that layers share: full name in the file -> part. A name that ends with a dot is the beginning
+            of several, told apart by `shared_of`.
+        shared_of: part -> which of the shared tensors a module uses; by default each is a part of every module.
+        when_no_layers: why a file of this kind may hold none.
         indices: parts that hold integers.
         rank_key, alpha_key: config keys of rank (or what a layer's size is called) and alpha, when there are such.
         rank_pattern: config key of the patterns that override the rank.
@@ -91,13 +104,29 @@ class Kind:
     title: str
     parts: frozenset[str]
     check: Callable[[Layer], Settings]
-    merged: Callable[[Tensor, Parts, Settings], Tensor]
+    merged: Callable[[Tensor, Parts, Settings], Tensor] | None
     keys: frozenset[str] = frozenset()
     harmless: frozenset[str] = frozenset()
-    merged_bias: Callable[[Tensor, Parts, Settings], Tensor] | None = None
+    merged_bias: Callable[[Tensor, Callable[[], Tensor], Parts, Settings], Tensor] | None = None
     vanishing: frozenset[str] = frozenset()
+    vanishing_together: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
+    shared_of: Callable[[AdapterSource, str], Mapping[str, str]] | None = None
+    when_no_layers: str = ""
     indices: frozenset[str] = frozenset()
     rank_key: str | None = None
     alpha_key: str | None = None
     rank_pattern: str = "rank_pattern"
+
+
+def check_indices(part: str, places: Tensor, count: int) -> None:
+    """Refuses indices that are not in ``0 .. count - 1``.
+
+    Raises:
+        AdapterError: names the part and what it holds.
+    """
+    if places.numel() and (places.min() < 0 or places.max() >= count):
+        raise AdapterError(
+            f"{part}: {int(places.min())} to {int(places.max())} do not all lie in 0 to {count - 1}: damaged, or of "
+            "another base"
+        )

@@ -2,10 +2,9 @@
 
 Method: OFT (Qiu et al. 2023, equation 3) rotates blocks of the inputs by Cayley's map of a skew-symmetric Q,
 ``(I - Q) (I + Q)^-1``, or by the first terms of its Neumann series as the newer implementation does; the constrained
-form (COFT, equation 5) shortens Q first. BOFT (Liu et al. 2024) has one such factor here and a scale for each output.
-HRA (Yuan et al. 2024, equation 3) multiplies Householder reflections.
-
-Left out: BOFT with more than one butterfly factor, which peft itself runs only with a CUDA extension.
+form (COFT, equation 5) shortens Q first. BOFT (Liu et al. 2024) multiplies several such factors, each on
+inputs that a butterfly permutes, and scales each output. HRA (Yuan et al. 2024, equation 3) multiplies Householder
+reflections.
 
 Dimensions: D = blocks of inputs, H = size of a block.
 """
@@ -77,23 +76,35 @@ def _neumann(q_DHH: Tensor, terms: int) -> Tensor:
 
 def _check_boft(layer: Layer) -> Settings:
     factors, blocks, size, _ = layer.shape("boft_R", 4)
-    if factors != 1:
-        layer.refuse(
-            f"has {factors} butterfly factors, whose permutations are not read; merge this adapter with peft's "
-            "merge_and_unload on a GPU, or train with boft_n_butterfly_factor=1"
-        )
-    layer.expect("boft_R", 1, layer.k // size, size, size)
+    layer.expect("boft_R", factors, layer.k // size, size, size)
     layer.expect("boft_s", layer.n, 1)
     if blocks * size != layer.k:
         layer.refuse(f"expected blocks that cover {layer.k} inputs, found {blocks} of size {size}")
-    return {}
+    asked_for = layer.read.whole("boft_n_butterfly_factor", 1)
+    if factors not in (1, asked_for):  # where its CUDA extension is missing, peft takes 1, and the config stays
+        layer.refuse(f"expected boft_R with {asked_for} butterfly factors as in the config, or 1; found {factors}")
+    if factors > 1 and (size % 2 or blocks % 2 ** (factors - 1)):
+        layer.refuse(f"has {factors} butterfly factors, which {blocks} blocks of size {size} do not allow")
+    return {"factors": factors}
 
 
 def _boft(w_NK: Tensor, parts: Parts, settings: Settings) -> Tensor:
-    r_DHH = parts["boft_R"][0]
-    rotation_DHH = _cayley(0.5 * (r_DHH - r_DHH.mT))
-    w_NDH = w_NK.reshape(len(w_NK), len(r_DHH), -1)
-    return _rotated(w_NDH, rotation_DHH) * parts["boft_s"]
+    for index, r_DHH in enumerate(parts["boft_R"]):
+        rotation_DHH = _cayley(0.5 * (r_DHH - r_DHH.mT))
+        order_K = _butterfly(w_NK.shape[1], r_DHH, index if settings["factors"] > 1 else None).to(w_NK.device)
+        w_NDH = w_NK[:, order_K.argsort()].reshape(len(w_NK), len(r_DHH), -1)
+        w_NK = _rotated(w_NDH, rotation_DHH)[:, order_K]
+    return w_NK * parts["boft_s"]
+
+
+def _butterfly(k: int, r_DHH: Tensor, index: int | None) -> Tensor:
+    """Of each part of the inputs (2^index blocks), first the even half blocks, then the odd ones."""
+    inputs = torch.arange(k)
+    if index is None:
+        return inputs
+    blocks, size, _ = r_DHH.shape
+    halves = inputs.view(blocks >> index, -1, size // 2)
+    return torch.cat([halves[:, 0::2], halves[:, 1::2]], dim=1).flatten()
 
 
 def _check_hra(layer: Layer) -> Settings:
@@ -129,7 +140,8 @@ BOFT = Kind(
     parts=frozenset({"boft_R", "boft_s"}),
     check=_check_boft,
     merged=_boft,
-    harmless=frozenset({"boft_block_num", "boft_block_size", "boft_dropout", "boft_n_butterfly_factor"}),
+    keys=frozenset({"boft_n_butterfly_factor"}),
+    harmless=frozenset({"boft_block_num", "boft_block_size", "boft_dropout"}),
 )
 HRA = Kind(
     peft_type="HRA",

@@ -7,6 +7,8 @@ outputs by ``[[a cos t, -a sin t], [a sin t, a cos t]]``, bias included; a pair 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def _ia3(w_NK: Tensor, parts: Parts, settings: Settings) -> Tensor:
     return w_NK * parts["ia3_l"]
 
 
-def _ia3_bias(bias_N: Tensor, parts: Parts, settings: Settings) -> Tensor:
+def _ia3_bias(bias_N: Tensor, weight: Callable[[], Tensor], parts: Parts, settings: Settings) -> Tensor:
     scale = parts["ia3_l"]
     return bias_N * scale[:, 0] if scale.shape[1] == 1 else bias_N
 
@@ -61,7 +63,7 @@ def _turned(x_NC: Tensor, parts: Parts, settings: Settings) -> Tensor:
     return turned.reshape(x_NC.shape)
 
 
-def _road_bias(bias_N: Tensor, parts: Parts, settings: Settings) -> Tensor:
+def _road_bias(bias_N: Tensor, weight: Callable[[], Tensor], parts: Parts, settings: Settings) -> Tensor:
     return _turned(bias_N[:, None], parts, settings)[:, 0]
 
 

@@ -1,11 +1,11 @@
-"""FourierFT, C3A, MiSS, SHiRA, HiRA and DeLoRA: updates with a structure of their own.
+"""FourierFT, C3A, MiSS, SHiRA, Super-Tuning, HiRA and DeLoRA: updates with a structure of their own.
 
 Method: FourierFT (Gao et al. 2024, equations 2 to 4) adds the inverse transform of a sparse spectrum, whose places a
 seed gives (torch's CPU generator, the same everywhere); C3A (Chen et al. 2025) adds blocks that are circulant; MiSS
 (Kang & Yin 2024, first named Bone) adds one small matrix to all blocks of columns, in its "bat" form
-``W_block B + B``; SHiRA (Bhardwaj et al. 2024) adds values at stored places; HiRA (Huang et al. 2025, equation 3) adds
-the elementwise product of the weight and a low-rank product; DeLoRA (Bini et al. 2025, equation 6) normalises each
-component, and scales columns by the norms of the base's.
+``W_block B + B``; SHiRA (Bhardwaj et al. 2024) adds values at stored places, and so does Super-Tuning, with or without
+a plain LoRA; HiRA (Huang et al. 2025, equation 3) adds the elementwise product of the weight and a low-rank product;
+DeLoRA (Bini et al. 2025, equation 6) normalises each component, and scales columns by the norms of the base's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconv.errors import AdapterError
-from qconv.merge.kinds.kind import Kind, Layer, Parts, Settings
+from qconv.merge.kinds.kind import Kind, Layer, Parts, Settings, check_indices
 
 
 def _check_fourier(layer: Layer) -> Settings:
@@ -74,19 +73,45 @@ def _miss(w_NK: Tensor, parts: Parts, settings: Settings) -> Tensor:
 
 
 def _check_shira(layer: Layer) -> Settings:
-    (count,) = layer.shape("shira_weight", 1)
+    count = layer.rank * (layer.n + layer.k)
+    layer.expect("shira_weight", count)
     layer.expect("shira_indices", 2, count)
     return {}
 
 
 def _shira(w_NK: Tensor, parts: Parts, settings: Settings) -> Tensor:
     rows, columns = parts["shira_indices"].long()
-    if min(rows.min(), columns.min()) < 0 or rows.max() >= w_NK.shape[0] or columns.max() >= w_NK.shape[1]:
-        raise AdapterError(
-            f"shira_indices: rows {int(rows.min())} to {int(rows.max())} and columns {int(columns.min())} to "
-            f"{int(columns.max())} are not all in a weight {list(w_NK.shape)}: damaged, or of another base"
-        )
+    check_indices("shira_indices, rows", rows, w_NK.shape[0])
+    check_indices("shira_indices, columns", columns, w_NK.shape[1])
     return w_NK.index_put((rows, columns), parts["shira_weight"], accumulate=True)
+
+
+def _check_super(layer: Layer) -> Settings:
+    if "supertuning_indices" not in layer.shapes:
+        layer.refuse(
+            "has no supertuning_indices (save_precomputed_indices was false): they are where the base has its largest "
+            "weights, and equal ones may come in any order. Load the adapter where it was trained, set "
+            "save_precomputed_indices=True in its config, and save it again"
+        )
+    count = int(layer.n * layer.k * (1 - layer.read.share("sparsity")))
+    layer.expect("supertuning_indices", count)
+    layer.expect("supertuning_values", count)
+    if layer.read.config.get("r") is None:
+        return {"scaling": None}
+    rank = layer.read.rank("r")
+    layer.expect("supertuning_lora_A.weight", rank, layer.k)
+    layer.expect("supertuning_lora_B.weight", layer.n, rank)
+    return {"scaling": layer.read.number("lora_alpha") / rank}
+
+
+def _super(w_NK: Tensor, parts: Parts, settings: Settings) -> Tensor:
+    places = parts["supertuning_indices"].long()
+    check_indices("supertuning_indices", places, w_NK.numel())
+    result = w_NK.flatten().scatter_add(0, places, parts["supertuning_values"]).view(w_NK.shape)
+    if settings["scaling"] is None:
+        return result
+    result += parts["supertuning_lora_B.weight"] @ parts["supertuning_lora_A.weight"] * settings["scaling"]
+    return result
 
 
 def _check_hira(layer: Layer) -> Settings:
@@ -155,9 +180,24 @@ SHIRA = Kind(
     parts=frozenset({"shira_indices", "shira_weight"}),
     check=_check_shira,
     merged=_shira,
-    harmless=frozenset({"mask_type", "r", "random_seed"}),
+    keys=frozenset({"r"}),
+    harmless=frozenset({"mask_type", "random_seed"}),
     vanishing=frozenset({"shira_weight"}),
     indices=frozenset({"shira_indices"}),
+    rank_key="r",
+)
+SUPERTUNING = Kind(
+    peft_type="SUPERTUNING",
+    title="Super-Tuning",
+    parts=frozenset(
+        {"supertuning_indices", "supertuning_lora_A.weight", "supertuning_lora_B.weight", "supertuning_values"}
+    ),
+    check=_check_super,
+    merged=_super,
+    keys=frozenset({"lora_alpha", "r", "sparsity"}),
+    harmless=frozenset({"lora_dropout", "save_precomputed_indices", "select_top"}),
+    vanishing_together=frozenset({"supertuning_lora_B.weight", "supertuning_values"}),
+    indices=frozenset({"supertuning_indices"}),
 )
 HIRA = Kind(
     peft_type="HIRA",
