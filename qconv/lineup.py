@@ -172,7 +172,10 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
         if candidate is not None:
             lineup.pair("requantization", "merged", CANDIDATE)
         if reference.resizes_vocabulary:
-            lineup.notes.append("the adapter resizes the vocabulary of the base: effect retained not measured")
+            lineup.notes.append(
+                "the adapter resizes the vocabulary of the base: effect retained not measured, and the adapter's whole "
+                "tensors are on both sides as the merge has them"
+            )
         else:
             lineup.enter("base", streamed(views.base, None, None, device), controls)
             lineup.pair("base_without_adapter", REFERENCE, "base")

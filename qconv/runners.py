@@ -220,8 +220,9 @@ def streamed(
     decorations = [] if inputs is None else [inputs]
     dtype = config_dtype(view.config)
     if adapter is not None:
-        # Whole replacements (biases, saved modules) join the view; updates stay beside it.
-        view = merge(view, [dataclasses.replace(adapter, deltas={}, transforms={}, rows={})])
+        if _resizes(view, adapter):  # whole tensors join the view, updates stay beside it
+            view = merge(view, [dataclasses.replace(adapter, deltas={}, transforms={}, rows={})])
+            adapter = dataclasses.replace(adapter, replacements={})
         decorations.append(unmerged(adapter))
 
     def decorate(prefix: str, module: nn.Module) -> None:
@@ -229,6 +230,15 @@ def streamed(
             decoration(prefix, module)
 
     return StreamedModel(view, device, dtype, decorate, keep)
+
+
+def _resizes(view: Checkpoint, adapter: Adapter) -> bool:
+    """Whether the adapter brings whole tensors of other shapes, for which the model has to be another."""
+    specs = view.specs()
+    return any(
+        name in specs and specs[name].shape != adapter.tensors.specs()[tensor].shape
+        for name, tensor in adapter.replacements.items()
+    )
 
 
 def _input_quantization(view: DequantizedCheckpoint) -> Decorate | None:

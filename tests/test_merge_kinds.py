@@ -181,7 +181,7 @@ def test_validating_several_butterfly_factors_needs_what_peft_needs(
     adapter = load_adapter(folder, open_checkpoint(base_folder))
     assert unmerged(adapter)
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
-    with pytest.raises(UsageError, match="CUDA extension.*--no-validate"):
+    with pytest.raises(UsageError, match=r"CUDA extension.*--no-validate"):
         unmerged(adapter)
 
 
@@ -260,7 +260,21 @@ def test_ln_tuning_replaces_norms(tmp_path: Path) -> None:
 
 
 CONV1D = ["c_attn", "c_proj", "c_fc"]
-CONV1D_CASES = ["adalora", "ia3", "vera", "fourierft", "hira", "randlora"]
+# Of the kinds that peft puts on Conv1D layers; it refuses all others there.
+CONV1D_KINDS = (
+    "adalora",
+    "ia3",
+    "vera",
+    "fourierft",
+    "hira",
+    "randlora",
+    "gralora",
+    "deft",
+    "frod",
+    "vblora",
+    "unilora",
+)
+CONV1D_CASES = [name for name in KIND_CASES if name.startswith((*CONV1D_KINDS, "tinylora", "waveft"))]
 
 
 @pytest.mark.parametrize("name", CONV1D_CASES)

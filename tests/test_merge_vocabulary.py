@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -57,9 +56,8 @@ def gemma() -> nn.Module:
 
 
 def reference_logits(base: Checkpoint, adapter: Adapter) -> torch.Tensor:
-    """What validation compares with: whole tensors in place, everything else beside the base."""
-    view = merge(base, [dataclasses.replace(adapter, deltas={}, rows={})])
-    (found,) = run(StreamedModel(view, "cpu", torch.float32, unmerged(adapter)), [IDS])
+    """What validation compares with; no merging code runs."""
+    (found,) = run(StreamedModel(base, "cpu", torch.float32, unmerged(adapter)), [IDS])
     return found
 
 
@@ -143,6 +141,36 @@ def test_on_a_base_in_four_bits(tmp_path: Path) -> None:
     assert_matches_unmerged(view, adapted, before, tmp_path)
     close(reference_logits(base, adapter), logits(adapted))
     assert view.config["tie_word_embeddings"] is False
+
+
+WHOLE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "embedding": (tied, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "head": (tied, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "both": (tied, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "kept-tied": (
+        tied,
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "biases": (qwen2, {"target_modules": ["q_proj"], "bias": "all"}),
+    "norms": (qwen2, {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "model.norm"]}),
+    "dora": (qwen2, {"target_modules": ["q_proj"], "use_dora": True, "bias": "all", "modules_to_save": ["lm_head"]}),
+    "ln-tuning": (qwen2, {"config_class": "LNTuningConfig", "target_modules": ["input_layernorm", "norm"]}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_reference_has_whole_tensors_without_any_merging(name: str, tmp_path: Path) -> None:
+    """So that a mistake in how they are merged shows between reference and candidate."""
+    build, config = WHOLE[name]
+    model = build()
+    base = open_checkpoint(save_model(model, tmp_path / "base"))
+    before = logits(model)
+    adapted = trained(model, **config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter", base)
+    found = reference_logits(base, adapter)
+    close(found, logits(adapted))
+    assert float((found - before).abs().max()) > 1e-2
 
 
 def test_rows_of_a_resized_vocabulary(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def check_peft(adapter: Adapter) -> None:
 
         if not get_fbd_cuda():
             raise UsageError(
-                f"{adapter.location}: peft runs BOFT of several butterfly factors with a CUDA extension of its own, which "
-                "it could not build here (it needs a GPU, nvcc and a compiler); merge with --no-validate"
+                f"{adapter.location}: peft runs BOFT of several butterfly factors with a CUDA extension of its own, "
+                "which it could not build here (it needs a GPU, nvcc and a compiler); merge with --no-validate"
             )
 
 

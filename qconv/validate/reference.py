@@ -26,8 +26,9 @@ from qconv.validate.peft_layers import attach_peft_layers, check_peft
 def unmerged(adapter: Adapter) -> Decorate:
     """A `Decorate` that hangs the adapter's branches on the linears it targets.
 
-    Whole replacements (biases, saved modules) are not branches: read the reference through a view
-    that already substitutes them.
+    Whole replacements (biases, saved modules) are put into the modules, as peft puts trained copies there; a tied
+    head keeps its own values when the embedding alone is replaced. Tensors of another shape than the module's (a
+    resized vocabulary) do not fit: read the reference through a view that has them, and leave them out here.
 
     Raises:
         AdapterError: a target is not a linear of the running model.
@@ -38,6 +39,10 @@ def unmerged(adapter: Adapter) -> Decorate:
 
     def decorate(prefix: str, module: nn.Module) -> None:
         loaded = {name: child for name, child in module.named_modules() if _is_loaded(child)}
+        for name, tensor in adapter.replacements.items():
+            local, _, parameter = name.removeprefix(prefix).rpartition(".")
+            if name.startswith(prefix) and local in loaded:
+                _replace(loaded[local], parameter, adapter, tensor)
         for name, delta in adapter.deltas.items():
             local = delta.module.removeprefix(prefix)
             if name.startswith(prefix) and local in loaded:
@@ -61,6 +66,17 @@ def _is_loaded(module: nn.Module) -> bool:
     """Whether the weight is here: the parts outside the blocks come with decoder layers still on the meta device."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and not weight.is_meta
+
+
+def _replace(module: nn.Module, parameter: str, adapter: Adapter, tensor: str) -> None:
+    before = module.get_parameter(parameter)
+    value = adapter.tensors.read(tensor, str(before.device)).to(before.dtype)
+    if value.shape != before.shape:
+        raise AdapterError(
+            f"{adapter.location}: tensor {tensor!r}: expected shape {list(before.shape)} to run it unmerged, found "
+            f"{list(value.shape)}"
+        )
+    setattr(module, parameter, nn.Parameter(value, requires_grad=False))
 
 
 def _attach(linear: nn.Module, adapter: Adapter, delta: LoraDelta) -> None:
