@@ -72,6 +72,8 @@ def judge_folds(block: Sequence[TensorAudit], config: Mapping[str, Any]) -> Fold
         weight = bias.name.removesuffix("bias") + "weight"
         if bias.ratio_K is None or not bias.name.endswith(".bias") or weight not in rows:
             continue
+        if len(bias.ratio_K) != len(rows[weight]):
+            continue  # GPT-2's Conv1D stores its weights [K, N]; no format quantizes those, so nothing was folded
         wanted = -Scales.of(bias.ratio_K)  # a bias is divided as the rows of its own weight are
         if is_hidden(wanted, rows[weight]) or follows(rows[weight], wanted):
             verdict.explained.add(bias.name)
