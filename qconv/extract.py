@@ -13,7 +13,6 @@ Left out: linears outside the decoder blocks and layers that are no `nn.Linear` 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,7 +110,7 @@ def extract(config: ExtractConfig, progress: Progress = QUIET) -> Extracted:
     others = _others(base, tuned, linears)
     if others and config.others == "refuse":
         raise CheckpointError(_explain_others(others, tuned))
-    saved = _saved(tuned, base, others) if config.others == "save" else {}
+    saved, biases = _saved(tuned, base, others) if config.others == "save" else ({}, {})
     found = _Found()
     for number, name in enumerate(name for name in base.specs() if name in linears):
         w_NK = base.read(name, device).float()
@@ -131,7 +130,7 @@ def extract(config: ExtractConfig, progress: Progress = QUIET) -> Extracted:
     with publishing(config.out, config.overwrite) as partial:
         about = {"base_model_name_or_path": config.base}
         are_all = len(found.factors) == len(linears)
-        write_plain_lora(partial, found.factors, rank, torch.float32, about, saved, short_names=are_all)
+        write_plain_lora(partial, found.factors, rank, torch.float32, about, saved, biases, short_names=are_all)
         _add_side_files(partial, source, tuned_source, base, config.base)
     return Extracted(
         out=config.out,
@@ -179,26 +178,26 @@ def _explain_others(others: list[OtherTensor], tuned: Checkpoint) -> str:
     return (
         f"{tuned.location}: {len(others)} tensors that no LoRA of linears covers differ from the base's:\n"
         f"{shown}{more}\n"
-        f"--others save keeps them whole as modules_to_save ({total:.3f} MB; vLLM loads no such adapter), "
+        f"--others save keeps them whole, as modules_to_save and biases ({total:.3f} MB; vLLM loads no such adapter), "
         "--others drop leaves them as in the base"
     )
 
 
-def _saved(tuned: Checkpoint, base: Checkpoint, others: list[OtherTensor]) -> Mapping[str, Tensor]:
-    """Values of whole modules, as peft saves them; a tied head has to be saved with its embedding."""
+def _saved(
+    tuned: Checkpoint, base: Checkpoint, others: list[OtherTensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Values of whole modules, and of biases whose weight is in the LoRA or unchanged, as peft saves them.
+
+    A tied head has to be saved with its embedding.
+    """
     names = [other.name for other in others]
-    weights = [name for name in tuned.specs() if any(_module(name) == _module(other) for other in names)]
-    bias = next((name for name in names if name.endswith(".bias") and _module(name) + ".weight" not in names), None)
-    if bias is not None:
-        raise CheckpointError(
-            f"{tuned.location}: the bias {bias!r} differs and its layer's weight is in the LoRA or unchanged; peft "
-            "saves no bias alone as a module: use --others drop to leave biases as in the base"
-        )
-    saved = {name: tuned.read(name) for name in weights}
+    alone = {name for name in names if name.endswith(".bias") and _module(name) + ".weight" not in names}
+    modules = {_module(name) for name in names if name not in alone}
+    saved = {name: tuned.read(name) for name in tuned.specs() if _module(name) in modules}
     vocabulary = find_vocabulary(base, names)
     if vocabulary.head_is_embedding and vocabulary.embedding in saved and vocabulary.head is not None:
         saved[vocabulary.head] = saved[vocabulary.embedding].clone()
-    return saved
+    return saved, {name: tuned.read(name) for name in alone}
 
 
 def _module(name: str) -> str:

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qconv.adapter_configs import ExtractConfig
+from qconv.checkpoint import open_checkpoint
 from qconv.cli import main
 from qconv.errors import CheckpointError, UsageError
 from qconv.extract import Extracted, extract
+from qconv.merge import load_adapter, merge
 from qconv.merge.low_rank import EXACT_SIDE, low_rank
 from qconv.records import read_train_record
-from tests.merge_cases import TINY_LLAMA, llama, logits, trained
+from tests.merge_cases import TINY_LLAMA, llama, logits, qwen2, save_model, trained
 
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 
@@ -172,6 +174,33 @@ def test_others_saved_compute_what_the_tuned_model_computes(tmp_path: Path) -> N
     expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     found = logits(PeftModel.from_pretrained(llama(), str(tmp_path / "out")).eval())
     assert float((found - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+
+
+def test_biases_saved_compute_what_the_tuned_model_computes(tmp_path: Path) -> None:
+    """Of a linear in the LoRA, of one that is not, and of one whose weight did not change; through peft and merged."""
+    peft = pytest.importorskip("peft")
+    base = save_model(qwen2(), tmp_path / "base")
+    state = load_file(base / "model.safetensors")
+    torch.manual_seed(9)
+    for name in (
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.1.self_attn.k_proj.bias",
+        "model.norm.weight",
+    ):
+        state[name] = state[name] + 0.1 * torch.randn_like(state[name])
+    folder = tmp_path / "tuned"
+    shutil.copytree(base, folder)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    extract(ExtractConfig(base=str(base), tuned=str(folder), out=out, device="cpu", rank=32, others="save"))
+    expected = logits(type(qwen2()).from_pretrained(folder).eval())
+    loaded = peft.PeftModel.from_pretrained(type(qwen2()).from_pretrained(base), out).eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    view = open_checkpoint(base)
+    merged = merge(view, [load_adapter(out, view)])
+    for name, tensor in state.items():
+        torch.testing.assert_close(merged.read(name), tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_others_dropped_are_the_bases(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def write_plain_lora(
     dtype: torch.dtype,
     about: Mapping[str, Any],
     saved: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, Tensor] | None = None,
     short_names: bool = True,
 ) -> None:
     """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` into a folder.
@@ -56,6 +57,7 @@ def write_plain_lora(
         modules: by module name; none of a rank above ``rank``.
         about: keys of the config that say what the adapter is for (base, task, fan_in_fan_out).
         saved: modules_to_save: base tensor name -> its trained value, written as it is.
+        biases: trained biases of other modules: base tensor name -> its value, written as it is.
         short_names: target_modules names the last part of each module (peft then targets every module of that name);
             False = every module by its full name.
     """
@@ -71,7 +73,11 @@ def write_plain_lora(
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b_NR
     for name, tensor in (saved or {}).items():
         tensors[PREFIX + name] = tensor.contiguous()
+    for name, tensor in (biases or {}).items():
+        module = name.removesuffix(".bias")
+        tensors[f"{PREFIX}{module}{'.base_layer' if module in modules else ''}.bias"] = tensor.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    about = {**about, **({"bias": "all"} if biases else {})}
     config = plain_config(_targets(modules, short_names), rank, about, _saved_modules(saved or {}))
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
