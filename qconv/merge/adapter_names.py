@@ -38,7 +38,15 @@ _ROWS = {
     "TRAINABLE_TOKENS": {"trainable_tokens_delta": "rows"},
 }
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.(?=[^.]+$)|\.modules_to_save(?:\.default)?(?=\.)")
+_TUCKER = "the Tucker form is that of convolutions, which are not read"
+_EMBEDDING = "on embeddings, LoRA and trainable tokens are read, no other kind"
 _REFUSED = {
+    "hada_t1": _TUCKER,
+    "hada_t2": _TUCKER,
+    "lokr_t2": _TUCKER,
+    "hira_embedding_A": _EMBEDDING,
+    "hira_embedding_B": _EMBEDDING,
+    "oft_embedding_R": _EMBEDDING,
     "trainable_tokens_delta": "trained rows of an embedding belong to peft_type TRAINABLE_TOKENS or to a LoRA",
     "lora_E": "AdaLoRA's singular values scale the update; the config should then say peft_type ADALORA",
 }
@@ -99,6 +107,11 @@ def sort_names(tensor_names: Iterable[str], peft_type: str, where: str) -> Adapt
             )
         name = name.removeprefix(PREFIX)
         layer = _layer_of(name, parts)
+        if layer is not None and ".base_layer." in name:
+            raise AdapterError(
+                f"{where}: tensor {tensor_name!r} is an adapter inside an adapted layer, as peft makes them for "
+                "nn.MultiheadAttention; such layers are not read"
+            )
         if layer is not None:
             _put(names.layers.setdefault(layer[0], {}), layer[1], tensor_name, where)
             continue

@@ -67,6 +67,15 @@ class AdapterSource:
             )
         return spec
 
+    def refuse_convolution(self, name: str, tensor: str) -> None:
+        """Refuses a base weight of more than two dimensions."""
+        shape = self.base_spec(name, tensor).shape
+        if len(shape) > 2:
+            self.refuse(
+                f"tensor {tensor!r} changes {name} {list(shape)}, the weight of a convolution; convolutions are not "
+                "read: merge the adapter with peft's merge_and_unload, or train without that module"
+            )
+
     def difference_to_base(self, name: str, tensor: str) -> float:
         """Relative Frobenius difference between an adapter tensor and the base's, over the rows both have."""
         base = self.base.read(self.in_base(name))

@@ -76,6 +76,7 @@ def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -
 def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replacements: Mapping[str, str]) -> LoraDelta:
     weight, of_embedding = module + ".weight", "embedding_a" in parts
     a, b = (parts["embedding_a"], parts["embedding_b"]) if of_embedding else (parts["a"], parts["b"])
+    source.refuse_convolution(weight, a)
     base_shape = source.base_spec(weight, a).shape
     if weight in replacements:
         base_shape = source.shape(replacements[weight])
@@ -133,8 +134,8 @@ def _check_factors(
     a_shape, b_shape, rank = source.shape(a), source.shape(b), source.rank_of(module)
     if len(a_shape) != 2 or len(b_shape) != 2:
         source.refuse(
-            f"expected 2-D matrices, found {a!r} {list(a_shape)} and {b!r} {list(b_shape)}; LoRA on convolutions is "
-            "not read, and a flat or empty tensor means that a sharded training run did not gather it"
+            f"expected 2-D matrices, found {a!r} {list(a_shape)} and {b!r} {list(b_shape)}; a flat or "
+            "empty tensor means that a sharded training run did not gather it"
         )
     if a_shape[0] != rank or b_shape[1] != rank:
         source.refuse(

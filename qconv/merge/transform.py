@@ -41,6 +41,11 @@ def find_transforms(
         if weight in replacements:
             shape = source.shape(replacements[weight])
         is_head = weight == source.vocabulary.head
+        source.refuse_convolution(weight, first)
+        if weight == source.vocabulary.embedding:
+            source.refuse(
+                f"tensor {first!r} changes {weight}: on embeddings, LoRA and trainable tokens are read, no other kind"
+            )
         if len(shape) != 2 or (linear_weights is not None and weight not in linear_weights and not is_head):
             source.refuse(f"tensor {first!r} changes {weight}, which is not the weight of a linear layer")
         transposed = source.base.config.get("model_type") in CONV1D_MODEL_TYPES and not is_head
