@@ -18,6 +18,7 @@ from qconv.convert import simulate_training_base
 from qconv.errors import AdapterError
 from qconv.merge import load_adapter, merge
 from qconv.normalise import normalise
+from qconv.remembered import Remembered
 from qconv.skeleton import linear_weights
 from qconv.streaming import StreamedModel
 from qconv.types import Adapter, Checkpoint
@@ -171,6 +172,15 @@ def test_the_reference_has_whole_tensors_without_any_merging(name: str, tmp_path
     found = reference_logits(base, adapter)
     close(found, logits(adapted))
     assert float((found - before).abs().max()) > 1e-2
+
+
+def test_reading_changes_no_base_that_is_shared(tmp_path: Path) -> None:
+    base_folder, folder = adapter_of(tmp_path, target_modules=["q_proj"], trainable_token_indices=ROWS)
+    base = Remembered(open_checkpoint(base_folder))
+    before = base.read("model.embed_tokens.weight").clone()
+    merged = merge(base, [load_adapter(folder, base)]).read("model.embed_tokens.weight")
+    assert torch.equal(base.read("model.embed_tokens.weight"), before)
+    assert {int(row) for row in (merged != before).any(dim=1).nonzero()} == set(ROWS)
 
 
 def test_rows_of_a_resized_vocabulary(tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ class MergedCheckpoint:
             if not all_finite(tensor):
                 raise NumericsError(f"{self.location}: NaN or infinity in the merged bias {name!r}")
         if recipe.rows is not None:
-            tensor = tensor.float()
-            tensor[list(recipe.rows.rows)] = self._adapter.tensors.read(recipe.rows.tensor, device).float()
+            values = self._adapter.tensors.read(recipe.rows.tensor, device).float()
+            tensor = tensor.float().index_copy(0, torch.tensor(recipe.rows.rows, device=device), values)
         return tensor
 
     def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:

@@ -56,7 +56,10 @@ def _waveft(w_NK: Tensor, parts: Parts, settings: Settings) -> Tensor:
     height, width = (size + spare + (0 if taps is None else (size + spare) % 2) for size in (n, k))
     spectrum = w_NK.new_zeros(height, width)
     spectrum[places // k + (height - n) // 2, places % k + (width - k) // 2] = values
-    update = spectrum if taps is None else _inverse(spectrum, w_NK.new_tensor(taps))
+    if taps is None:
+        update = spectrum
+    else:  # in float64: a GPU's convolutions take float32 for TF32
+        update = _inverse(spectrum.double(), torch.tensor(taps, dtype=torch.float64, device=w_NK.device)).to(w_NK)
     top, left = (update.shape[0] - n) // 2, (update.shape[1] - k) // 2
     return w_NK + update[top : top + n, left : left + k] * float(settings["scaling"])
 
