@@ -13,7 +13,7 @@ Left out: more than one adapter (`combine.py` makes one of several).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -246,9 +246,12 @@ def _is_tied_update(of_head: _Recipe, of_embedding: _Recipe, adapter: Adapter) -
     ours, theirs = of_head.delta, of_embedding.delta
     if ours is None or theirs is None or of_head.whole != of_embedding.whole:
         return False
-    if ours.of_embedding or not theirs.of_embedding or (ours.scaling, ours.rank) != (theirs.scaling, theirs.rank):
+    if ours.of_embedding or ours.transposed or not theirs.of_embedding:
         return False
-    if ours.magnitude is not None or theirs.magnitude is not None or ours.transposed:
+    plain = LoraDelta(weight="", a="", b="", rank=ours.rank, scaling=ours.scaling)
+    if any(
+        replace(one, weight="", a="", b="", transposed=False, of_embedding=False) != plain for one in (ours, theirs)
+    ):
         return False
     read = adapter.tensors.read
     return torch.equal(read(ours.a).T, read(theirs.b)) and torch.equal(read(ours.b).T, read(theirs.a))
