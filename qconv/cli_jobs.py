@@ -68,6 +68,7 @@ def merge_job(
         overwrite=options["overwrite"],
         gpu_memory_limit=None if options["gpu_memory"] is None else parse_size(options["gpu_memory"], "--gpu-memory"),
         revision=options["revision"],
+        tensor_parallel=options["tp"],
         report_dir=options["report_dir"],
     )
 

@@ -55,6 +55,7 @@ output_options = options(
     click.option("--dtype", type=Choice(PLAIN_DTYPES), help="Dtype of what is not quantized [default: the base's]."),
     click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest shard file."),
     click.option("--revision", help="Branch, tag or commit, when the base is a hub id."),
+    click.option("--tp", type=int, help="Refuse what does not divide by this many GPUs as engines split it."),
 )
 combine_options = options(
     click.option(

@@ -141,6 +141,8 @@ class MergeJob:
         options: how the adapter is read and merged.
         trained_on: how training saw a 16-bit base; None = as the adapter's record says.
         validation: None = do not validate.
+        tensor_parallel: GPUs that an engine will split each output among; what does not divide is refused before any
+            work. None = not checked.
         report_dir: a second place for the reports, of several outputs a folder each (see `report_folder`);
             None = only the output folders.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
@@ -162,9 +164,12 @@ class MergeJob:
     gpu_memory_limit: int | None = None
     overwrite: bool = False
     revision: str | None = None
+    tensor_parallel: int | None = None
     report_dir: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.tensor_parallel is not None and self.tensor_parallel < 1:
+            raise UsageError(f"--tp takes a number of GPUs, 1 or more, got {self.tensor_parallel}")
         if self.trained_on is not None and self.trained_on not in BNB_KINDS:
             raise UsageError(f"--trained-on takes {', '.join(BNB_KINDS)}, got {self.trained_on}")
         if self.adapter is not None and self.combination is not None:

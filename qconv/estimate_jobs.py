@@ -114,6 +114,7 @@ def estimate_merge(
         problems=problems,
         notes=[
             *notes_of(device),
+            *plan.warnings,
             *(f"{output.out}: {text} (not taken)" for output in job.outputs for text in output.not_taken),
         ],
     )

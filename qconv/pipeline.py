@@ -60,7 +60,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
     job, sweep = with_rank(job, device, progress)
     with TIMELINE.stage("prepare"):
         plan = make_plan(job, progress)
-        for line in estimate_merge(job, plan, device, "").check():
+        for line in [*plan.warnings, *estimate_merge(job, plan, device, "").check()]:
             progress.say(f"warning: {line}")
         make_report_folder(job.report_dir)
         reference, merged, calibration = plan.reference, plan.reference.merged, plan.calibration

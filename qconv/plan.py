@@ -12,6 +12,8 @@ from qconv import corpus
 from qconv.adapter_configs import AdapterOptions
 from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig
+from qconv.convert.dequantize import CONV1D_MODELS
+from qconv.decoder_shape import DecoderShape
 from qconv.errors import concerning
 from qconv.evaluation import check_vocabulary, evaluation_rows
 from qconv.gating import check_rules
@@ -25,6 +27,7 @@ from qconv.runners import Reference
 from qconv.side_files import tokenizer_folder
 from qconv.skeleton import StoredBlocks, linear_weights
 from qconv.streaming import StreamedModel
+from qconv.tensor_parallel import check_parallel, parallel_linears
 from qconv.types import Checkpoint
 from qconv.validate.peft_layers import check_peft
 from qconv.work_folder import check_beside, check_inputs, check_output, check_place
@@ -42,6 +45,7 @@ class Plan:
         writers: the same; nothing is begun.
         calibration: token rows, or None where none are needed.
         calibration_text: in words, what they were cut from.
+        warnings: what engines will run slower, or only in some releases, on the GPUs that the job names.
     """
 
     reference: Reference
@@ -50,6 +54,7 @@ class Plan:
     writers: Sequence[CheckpointWriter]
     calibration: torch.Tensor | None
     calibration_text: str
+    warnings: tuple[str, ...] = ()
 
 
 def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) -> Plan:
@@ -76,6 +81,8 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
         with concerning("outputs", str(number)):
             some = linears if output.quantization else []
             layouts.append(plan_layout(merged, output.dtype, output.quantization, some))
+    with concerning("tp"):
+        warnings = _parallel_warnings(job, merged, layouts)
     adapter_folder = reference.side_folder
     tokenizer = tokenizer_folder(source.folder, adapter_folder)
     _check_before_work(job, reference, merged, tokenizer, adapter_comes or reference.adapter is not None)
@@ -92,6 +99,7 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
         writers=writers,
         calibration=calibration,
         calibration_text=calibration_text,
+        warnings=warnings,
     )
 
 
@@ -101,6 +109,21 @@ def _check_folder(job: MergeJob, output: OutputConfig) -> None:
     check_inputs(output.out, [job.base, *job.adapters])
     for other in job.outputs:
         check_beside(output.out, job.report_folder(other))
+
+
+def _parallel_warnings(job: MergeJob, merged: Checkpoint, layouts: Sequence[Layout]) -> tuple[str, ...]:
+    """Raises `SchemeError` for an output that does not divide by the GPUs of the job."""
+    if job.tensor_parallel is None:
+        return ()
+    shape = DecoderShape.of(merged.config, merged.location)
+    is_transposed = merged.config.get("model_type") in CONV1D_MODELS
+    found = []
+    for output, layout in zip(job.outputs, layouts, strict=True):
+        stored = {name.removesuffix(".weight"): str(layout.format) for name in layout.quantized}
+        schemes = {name.removesuffix(".weight"): scheme for name, scheme in layout.schemes.items()}
+        linears = parallel_linears(merged.specs(), stored, schemes, is_transposed)
+        found += check_parallel(shape, linears, job.tensor_parallel, str(output.out))
+    return tuple(dict.fromkeys(found))
 
 
 def plan_before_training(job: MergeJob, progress: Progress = QUIET) -> Plan:

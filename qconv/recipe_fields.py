@@ -236,7 +236,7 @@ def _kind(hint: Any) -> Kind:
 JOB = _section(
     MergeJob,
     without=("combination", "options", "outputs", "calibration", "validation"),
-    names={"report_dir": "report", "gpu_memory_limit": "gpu-memory"},
+    names={"report_dir": "report", "gpu_memory_limit": "gpu-memory", "tensor_parallel": "tp"},
     kinds={"base": MODEL, "adapter": MODEL, "gpu_memory_limit": SIZE, "trained_on": choice(BNB_KINDS)},
 )
 ADAPTER = _section(AdapterOptions, kinds={"rank": RANK})  # whose keys stand beside those of the job

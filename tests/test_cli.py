@@ -719,7 +719,7 @@ ADAPTER = {"--dampen-intruders", "--rank", "--rank-scaling", "--qa-lora", "--ir-
 SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "merge": (
         ["base", "adapters"],
-        {"--combine", "--weights", "--combine-rank", "--density", "--majority-sign"}
+        {"--tp", "--combine", "--weights", "--combine-rank", "--density", "--majority-sign"}
         | {"--requant", "--trained-on", "--no-validate", "--dtype", "--task-data"}
         | ADAPTER
         | OUTPUT
@@ -730,7 +730,7 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
     ),
     "quantize": (
         ["model"],
-        {"--to", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json", "--dry-run"},
+        {"--tp", "--to", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json", "--dry-run"},
     ),
     "convert": (["source"], {"--to", "--base", "--dtype", "--json", "--dry-run"} | OUTPUT | RUN),
     "extract": (

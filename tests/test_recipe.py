@@ -101,6 +101,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "revision": st.sampled_from(["main", "1e5", "0123456"]),
         "trained-on": st.sampled_from(["nf4-dq", "fp4", "16bit"]),
         "report": st.just("reports"),
+        "tp": st.integers(1, 8),
         "outputs.0.dtype": st.sampled_from(["bf16", "fp32"]),
         "outputs.0.max-shard-size": st.sampled_from(["20MB", "5GB"]),
         "calibration.samples": st.integers(1, 999),
