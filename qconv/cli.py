@@ -43,6 +43,7 @@ from qconv.cli_options import (
 from qconv.cli_parsing import COMPLETE_VARIABLE, Choice, Group, files, folders
 from qconv.cli_plans import planned_merge, planned_training, planned_validation
 from qconv.cli_recipe import run, schema
+from qconv.cli_serving import pack
 from qconv.config import MergeJob
 from qconv.own_process import begin, expand_segments, keep_freed_memory, without_collections
 from qconv.progress import as_json_lines
@@ -276,7 +277,7 @@ def demo(out: Path, requant: str, steps: int, **options: Any) -> None:
     run_demo(out, requant, steps, options["device"], cli_jobs.progress_of(options))
 
 
-for _command in (extract, run, schema, report, inspect, doctor, completion):
+for _command in (extract, pack, run, schema, report, inspect, doctor, completion):
     cli.add_command(_command)
 
 

@@ -21,6 +21,8 @@ from qconv.errors import CheckpointError, UsageError
 
 MARKER = ".qconv-partial"
 REPORT_SIGN = "qconv-report.json"  # a rejected folder of ours has one
+PACK_SIGN = "qconv-pack.json"
+_OVERWRITTEN = ("config.json", "adapter_config.json", PACK_SIGN)  # one of these is in what may be replaced
 _NOT_OURS = "exists and was not made by qconv; move it away or choose another -o"
 
 
@@ -173,8 +175,8 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{out}: exists already; choose another -o, or pass --overwrite to replace it")
     if not out.is_dir():
         raise CheckpointError(f"{out}: expected a folder to overwrite, found a file")
-    if any(out.iterdir()) and not ((out / "config.json").exists() or (out / "adapter_config.json").exists()):
-        raise CheckpointError(f"{out}: has files but no config.json; --overwrite replaces model folders only")
+    if any(out.iterdir()) and not any((out / name).exists() for name in _OVERWRITTEN):
+        raise CheckpointError(f"{out}: has files but no config.json; --overwrite replaces model folders and packs only")
 
 
 def check_place(out: Path) -> None:

@@ -124,7 +124,7 @@ def test_existing_output_is_refused(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("x")
-    with pytest.raises(CheckpointError, match="replaces model folders only"):
+    with pytest.raises(CheckpointError, match="replaces model folders and packs only"):
         CheckpointWriter(other, [], 10**9, overwrite=True)
 
 

@@ -305,7 +305,7 @@ def test_existing_output_is_refused_and_can_be_replaced(run: Run, tiny_nf4: Path
     assert [path.name for path in run.out.parent.iterdir()] == ["out"]
     (run.out / "config.json").unlink()
     run.refused(
-        3, ["no config.json", "replaces model folders only"], "convert", tiny_nf4, "--to", "bf16", "--overwrite"
+        3, ["no config.json", "replaces model folders and packs only"], "convert", tiny_nf4, "--to", "bf16", "--overwrite"
     )
 
 
@@ -747,6 +747,12 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
     ),
     "report": (["reports"], {"--format", "-o", "--out", "--debug"}),
     "train": (["base", "data"], TRAIN | (OUTPUT - {"--max-shard-size"}) | RUN | {"--json", "--dry-run"}),
+    "pack": (
+        ["model"],
+        {"--for", "-o", "--out", "--adapter", "--tp", "--context", "--concurrency", "--kv-dtype", "--gpu-memory"}
+        | {"--name", "--port", "--model-path", "--answers", "--no-answers", "--prompts", "--overwrite", "--json"}
+        | RUN,
+    ),
     "inspect": (["path"], {"--json", "--debug", "--spectral", "--base", "--trained-on", "--device"}),
     "demo": ([], {"-o", "--out", "--requant", "--steps"} | RUN),
     "run": (["recipe"], {"--set", "--check", "--json", "--dry-run"} | RUN),

@@ -1,0 +1,17 @@
+"""Engines of other containers than safetensors, and why they are refused. An export that makes such a container makes
+an `Engine` of its row here.
+"""
+
+from __future__ import annotations
+
+FOREIGN = {
+    "ollama": (
+        "Ollama's Modelfile names a GGUF file (https://docs.ollama.com/import), and {folder} holds safetensors "
+        "({layout}); convert a plain output (without --requant) with llama.cpp's convert_hf_to_gguf.py"
+    ),
+    "ort-genai": (
+        "ONNX Runtime GenAI takes an ONNX model (https://onnxruntime.ai/docs/genai/), and {folder} holds safetensors "
+        "({layout}); build one of a plain output (without --requant) with onnxruntime_genai.models.builder"
+    ),
+}
+"""By name: the words of the refusal, with places for the folder and its layout."""

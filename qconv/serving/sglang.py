@@ -1,0 +1,71 @@
+"""SGLang, from its documentation and source; nobody here has run it.
+
+https://docs.sglang.ai/advanced_features/server_arguments.html, .../quantization.html, .../lora.html;
+https://github.com/sgl-project/sglang, python/sglang/srt/layers/quantization/gptq.py: Marlin for 4 and 8 bits,
+symmetric; nothing there reads ``checkpoint_format`` but for marlin, so version 2 would be read as version 1.
+"""
+
+from __future__ import annotations
+
+from qconv.serving.engine import Engine, Request, Served, ServedAdapter, instead, openai_request
+
+
+def refusal(served: Served) -> str | None:
+    for layout in served.layouts:
+        if layout == "gptq_v2":
+            return "it reads no checkpoint_format, so zero points of version 2 as those of version 1; " + instead(
+                "gptq, which holds the same numbers when symmetric", served
+            )
+        odd = next((s for s in served.schemes if not s.symmetric or s.bits not in (4, 8)), None)
+        if layout == "gptq" and odd is not None:
+            what = f"{odd.bits} bits, {'symmetric' if odd.symmetric else 'asymmetric'}"
+            return f"its Marlin kernels take GPTQ of 4 or 8 bits, symmetric, and this is {what}; " + instead(
+                "gptq --sym, or awq", served
+            )
+    return None
+
+
+def notes(served: Served) -> list[str]:
+    found = ["not run by qconv's makers: what is said here is from its documentation and source"]
+    if served.layout.startswith("bnb-"):
+        found.append("4-bit weights of bitsandbytes are loaded as they are, on one GPU")
+    if any(s.kind == "int" and not s.symmetric and served.layout == "pack-quantized" for s in served.schemes):
+        found.append("asymmetric pack-quantized weights load in vLLM; nobody measured them here")
+    return found
+
+
+def command(served: Served) -> list[str]:
+    words = ["python3", "-m", "sglang.launch_server", "--model-path", served.path]
+    words += ["--served-model-name", served.name, "--host", served.host, "--port", str(served.port)]
+    words += ["--tp-size", str(served.num_gpus), "--context-length", str(served.context)]
+    words += ["--max-running-requests", str(served.concurrency)]
+    if served.layout.startswith("bnb-"):
+        words += ["--quantization", "bitsandbytes", "--load-format", "bitsandbytes"]
+    if served.cache_dtype != "auto":
+        words += ["--kv-cache-dtype", "fp8_e4m3"]
+    if served.adapters:
+        words += ["--enable-lora", "--max-lora-rank", str(served.max_rank)]
+        words += ["--max-loras-per-batch", str(len(served.adapters) + 1)]  # the base alone takes a place, too
+        words += ["--lora-paths", *(f"{adapter.name}={adapter.path}" for adapter in served.adapters)]
+    return words
+
+
+def request(served: Served, adapter: ServedAdapter | None, prompt: str, num_tokens: int) -> Request:
+    model = served.name if adapter is None else f"{served.name}:{adapter.name}"
+    return openai_request(model, prompt, num_tokens)
+
+
+SGLANG = Engine(
+    name="sglang",
+    title="SGLang",
+    port=30000,
+    refusal=refusal,
+    notes=notes,
+    command=command,
+    request=request,
+    sources=(
+        "https://docs.sglang.ai/advanced_features/server_arguments.html",
+        "https://docs.sglang.ai/advanced_features/quantization.html",
+        "https://docs.sglang.ai/advanced_features/lora.html",
+    ),
+)
