@@ -33,6 +33,7 @@ from qconv.cli_options import (
     dry_run_option,
     json_option,
     output_options,
+    push_options,
     quantize_options,
     run_options,
     task_data_option,
@@ -42,6 +43,7 @@ from qconv.cli_options import (
 )
 from qconv.cli_parsing import COMPLETE_VARIABLE, Choice, Group, files, folders
 from qconv.cli_plans import planned_merge, planned_training, planned_validation
+from qconv.cli_publish import push_config, pushed
 from qconv.cli_recipe import run, schema
 from qconv.cli_serving import pack
 from qconv.config import MergeJob
@@ -92,6 +94,7 @@ def cli() -> None:
 @output_options
 @quantize_options
 @validate_options
+@push_options
 @dry_run_option
 @json_option
 @run_options
@@ -122,6 +125,7 @@ def merge(base: str, adapters: tuple[str, ...], targets: tuple[str, ...], no_val
 @output_options
 @quantize_options
 @validate_options
+@push_options
 @dry_run_option
 @json_option
 @run_options
@@ -152,6 +156,7 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
 )
 @click.option("--dtype", type=Choice(PLAIN_DTYPES), help="lora: dtype of the factors [default: fp32]")
 @click.option("--revision", help="Branch, tag or commit, when the model or adapter is a hub id.")
+@push_options
 @dry_run_option
 @json_option
 @run_options
@@ -174,9 +179,11 @@ def convert(source: str, target: str, **options: Any) -> Answer:
         return unpickled_facts(unpickle(cli_jobs.unpickle_config(source, options)))
     if target != "lora":
         return _run_job(cli_jobs.convert_job(source, target, options), options, "convert")
+    config, progress = cli_jobs.normalise_config(source, options), cli_jobs.progress_of(options)
+    push = push_config(options, [config.out])
     from qconv.normalise import normalise
 
-    return normalised_facts(normalise(cli_jobs.normalise_config(source, options), cli_jobs.progress_of(options)))
+    return pushed(normalised_facts(normalise(config, progress)), push, config.out, 1, progress)
 
 
 @cli.command()
@@ -282,18 +289,20 @@ for _command in (extract, pack, run, schema, report, inspect, doctor, completion
 
 
 def _run_job(job: MergeJob, options: dict[str, Any], command: str) -> Answer:
+    push, progress = push_config(options, [output.out for output in job.outputs]), cli_jobs.progress_of(options)
     if options["dry_run"]:
-        return planned_merge(job, command, cli_jobs.progress_of(options))
+        return planned_merge(job, command, progress)
     begin(job.device, [job.base, *job.adapters], solves=cli_jobs.solves(job))
     with without_collections():
         from qconv import pipeline
 
-    outcomes = pipeline.run(job, cli_jobs.progress_of(options))
+    outcomes = pipeline.run(job, progress)
+    parts = [
+        answer_of(outcome, made(outcome), cli_jobs.following_a_merge(job, output))
+        for output, outcome in zip(job.outputs, outcomes, strict=True)
+    ]
     return together(
-        [
-            answer_of(outcome, made(outcome), cli_jobs.following_a_merge(job, output))
-            for output, outcome in zip(job.outputs, outcomes, strict=True)
-        ]
+        [pushed(part, push, output.out, len(parts), progress) for output, part in zip(job.outputs, parts, strict=True)]
     )
 
 

@@ -38,7 +38,8 @@ class Answer:
 
 
 def together(parts: Sequence[Answer]) -> Answer:
-    """One answer of several: the failure is the worst, a gate that failed before one that is inconclusive.
+    """One answer of several: the failure is the worst, a gate that failed before one that is inconclusive, and either
+    before a push that failed.
 
     The document of several is ``{"outputs": [...]}``, each as it would be alone.
     """
@@ -48,9 +49,13 @@ def together(parts: Sequence[Answer]) -> Answer:
     return Answer(
         text="\n\n".join(part.text for part in parts),
         document={"outputs": [with_code(part) for part in parts]},
-        failure=min(failures, key=lambda failure: failure.exit_code, default=None),
+        failure=min(failures, key=_rank, default=None),
         following=tuple(line for part in parts for line in part.following),
     )
+
+
+def _rank(failure: errors.QconvError) -> tuple[bool, int]:
+    return not isinstance(failure, errors.GateError | errors.GateInconclusiveError), failure.exit_code
 
 
 def with_code(answer: Answer) -> dict[str, Any]:

@@ -234,6 +234,17 @@ train_options = options(
     click.option("--seq-len", default=512, show_default=True, help="Tokens per row."),
     click.option("--seed", default=0, show_default=True, help="Seed of the adapter's start and the order of the text."),
 )
+push_options = options(
+    click.option(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="Push what was made, if its gates pass; of several outputs each to ORG/NAME-FOLDER. Private if new.",
+    ),
+    click.option(
+        "--public", is_flag=True, help="--push-to-hub: a new repository is public, and a public one is taken."
+    ),
+    click.option("--push-rejected", is_flag=True, help="--push-to-hub: also what did not pass its gates."),
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, also for an error.")
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Only print what it would take: stages, bytes, memory, disk, time. Writes nothing."

@@ -87,6 +87,16 @@ class NumericsError(QconvError):
     exit_code = EXIT_BAD_INPUT
 
 
+class HubError(QconvError):
+    """The model hub cannot be reached, or does not answer as it should; what was made is complete."""
+
+
+class HubAccessError(HubError):
+    """A push to the hub without a token, with one that may not write there, or to where it was not meant to go."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
 class GateError(QconvError):
     """A measured value misses the gate that the user set."""
 

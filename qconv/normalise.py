@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from qconv import __version__
 from qconv.adapter_configs import NormaliseConfig
 from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint
 from qconv.convert import dequantize
@@ -26,7 +27,8 @@ from qconv.merge.delta import factors
 from qconv.merge.implied_base import ImpliedBase
 from qconv.merge.plain_lora import SERVED_RANKS, Factors, served_rank, write_plain_lora
 from qconv.progress import QUIET, Progress
-from qconv.records import TRAIN_RECORD_NAME
+from qconv.records import TRAIN_RECORD_NAME, read_train_record
+from qconv.report.adapter_card import adapter_card
 from qconv.side_files import tokenizer_files
 from qconv.types import Adapter, LoraDelta
 from qconv.work_folder import check_inputs, check_output, publishing
@@ -87,6 +89,17 @@ def normalise(config: NormaliseConfig, progress: Progress = QUIET) -> Normalised
         for file in [*tokenizer_files(files.folder), files.folder / TRAIN_RECORD_NAME]:
             if file.is_file():
                 shutil.copyfile(file, partial / file.name)
+        record = read_train_record(files.folder)
+        card = adapter_card(
+            tool=f"qconv {__version__}",
+            adapter=config.adapter,
+            base=files.config.get("base_model_name_or_path") or (None if record is None else record.base),
+            trained_on=None if record is None else record.trained_on,
+            ranks=ranks,
+            rank=rank,
+            modules=len(modules),
+        )
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return Normalised(
         out=config.out,
         num_modules=len(modules),

@@ -305,7 +305,13 @@ def test_existing_output_is_refused_and_can_be_replaced(run: Run, tiny_nf4: Path
     assert [path.name for path in run.out.parent.iterdir()] == ["out"]
     (run.out / "config.json").unlink()
     run.refused(
-        3, ["no config.json", "replaces model folders and packs only"], "convert", tiny_nf4, "--to", "bf16", "--overwrite"
+        3,
+        ["no config.json", "replaces model folders and packs only"],
+        "convert",
+        tiny_nf4,
+        "--to",
+        "bf16",
+        "--overwrite",
     )
 
 
@@ -702,6 +708,7 @@ QUANTIZE = {
 VALIDATE = {"--eval-data", "--eval-tokens", "--eval-seq-len", "--max-kl", "--min-effect", "--gate", "--policy"}
 VALIDATE |= {"--no-default-gates", "--control-tokens", "--attribution", "--prompts", "--new-tokens", "--report"}
 VALIDATE |= {"--tasks", "--task-folder", "--task-limit"}
+PUSH = {"--push-to-hub", "--public", "--push-rejected"}
 TRAIN = {
     "--alpha",
     "--batch-size",
@@ -725,14 +732,21 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
         | OUTPUT
         | QUANTIZE
         | VALIDATE
+        | PUSH
         | RUN
         | {"--json", "--dry-run"},
     ),
     "quantize": (
         ["model"],
-        {"--tp", "--to", "--no-validate", "--dtype"} | OUTPUT | QUANTIZE | VALIDATE | RUN | {"--json", "--dry-run"},
+        {"--tp", "--to", "--no-validate", "--dtype"}
+        | OUTPUT
+        | QUANTIZE
+        | VALIDATE
+        | RUN
+        | PUSH
+        | {"--json", "--dry-run"},
     ),
-    "convert": (["source"], {"--to", "--base", "--dtype", "--json", "--dry-run"} | OUTPUT | RUN),
+    "convert": (["source"], {"--to", "--base", "--dtype", "--json", "--dry-run"} | OUTPUT | PUSH | RUN),
     "extract": (
         ["base", "tuned"],
         {"--rank", "--energy", "--others", "--json"} | (OUTPUT - {"--max-shard-size"}) | RUN,

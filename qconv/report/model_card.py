@@ -78,19 +78,19 @@ def _front_matter(
         yield "base_model:"
         # Hubs read several parents as a merge of them; a quantized model has one.
         parents = (base_model, adapter) if relation == "merge" else (base_model,)
-        yield from (f"- {_yaml(parent)}" for parent in parents if is_hub_id(parent))
+        yield from (f"- {yaml_scalar(parent)}" for parent in parents if is_hub_id(parent))
         yield f"base_model_relation: {relation}"
     yield "library_name: transformers"
     if license:
-        yield f"license: {_yaml(license)}"
+        yield f"license: {yaml_scalar(license)}"
     target = at(document, "subject", "target")
     known = [*tags, "qconv", *([target] if target in _FORMATS else [])]
     yield "tags:"
-    yield from (f"- {_yaml(tag)}" for tag in dict.fromkeys(known))
+    yield from (f"- {yaml_scalar(tag)}" for tag in dict.fromkeys(known))
     yield "---"
 
 
-def _yaml(text: Any) -> str:
+def yaml_scalar(text: Any) -> str:
     """A YAML scalar that is this string whatever it holds: JSON strings are YAML double-quoted scalars.
 
     Plain only where YAML 1.1 and 1.2 cannot read a number, a date, a boolean or null into it.
