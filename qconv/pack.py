@@ -57,7 +57,7 @@ def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
         raise SchemeError(FOREIGN[config.engine].format(folder=config.model, layout=model.served.layout))
     engine = ENGINES[config.engine]
     model = open_served(config, config.port or engine.port)
-    out = config.out or model.source.folder.absolute().with_name(f"{model.source.folder.absolute().name}-{engine.name}")
+    out = config.out or _beside(config, engine)
     check_output(out, config.overwrite)
     check_inputs(out, [model.source.folder, *(adapter.source for adapter in config.adapters)])
     served = model.served
@@ -67,6 +67,8 @@ def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
     warnings = check_parallel(model.shape, model.linears(), served.num_gpus, config.model)
     memory = _memory(model, config)
     warnings += _capacity(memory) + _cautions(model)
+    if config.model_path is not None and served.adapters:
+        warnings.append("--model-path is of the model alone: adapters are named by where they lie now")
     for line in warnings:
         progress.say(f"warning: {line}")
     cases, why = _cases(engine, model, config, progress)
@@ -92,6 +94,14 @@ def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
     with publishing(out, config.overwrite) as partial:
         _write(partial, engine, model, document, memory, cases)
     return Packed(out=out, document=document)
+
+
+def _beside(config: PackConfig, engine: Engine) -> Path:
+    """Beside the model's folder; what lies in the hub's cache gets a folder here."""
+    folder = (
+        Path(os.path.abspath(config.model)) if Path(config.model).is_dir() else Path.cwd() / Path(config.model).name
+    )
+    return folder.with_name(f"{folder.name}-{engine.name}")
 
 
 def _memory(model: ServedModel, config: PackConfig) -> ServingMemory:

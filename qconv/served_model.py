@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def open_served(config: PackConfig, port: int) -> ServedModel:
         candidates.append(Candidate(source=source, view=view, adapter=load_adapter(files.folder, view)))
     quantized = set(view.quantized_modules)
     served = Served(
-        name=config.name or _name_of(source.folder),
+        name=config.name or _name_of(config.model),
         path=config.model_path or str(source.folder.resolve()),
         layout=view.kind,
         schemes=tuple(dict.fromkeys(view.schemes.values())),
@@ -107,8 +108,9 @@ def _context(config: PackConfig, shape: DecoderShape) -> int:
     return config.context
 
 
-def _name_of(folder: Path) -> str:
-    return re.sub(r"[^\w.-]+", "-", folder.resolve().name, flags=re.ASCII).strip("-.") or "model"
+def _name_of(model: str) -> str:
+    name = os.path.basename(os.path.abspath(model))
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
 
 
 def _plain_linears(view: DequantizedCheckpoint, quantized: Iterable[str]) -> Iterable[str]:

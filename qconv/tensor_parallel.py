@@ -248,9 +248,17 @@ def _misfits(
 
 def _misfit_groups(linear: Linear, scheme: Scheme, share: _Share, num_gpus: int) -> Iterator[tuple[bool, str]]:
     size = scheme.group_size
-    if linear.role in ROW and size != -1 and share.columns % size:
-        fitting = [group for group in (128, 64, 32, 16) if share.columns % group == 0]
-        advice = f"; --group-size {fitting[0]} would fit" if fitting else ""
+    if linear.role not in ROW or num_gpus == 1:
+        return
+    fitting = next((group for group in (128, 64, 32) if share.columns % group == 0), -1)
+    if size == -1 and linear.layout == "awq":
+        # AutoAWQMarlinLinearMethod counts groups of the whole row in a part of it, and finds none.
+        advice = "" if fitting == -1 else f"; --group-size {fitting} would fit"
+        yield True, f"the awq layout has no scale of a row that is split among GPUs{advice}"
+    elif size != -1 and share.columns % size:
+        whole = fitting == -1
+        advice = "" if whole and linear.layout == "awq" else f"; --group-size {fitting} would fit"
+        advice += " (a scale for each row, on every GPU)" if whole and advice else ""
         yield True, f"{linear.in_features} / {num_gpus} = {share.columns} inputs cut groups of {size}{advice}"
 
 

@@ -380,3 +380,43 @@ def test_static_float8_for_tensorrt_llm_is_a_folder_of_links(
     assert all(tensors[f"{module}.weight_scale"].numel() == 1 for module in scaled)
     assert scaled.isdisjoint(excluded)
     assert "lm_head" in excluded
+
+
+def test_a_model_of_the_hub_is_packed_here_and_called_by_its_name(
+    model: Path, tmp_path: Path, pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub" / "snapshots" / "0123abcd"
+    shutil.copytree(model, cache)
+    monkeypatch.setattr("qconv.checkpoint.resolve_folder", lambda *_: cache)
+    monkeypatch.chdir(tmp_path)
+    document = pack(Path("org/tiny"), "vllm", "--no-answers")
+    assert (document["folder"], document["name"]) == (str(tmp_path / "tiny-vllm"), "tiny")
+    assert document["model"] == str(cache)
+    assert sorted(cache.parent.iterdir()) == [cache]
+
+
+@pytest.mark.parametrize(("variant", "loads"), [(Variant("fp8", "fp8", 8), True), (Variant("int8", "int8", 8), False)])
+def test_tensorrt_llm_would_take_int8_for_float8(
+    variant: Variant,
+    loads: bool,
+    pack: Pack,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_nf4: Path,
+    tiny_adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its reader asks for what is asserted here, and not for the type: both look the same to it, and one is refused."""
+    folder = made(tmp_path_factory, tiny_nf4, tiny_adapter, variant)
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (group,) = quantization["config_groups"].values()
+    assert group["weights"]["num_bits"] == 8
+    assert (group["weights"]["strategy"], group["input_activations"]["strategy"]) == ("channel", "token")
+    assert group["weights"]["type"] == ("float" if loads else "int")
+    if loads:
+        document = pack(folder, "trtllm", "-o", str(tmp_path / "out"), "--no-answers")
+        assert document["launch"][1] == str(folder)
+    else:
+        code, message = refused(capsys, folder, "--for", "trtllm", "-o", tmp_path / "out")
+        assert code == 3
+        assert "8-bit integers for float8" in message

@@ -86,7 +86,21 @@ def test_a_smaller_group_is_named_that_fits() -> None:
     assert "--group-size 64 would fit" in errors(QWEN_72B, W4, "gptq", 2)[0]
     assert errors(QWEN_72B, Scheme(group_size=64), "gptq", 2) == []
     assert "--group-size 32 would fit" in errors(QWEN_72B, W4, "gptq", 4)[0]
+    assert "--group-size -1 would fit (a scale for each row" in errors(QWEN_72B, W4, "gptq", 8)[0]
     assert errors(QWEN_72B, Scheme(group_size=-1), "gptq", 8) == []  # scales of whole rows are on every GPU
+    assert "would fit" not in errors(QWEN_72B, W4, "awq", 8)[0]
+
+
+def test_awq_does_not_split_rows_with_one_scale() -> None:
+    """vLLM's AWQ divides the inputs of a part by those of the row to count groups, and gets none."""
+    rows = Scheme(group_size=-1, symmetric=False)
+    assert errors(LLAMA_8B, rows, "awq", 1) == []
+    found = errors(LLAMA_8B, rows, "awq", 2)
+    assert [text.partition(":")[0] for text in found] == [
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.down_proj",
+    ]
+    assert "no scale of a row that is split among GPUs; --group-size 128 would fit" in found[0]
 
 
 def test_heads_that_do_not_divide() -> None:
@@ -128,11 +142,10 @@ def test_blocks_of_fp8() -> None:
 
 def test_words_of_codes_and_zero_points_stay_whole() -> None:
     odd = {"hidden_size": 160, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 320}
-    rows = Scheme(group_size=-1, symmetric=False)
-    # 160 / 8... heads do not divide by 8; by 4: 40 outputs are five words of eight codes, and fit.
-    assert errors(odd, rows, "awq", 4) == []
+    small = Scheme(group_size=4, symmetric=False)
+    assert errors(odd, small, "awq", 4) == []  # 40 outputs are five words of eight codes
     odd = {"hidden_size": 144, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 144}
-    found = errors(odd, rows, "awq", 4)
+    found = errors(odd, small, "awq", 4)
     assert any("36 outputs on each GPU are no multiple of 8, the codes in a word" in text for text in found)
     found = errors(odd, Scheme(group_size=-1), "gptq", 4)
     assert any("36 inputs on each GPU do not fill words of 32 bits with 4-bit codes" in text for text in found)
