@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv import __version__
-from qconv.errors import CapacityError, SchemeError
+from qconv.errors import CapacityError, CheckpointError, SchemeError
 from qconv.expected_answers import ExpectedAnswer, expected_answers, why_not_whole
 from qconv.inputs import resolve_device
 from qconv.progress import QUIET, Progress
@@ -25,7 +25,7 @@ from qconv.serving.memory import ServingMemory, serving_memory
 from qconv.serving.page import launch_script, read_me
 from qconv.serving_config import PackConfig
 from qconv.tensor_parallel import check_parallel
-from qconv.work_folder import PACK_SIGN, check_inputs, check_output, publishing
+from qconv.work_folder import PACK_SIGN, check_inputs, check_output, check_place, publishing
 
 PACK_FORMAT = 1
 UNRECORDED_TOKENS = 16
@@ -59,6 +59,9 @@ def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
     model = open_served(config, config.port or engine.port)
     out = config.out or _beside(config, engine)
     check_output(out, config.overwrite)
+    if out.is_dir() and any(out.iterdir()) and not (out / PACK_SIGN).is_file():
+        raise CheckpointError(f"{out}: holds no pack of qconv's, and --overwrite replaces nothing else here")
+    check_place(out)
     check_inputs(out, [model.source.folder, *(adapter.source for adapter in config.adapters)])
     served = model.served
     reason = engine.refusal(served)

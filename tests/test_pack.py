@@ -346,10 +346,11 @@ def test_only_a_pack_is_replaced(model: Path, pack: Pack, capsys: pytest.Capture
     assert "exists already" in refused(capsys, model, "--for", "vllm", "--no-answers")[1]
     pack(model, "vllm", "--no-answers", "--overwrite")
     (folder / "qconv-pack.json").unlink()
-    assert "replaces model folders and packs only" in refused(capsys, model, "--for", "vllm", "--overwrite")[1]
-    code, message = refused(capsys, model, "--for", "vllm", "--no-answers", "-o", model, "--overwrite")
-    assert code == 2
-    assert "an input of this run" in message
+    assert "has files but no config.json" in refused(capsys, model, "--for", "vllm", "--overwrite")[1]
+    (folder / "config.json").write_text("{}")  # somebody's model, which merge would replace
+    assert "holds no pack of qconv's" in refused(capsys, model, "--for", "vllm", "--overwrite")[1]
+    assert (folder / "config.json").exists()
+    assert refused(capsys, model, "--for", "vllm", "--no-answers", "-o", model, "--overwrite")[0] == 3
 
 
 def test_folder_that_missed_its_gates_is_told(model: Path, pack: Pack) -> None:
