@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from qconv import __version__
-from qconv.errors import CapacityError, CheckpointError, SchemeError
+from qconv.errors import CapacityError, CheckpointError, QconvError, SchemeError
 from qconv.expected_answers import ExpectedAnswer, expected_answers, why_not_whole
 from qconv.inputs import resolve_device
 from qconv.progress import QUIET, Progress
+from qconv.runners import Candidate
 from qconv.served_model import ServedModel, open_served
 from qconv.serving import ENGINES, FOREIGN, Engine, Request, Served, ServedAdapter
 from qconv.serving.memory import ServingMemory, serving_memory
@@ -173,9 +174,17 @@ def _cases(
         answers: Sequence[ExpectedAnswer] = [ExpectedAnswer(prompt=_PROMPT_ALONE, text="", num_tokens=0)]
         if why is None:
             progress.say(f"answering with {name}, for the smoke test")
-            answers = expected_answers(candidate, config.prompts, device)
+            answers = _recorded(candidate, config.prompts, device)
         cases += [_case(engine, served, adapter, name, answer) for answer in answers]
     return cases, why
+
+
+def _recorded(candidate: Candidate, prompts: str | None, device: str) -> list[ExpectedAnswer]:
+    """Raises what `expected_answers` raises, with the way on: a model may be served that cannot be run here."""
+    try:
+        return expected_answers(candidate, prompts, device)
+    except QconvError as error:
+        raise type(error)(f"{error}\n(--no-answers packs it without recorded answers)") from error
 
 
 def _case(

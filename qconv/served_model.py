@@ -83,6 +83,7 @@ def open_served(config: PackConfig, port: int) -> ServedModel:
         unquantized=tuple(_plain_linears(view, quantized)),
         adapters=tuple(adapters),
         num_gpus=config.num_gpus,
+        num_kv_heads=shape.num_kv_heads,
         context=_context(config, shape),
         concurrency=config.concurrency,
         cache_dtype=config.cache_dtype,

@@ -421,3 +421,15 @@ def test_tensorrt_llm_would_take_int8_for_float8(
         code, message = refused(capsys, folder, "--for", "trtllm", "-o", tmp_path / "out")
         assert code == 3
         assert "8-bit integers for float8" in message
+
+
+def test_a_model_that_cannot_be_run_is_packed_without_answers(
+    model: Path, pack: Pack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "tokenizer.json").unlink()
+    code, message = refused(capsys, model, "--for", "vllm")
+    assert code == 3
+    assert "has no tokenizer" in message
+    assert "--no-answers packs it without" in message
+    assert not Path(f"{model}-vllm").exists()
+    assert pack(model, "vllm", "--no-answers")["answers"] == 0

@@ -157,6 +157,15 @@ def test_what_is_loaded(name: str) -> None:
         assert ENGINES[name].refusal(served(layout, *schemes)) is None, layout
 
 
+@pytest.mark.parametrize("name", ["tgi", "lorax"])
+def test_launchers_copy_no_key_value_heads(name: str) -> None:
+    """TGI: '`num_key_value_heads` must be divisible by `num_shards`'; vLLM copies them."""
+    wide = served(num_gpus=8, num_kv_heads=4)
+    assert "4 of them are no multiple of 8 GPUs" in str(ENGINES[name].refusal(wide))
+    assert ENGINES[name].refusal(served(num_gpus=4, num_kv_heads=4)) is None
+    assert ENGINES["vllm"].refusal(wide) is None
+
+
 def adapters(*ranks: int) -> tuple[ServedAdapter, ...]:
     return tuple(ServedAdapter(name=f"a{n}", path=f"/loras/a{n}", rank=rank) for n, rank in enumerate(ranks))
 

@@ -38,6 +38,7 @@ class Served:
         dtype: of what is not quantized.
         unquantized: modules of linears that are in no scheme.
         num_gpus: that it is split among.
+        num_kv_heads: of keys and values.
         context: tokens of a sequence at most.
         concurrency: sequences at a time.
         cache_dtype: of keys and values: ``"auto"`` (the model's) or ``"fp8"``.
@@ -52,6 +53,7 @@ class Served:
     unquantized: tuple[str, ...] = ()
     adapters: tuple[ServedAdapter, ...] = ()
     num_gpus: int = 1
+    num_kv_heads: int = 8
     context: int = 8192
     concurrency: int = 16
     cache_dtype: str = "auto"

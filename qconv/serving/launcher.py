@@ -2,8 +2,8 @@
 
 https://github.com/huggingface/text-generation-inference (in maintenance since 2026, says its README):
 launcher/src/main.rs, server/text_generation_server/utils/quantization.py and layers/compressed_tensors/loader.py
-(what loads), docs/source/conceptual/lora.md. Neither reads GPTQ's ``checkpoint_format`` (but for marlin) or
-``dynamic``, nor lists of modules that AWQ leaves out.
+(what loads), models/custom_modeling/flash_llama_modeling.py (heads), docs/source/conceptual/lora.md. Neither reads
+GPTQ's ``checkpoint_format`` (but for marlin) or ``dynamic``, nor lists of modules that AWQ leaves out.
 https://github.com/predibase/lorax: launcher/src/main.rs, server/lorax_server/utils/weights.py,
 server/lorax_server/utils/punica.py (``BGMV_MAX_RANK``), docs/models/adapters/index.md.
 """
@@ -27,6 +27,11 @@ _TGI_METHODS = {
 
 def _old_layouts(served: Served) -> str | None:
     """What neither of the two reads."""
+    if served.num_kv_heads % served.num_gpus:
+        return (
+            f"it splits key and value heads and copies none: {served.num_kv_heads} of them are no multiple of "
+            f"{served.num_gpus} GPUs; take fewer GPUs, or vLLM"
+        )
     if len(served.layouts) > 1:
         return "it loads one layout for all linears; " + instead("w4a16", served)
     if served.layout.startswith("bnb-"):
