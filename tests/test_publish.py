@@ -26,7 +26,8 @@ import yaml
 from huggingface_hub import errors as hub_errors
 
 from qconv.cli import main
-from qconv.errors import HubAccessError, HubError, UsageError
+from qconv.cli_answers import Answer, together
+from qconv.errors import GateError, GateInconclusiveError, HubAccessError, HubError, UsageError
 from qconv.publish import PushConfig, check_hub
 from tests.conftest import TINY_LLAMA, save_random_adapter
 
@@ -294,6 +295,17 @@ def test_a_missed_gate_counts_before_a_push_that_fails(
     hub.failing["upload_folder"] = http_error(503)
     words = failing_merge(tiny_nf4, tiny_adapter, tmp_path / "out")
     assert run(*words, "--push-to-hub", "ada/x", "--push-rejected").code == 4
+
+
+def test_of_several_outputs_a_missed_gate_counts_before_a_push_that_fails() -> None:
+    parts = [
+        Answer(text="a", document={}, failure=HubError("down")),
+        Answer(text="b", document={}, failure=GateInconclusiveError("unsure")),
+        Answer(text="c", document={}, failure=GateError("missed")),
+    ]
+    assert isinstance(together(parts).failure, GateError)
+    assert isinstance(together(parts[:2]).failure, GateInconclusiveError)
+    assert isinstance(together(parts[:1] * 2).failure, HubError)
 
 
 # The real client, over HTTP

@@ -164,10 +164,10 @@ def test_marlin_tiles_are_warnings() -> None:
 
 
 def test_qkv_counts_as_the_one_linear_that_it_runs_as() -> None:
-    """32 outputs of each alone would miss Marlin's tile of 64; 128 together do not."""
-    config = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 1024}
-    narrow = [m for f in misfits(config, Scheme(group_size=32), "gptq", 2) for m in f.modules]
-    assert not any("_proj" in name and "attn" in name and "o_proj" not in name for name in narrow)
+    """32 outputs of k alone would miss Marlin's tile of 64; 64 + 32 + 32 together do not."""
+    config = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
+    found = misfits(config, Scheme(group_size=32), "gptq", 2)
+    assert [f.modules for f in found] == [("model.layers.0.self_attn.o_proj",)]  # 64 inputs
 
 
 def test_bitsandbytes_is_not_split() -> None:
