@@ -43,7 +43,7 @@ from qconv.cli_options import (
 )
 from qconv.cli_parsing import COMPLETE_VARIABLE, Choice, Group, files, folders
 from qconv.cli_plans import planned_merge, planned_training, planned_validation
-from qconv.cli_publish import push_config, pushed
+from qconv.cli_publish import push_config, pushed, refuse_push
 from qconv.cli_recipe import run, schema
 from qconv.cli_serving import pack
 from qconv.config import MergeJob
@@ -174,6 +174,7 @@ def convert(source: str, target: str, **options: Any) -> Answer:
     """
     cli_jobs.check_conversion(source, target, options)
     if target == "safetensors":
+        refuse_push(options, "--to safetensors")
         from qconv.unpickle import unpickle
 
         return unpickled_facts(unpickle(cli_jobs.unpickle_config(source, options)))

@@ -35,6 +35,14 @@ def push_config(options: dict[str, Any], outs: Sequence[Path]) -> PushConfig | N
     return config
 
 
+def refuse_push(options: dict[str, Any], what: str) -> None:
+    """Raises `UsageError` where a push was asked for of what is not pushed."""
+    names = ("push_to_hub", "public", "push_rejected")
+    given = [f"--{name.replace('_', '-')}" for name in names if options[name]]
+    if given:
+        raise UsageError(f"{', '.join(given)} is not for {what}, which is no product yet; drop it")
+
+
 def pushed(answer: Answer, config: PushConfig | None, out: Path, num_outputs: int, progress: Progress) -> Answer:
     """Pushes the folder that an answer is about, and says so in it; why it could not be is the answer's failure."""
     if config is None:

@@ -242,6 +242,15 @@ def test_impossible_pushes(words: list[str], message: str, hub: Hub, run: Run, t
     assert hub.asked == []
 
 
+def test_what_was_only_unpickled_is_not_pushed(hub: Hub, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    words = ["convert", tmp_path / "adapter", "--to", "safetensors", "-o", tmp_path / "out"]
+    result = run(*words, "--push-to-hub", "ada/x")
+    assert (result.code, hub.asked) == (2, [])
+    assert "--push-to-hub is not for --to safetensors" in result.document["error"]["message"]
+
+
 def test_offline_and_without_a_token_the_real_client_is_understood(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
