@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.errors import QconvError
-from qconv.merge import load_adapter, merge
+from qconv.merge import WithoutSmallest, load_adapter, merge
 from qconv.types import TensorSpec
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
@@ -115,7 +115,9 @@ def outcome(
     with tempfile.TemporaryDirectory() as folder:
         adapted.save_pretrained(folder, save_embedding_layers=False)
         try:
-            view = merge(base, [load_adapter(Path(folder), base)])
+            adapter = load_adapter(Path(folder), base)
+            dropped = {name: delta.dropped for name, delta in adapter.deltas.items() if delta.dropped}
+            view = merge(WithoutSmallest(base, dropped) if dropped else base, [adapter])  # KaSA cuts its base
             found = {name: view.read(name) for name in view.specs()}
         except QconvError as error:
             return f"refused: {str(error).replace(folder, '')}"
