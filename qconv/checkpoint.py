@@ -120,6 +120,15 @@ class SafetensorsCheckpoint:
                 tensor = self._read_host(name)
         return tensor.to(device, non_blocking=True)
 
+    def read_part(self, name: str, begin: int, shape: tuple[int, ...], device: str = "cpu") -> Tensor:
+        """A range of neighbouring elements of a tensor, from element ``begin``, as a tensor of ``shape``."""
+        spec = self._specs[name]
+        file, offset = self._places[name]
+        with TIMELINE.stage("read"):
+            num_bytes = prod(shape) * spec.dtype.itemsize
+            data = read_to_host(self._handle(file), file, offset + begin * spec.dtype.itemsize, num_bytes)
+        return data.view(spec.dtype).reshape(shape).to(device)
+
     def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
         """Begins to read ``names`` in the background, see `ReadsAhead`."""
         read = partial(self._read_host, pin=pin)

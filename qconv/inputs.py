@@ -12,9 +12,18 @@ from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.config import BNB_KINDS
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
 from qconv.errors import AdapterError, UsageError, concerning
-from qconv.merge import CombinedCheckpoint, Dampening, WithoutSmallest, combine_adapters, load_adapter, truncated
+from qconv.experts import names_of
+from qconv.merge import (
+    CombinedCheckpoint,
+    Dampening,
+    WithoutSmallest,
+    combine_adapters,
+    load_adapter,
+    trained_experts,
+    truncated,
+)
 from qconv.runners import Candidate, Combination, Reference
-from qconv.skeleton import linear_weights
+from qconv.skeleton import linears_of_training
 from qconv.types import Adapter, BnbKind, Checkpoint
 
 
@@ -72,8 +81,24 @@ def _check_base_of(adapter: Adapter, kind: BnbKind, options: AdapterOptions) -> 
 def _seen(base: DequantizedCheckpoint, kind: BnbKind, adapter: Adapter) -> Checkpoint:
     """The base with the values that training computed with."""
     if base.kind == "plain" and kind != "16bit":
-        return simulate_training_base(base, kind, linear_weights(base), adapter.backend)
+        linears = linears_of_training(base, _were_linears(base, adapter))
+        return simulate_training_base(base, kind, linears, adapter.backend)
     return base
+
+
+def _were_linears(base: DequantizedCheckpoint, adapter: Adapter) -> bool:
+    """Whether training had experts that bitsandbytes quantizes."""
+    if names_of(base.config) is None:
+        return False
+    found = trained_experts(adapter.tensors)
+    if found is None:
+        raise UsageError(
+            f"{base.location} is a mixture of experts in 16 bits, and {adapter.location}, which leaves the experts "
+            "alone, does not tell whether training had them in 4 bits: transformers quantized them before release 5, "
+            "and leaves them in 16 bits since. Save the base in 4 bits with the release that trained the adapter "
+            "(save_pretrained), and pass that folder"
+        )
+    return found == "linears"
 
 
 def _combined_reference(

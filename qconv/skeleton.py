@@ -8,7 +8,6 @@ has a name and shape that such a model has. Of anything else transformers is ask
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qconv.errors import CheckpointError
+from qconv.expert_modules import router_modules, separate_experts
+from qconv.experts import FAMILIES, expert_of, has_experts, names_of
 from qconv.own_process import without_collections
 from qconv.types import Checkpoint
 
@@ -67,7 +68,8 @@ def text_config(view: Checkpoint) -> PreTrainedConfig:
 def build_skeleton(view: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The transformers model of a checkpoint's config, its parameters on the meta device.
 
-    A copy of the one that was built last, where config and dtype are the same: the models of a comparison are alike.
+    Experts are linears of their own, see `expert_modules`. A copy of the one that was built last, where config and
+    dtype are the same: the models of a comparison are alike.
     """
     with without_collections():
         from accelerate import init_empty_weights
@@ -79,6 +81,9 @@ def build_skeleton(view: Checkpoint, dtype: torch.dtype) -> nn.Module:
         # The code of the family is imported when its model is built.
         with without_collections(), _blamed_on_config(view), init_empty_weights(include_buffers=False):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        names = names_of(view.config)
+        if names is not None:
+            separate_experts(model, names)
         _last_built.clear()
         _last_built[key] = model
     return copy.deepcopy(_last_built[key])
@@ -107,10 +112,9 @@ def find_blocks(model: nn.Module, location: str) -> tuple[str, nn.ModuleList]:
 
 
 def linear_weights(view: Checkpoint) -> list[str]:
-    """The weights of all `nn.Linear` inside the decoder blocks, in the model's order.
+    """The weights that qconv quantizes: of all `nn.Linear` inside the decoder blocks, in the model's order.
 
-    These are what bitsandbytes quantizes when a model is loaded in 4 bits (it leaves the output
-    embedding and ``llm_int8_skip_modules`` alone), and what qconv quantizes.
+    But for those that choose experts (`ExpertNames.unquantized`). See `linears_of_training` for bitsandbytes.
 
     Raises:
         CheckpointError: transformers cannot build the architecture, or the view has not all of them.
@@ -120,18 +124,47 @@ def linear_weights(view: Checkpoint) -> list[str]:
         return blocks.linears
     model = build_skeleton(view, torch.bfloat16)
     layers_name, _ = find_blocks(model, view.location)
-    names = [f"{name}.weight" for name in _linear_modules(model) if name.startswith(layers_name + ".")]
+    inside = [name for name in _linear_modules(model) if name.startswith(layers_name + ".")]
+    experts = names_of(view.config)
+    left_out = () if experts is None else experts.unquantized
+    names = [f"{name}.weight" for name in inside if name.rpartition(".")[2] not in left_out]
+    _check_names(names, model, view)
+    return names
+
+
+def linears_of_training(view: Checkpoint, with_experts: bool) -> list[str]:
+    """The weights that bitsandbytes quantizes when a model is loaded in 4 bits: those of all linears in the blocks.
+
+    Args:
+        with_experts: of a mixture of experts, the experts and the router, too. They were linears until release 5 of
+            transformers, and are bare parameters since, which bitsandbytes leaves alone.
+
+    Raises:
+        CheckpointError: as `linear_weights` raises it.
+    """
+    experts = names_of(view.config)
+    if experts is None:
+        return linear_weights(view)
+    model = build_skeleton(view, torch.bfloat16)
+    layers_name, _ = find_blocks(model, view.location)
+    modules = [name for name in _linear_modules(model) if name.startswith(layers_name + ".")]
+    if with_experts:
+        modules += router_modules(model)
+    else:
+        modules = [name for name in modules if expert_of(name) is None]
+    names = [f"{name}.weight" for name in modules]
     _check_names(names, model, view)
     return names
 
 
 def other_linears(view: Checkpoint, linears: Collection[str]) -> list[str]:
-    """Modules of all `nn.Linear` whose weights are not among ``linears``, in the model's order."""
+    """Modules of all linears whose weights are not among ``linears``, routers of experts too, in the model's order."""
     blocks = StoredBlocks.of(view)
     if blocks is not None:
         modules = [name.removesuffix(".weight") for name in blocks.linears] + ["lm_head"]
     else:
-        modules = _linear_modules(build_skeleton(view, torch.bfloat16))
+        model = build_skeleton(view, torch.bfloat16)
+        modules = _linear_modules(model) + router_modules(model)
     return [name for name in modules if f"{name}.weight" not in linears]
 
 
@@ -276,9 +309,11 @@ def _check_names(names: Collection[str], model: nn.Module, view: Checkpoint) -> 
     if missing is None:
         return
     config = model.config
-    per_expert = next((name for name in specs if re.search(r"\.experts\.\d+\.", name)), None)
-    if per_expert is not None and not any(re.search(r"\.experts\.\d+\.", name) for name in model.state_dict()):
-        cause = f"the checkpoint stores every expert by itself ({per_expert!r}), and transformers fuses them"
+    if names_of(view.config) is None and has_experts(specs):
+        cause = (
+            f"mixtures of experts of model_type {view.config.get('model_type')!r} are not known; known are "
+            f"{', '.join(FAMILIES)}"
+        )
     elif config.get_text_config(decoder=True) is not config:  # type: ignore[union-attr, operator]
         cause = (
             f"model_type {view.config.get('model_type')!r} is a composite model (text and other parts), "

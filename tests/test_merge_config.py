@@ -58,7 +58,6 @@ def test_not_a_peft_config(kind: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "word"),
     [
-        ("target_parameters", ["experts.down_proj"], "bare parameters"),
         ("layer_replication", [[0, 2], [1, 2]], "other layers"),
         ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
         ("alora_invocation_tokens", [5], "invocation"),

@@ -36,6 +36,7 @@ def test_logits_equal_those_of_transformers(random_model, family, dtype):
     batches = [torch.randint(2048, (2, 96)), torch.randint(2048, (1, 33))]
     streamed = run(StreamedModel(open_checkpoint(folder), "cpu", dtype), batches)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    whole.config._experts_implementation = "eager"  # others round sums in another order
     with torch.no_grad():
         for ids, logits in zip(batches, streamed, strict=True):
             assert torch.equal(logits, whole(ids).logits)
@@ -149,11 +150,9 @@ def test_a_composite_checkpoint_is_refused(tmp_path, use):
         use(open_checkpoint(folder))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_experts_stored_one_by_one_are_refused_before_any_work(tmp_path, family):
+def test_experts_of_an_unknown_family_are_refused_before_any_work(tmp_path):
     sizes = SMALL | {"intermediate_size": 64, "moe_intermediate_size": 32, "num_key_value_heads": 2}
-    sizes |= {"num_experts": 4, "num_local_experts": 4, "shared_expert_intermediate_size": 32}
-    folder = save_random(tmp_path / "m", family, **sizes)
-    view = open_checkpoint(folder)
-    with pytest.raises(CheckpointError, match=r"stores every expert by itself \('.*experts\.0\..*--no-validate"):
-        StreamedModel(view, "cpu", torch.float32)
+    sizes |= {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0}
+    folder = save_random(tmp_path / "m", "ernie4_5_moe", **sizes)
+    with pytest.raises(CheckpointError, match=r"'ernie4_5_moe' are not known; known are mixtral, .*--no-validate"):
+        StreamedModel(open_checkpoint(folder), "cpu", torch.float32)

@@ -19,6 +19,7 @@ from qconv.convert.awq import Awq
 from qconv.convert.compressed_tensors import INPUT_SCALE, FloatQuantized, PackQuantized
 from qconv.convert.format import Format
 from qconv.convert.fp8_block import Fp8Block
+from qconv.convert.fused_experts import fused_experts, logical_specs, read_part
 from qconv.convert.gptq import Gptq
 from qconv.convert.int_quantized import IntQuantized
 from qconv.convert.module_config import config_for, formats_of
@@ -68,7 +69,8 @@ CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
 
 
 class DequantizedCheckpoint:
-    """A frozen view: every quantized linear ``X`` appears as its logical tensor ``X.weight``.
+    """A frozen view: every quantized linear ``X`` appears as its logical tensor ``X.weight``, and so does every linear
+    of experts that lie fused.
 
     Attributes:
         kind: ``"plain"``, ``"bnb-nf4"``, ``"bnb-nf4-dq"``, ``"bnb-fp4"``, ``"bnb-fp4-dq"``, a key of `FORMATS`, or
@@ -89,7 +91,8 @@ class DequantizedCheckpoint:
         self._parts: dict[str, tuple[str, ...]] = {}  # logical weight -> stored tensors
         self.kind = self._detect(quantization)
         self.scheme = min(self.schemes.values(), key=lambda scheme: scheme.bits, default=None)
-        self._specs = self._logical_specs()
+        self._experts = fused_experts(source)
+        self._specs = MappingProxyType(logical_specs(self._logical_specs(), self._experts))
         _refuse_leftovers(source, self._specs)
 
     @property
@@ -116,6 +119,8 @@ class DequantizedCheckpoint:
             return bnb.decode(self.source, self._states[name], device)
         if name in self._parts:
             return self.read_quantized(name.removesuffix(".weight"), device).dequantize()
+        if name in self._experts:
+            return read_part(self.source, self._experts[name], device)
         return self.source.read(name, device)
 
     def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
@@ -124,6 +129,8 @@ class DequantizedCheckpoint:
 
     def _read_parts(self, name: str) -> tuple[str, ...]:
         """The stored tensors that `read` reads."""
+        if name in self._experts:
+            return ()  # ranges are not read ahead
         state = self._states.get(name)
         return self._parts.get(name, (name,)) if state is None else (*state.companions, name)
 
@@ -228,7 +235,7 @@ class DequantizedCheckpoint:
                 specs[name] = spec
             elif weight not in specs:
                 specs[weight] = self._logical_spec(weight)
-        return MappingProxyType(specs)
+        return specs
 
     def _logical_spec(self, weight: str) -> TensorSpec:
         if weight in self._states:

@@ -5,6 +5,7 @@ from qconv.merge.combine import CombinedCheckpoint, combine_adapters
 from qconv.merge.dampen import DampenedCheckpoint, Dampening
 from qconv.merge.delta import delta_weight, merged_weight
 from qconv.merge.dropped import WithoutSmallest
+from qconv.merge.expert_adapter import trained_experts
 from qconv.merge.merged import MergedCheckpoint, merge
 from qconv.merge.variants import truncated
 
@@ -19,5 +20,6 @@ __all__ = [
     "load_adapter",
     "merge",
     "merged_weight",
+    "trained_experts",
     "truncated",
 ]

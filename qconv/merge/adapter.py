@@ -4,8 +4,8 @@ Method: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 
 saves them, with trained biases, ``lora_bias`` and ``modules_to_save``, and the other kinds of `kinds/`. Nothing is
 rounded here.
 
-Left out, and refused by name: the kinds that `kinds/refused.py` lists, LoRA on convolutions and bare parameters,
-pickled adapters.
+LoRA on bare parameters is read for the mixtures of experts in `experts.py` (`expert_adapter.py`). Left out, and refused
+by name: the kinds that `kinds/refused.py` lists, LoRA on convolutions and other bare parameters, pickled adapters.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from qconv.errors import AdapterError, NumericsError
 from qconv.merge.adapter_config import parse_adapter_config
 from qconv.merge.adapter_names import named_as_in_base, sort_names
 from qconv.merge.adapter_source import AdapterSource
+from qconv.merge.expert_adapter import ExpertAdapter, expert_adapter
 from qconv.merge.kinds import LOW_RANK, Kind
 from qconv.merge.lora_layers import find_deltas
 from qconv.merge.spellings import TORCHTUNE, HalvedHeads
@@ -56,14 +57,16 @@ def load_adapter(
             (its update is zero in every module).
         NumericsError: NaN or infinity in an adapter tensor.
     """
-    files = open_adapter_files(source, revision)
-    config = parse_adapter_config(files.config, str(files.folder / "adapter_config.json"))
-    where = str(files.folder / "adapter_model.safetensors")
-    names = named_as_in_base(sort_names(files.specs(), files.config["peft_type"], where), base.specs(), where)
-    tensors: Checkpoint = files
+    folder = open_adapter_files(source, revision)
+    config = parse_adapter_config(folder.config, str(folder.folder / "adapter_config.json"))
+    where = str(folder.folder / "adapter_model.safetensors")
+    tensors = expert_adapter(folder, base, where)
+    names = named_as_in_base(sort_names(tensors.specs(), folder.config["peft_type"], where), base.specs(), where)
+    if isinstance(tensors, ExpertAdapter):
+        names.trained_as.update(tensors.pattern_names)
     if TORCHTUNE in names.rules:
-        tensors = HalvedHeads(files, names.peft, base.config, where)
-    record = read_train_record(files.folder)
+        tensors = HalvedHeads(folder, names.peft, base.config, where)
+    record = read_train_record(folder.folder)
     touched = {module + ".weight" for module in [*names.layers, *names.rows]} | names.plain.keys()
     opened = AdapterSource(
         files=tensors,
@@ -82,10 +85,10 @@ def load_adapter(
     check_number_of_rows(opened, rows, replacements)
     if config.kind is not None:
         _check_changes(transforms, config.kind, zeros, where)
-    elif files.config["peft_type"] in LOW_RANK:
+    elif tensors.config["peft_type"] in LOW_RANK:
         _check_trained(deltas, zeros, where)
     elif not names.tuned and not rows:
-        raise AdapterError(f"{where}: holds nothing that peft_type {files.config['peft_type']} trains")
+        raise AdapterError(f"{where}: holds nothing that peft_type {tensors.config['peft_type']} trains")
     return Adapter(
         tensors=tensors,
         deltas=deltas,

@@ -66,6 +66,7 @@ UNDERSTOOD_KEYS = frozenset(
         "qalora_group_size",
         "r",
         "rank_pattern",
+        "target_parameters",
         "trainable_token_indices",
         "use_dora",
         "use_qalora",
@@ -79,7 +80,6 @@ REFUSED_KEYS = {
     "layer_replication": "the trained model has other layers than the base; build that base first, without an adapter",
     "megatron_config": "Megatron layers are sharded and named differently; convert the adapter to plain peft first",
     "monteclora_config": "MonteCLoRA samples its weights; its tensors are not a plain low-rank update",
-    "target_parameters": "LoRA on bare parameters (fused experts) is not read yet; train with target_modules",
     "use_bdlora": "block-diagonal factors are stored in another layout",
     "velora_config": "VeLoRA adds its own tensors, which are not read",
 }

@@ -20,7 +20,7 @@ class AdapterSource:
     """Nothing here is data; tensors are read where they are compared.
 
     Attributes:
-        files: the adapter's tensors.
+        files: the adapter's tensors, see `expert_adapter` for those of experts.
         where: the adapter's tensor file, for messages.
         options: what was said of it beside its config.
     """

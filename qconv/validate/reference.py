@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.errors import AdapterError
+from qconv.expert_modules import router_modules
 from qconv.streaming import Decorate
 from qconv.types import Adapter, LoraDelta, TrainedRows
 from qconv.validate.peft_layers import attach_peft_layers, check_peft
@@ -39,6 +40,7 @@ def unmerged(adapter: Adapter) -> Decorate:
 
     def decorate(prefix: str, module: nn.Module) -> None:
         loaded = {name: child for name, child in module.named_modules() if _is_loaded(child)}
+        routers = router_modules(module)
         for name, tensor in adapter.replacements.items():
             local, _, parameter = name.removeprefix(prefix).rpartition(".")
             if name.startswith(prefix) and local in loaded:
@@ -46,7 +48,8 @@ def unmerged(adapter: Adapter) -> Decorate:
         for name, delta in adapter.deltas.items():
             local = delta.module.removeprefix(prefix)
             if name.startswith(prefix) and local in loaded:
-                _attach(loaded[local], adapter, delta)
+                attach = _add if local in routers else _attach
+                attach(loaded[local], adapter, delta)
         for name, rows in adapter.rows.items():
             local = name.removeprefix(prefix).removesuffix(".weight")
             if name.startswith(prefix) and local in loaded:
@@ -79,16 +82,25 @@ def _replace(module: nn.Module, parameter: str, adapter: Adapter, tensor: str) -
     setattr(module, parameter, nn.Parameter(value, requires_grad=False))
 
 
+def _add(router: nn.Module, adapter: Adapter, delta: LoraDelta) -> None:
+    """A router's scores never leave it, so its update has no place beside it: as in peft, its weight is changed for
+    the time that it runs."""
+    weight = router.weight
+    assert isinstance(weight, nn.Parameter)
+    a_RK, b_NR = _factors(adapter, delta, str(weight.device))
+    changed_NK = weight.float() + delta.scaling * (b_NR @ a_RK)
+    if delta.magnitude:
+        changed_NK *= _dora_factor(weight, adapter, delta, a_RK, b_NR)[:, None]
+    weight.data = changed_NK.to(weight.dtype)
+
+
 def _attach(linear: nn.Module, adapter: Adapter, delta: LoraDelta) -> None:
     weight = linear.weight
     if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(linear, nn.Embedding) is not delta.of_embedding:
         what = "an embedding" if delta.of_embedding else "a linear layer"
         raise AdapterError(f"{adapter.location}: {delta.module!r} is not {what}, cannot run it unmerged")
     device = str(weight.device)
-    a_RK = adapter.tensors.read(delta.a, device).float()[: delta.rank]
-    if delta.singular is not None:
-        a_RK = adapter.tensors.read(delta.singular, device).float().reshape(-1, 1) * a_RK
-    b_NR = adapter.tensors.read(delta.b, device).float()[:, : delta.rank]
+    a_RK, b_NR = _factors(adapter, delta, device)
     b_bias_N = adapter.tensors.read(delta.b_bias, device).float() if delta.b_bias else None
     factor_N = _dora_factor(weight, adapter, delta, a_RK, b_NR) if delta.magnitude else None
     if delta.of_embedding:
@@ -129,6 +141,13 @@ def _elastic(down: Map, up: Map, scale_a: Tensor, scale_b: Tensor, rank: int, nu
         return up(h) + scale_b * h.repeat_interleave(num_out // rank, dim=-1)
 
     return around_a, around_b
+
+
+def _factors(adapter: Adapter, delta: LoraDelta, device: str) -> tuple[Tensor, Tensor]:
+    a_RK = adapter.tensors.read(delta.a, device).float()[: delta.rank]
+    if delta.singular is not None:
+        a_RK = adapter.tensors.read(delta.singular, device).float().reshape(-1, 1) * a_RK
+    return a_RK, adapter.tensors.read(delta.b, device).float()[:, : delta.rank]
 
 
 def _dora_factor(weight: Tensor, adapter: Adapter, delta: LoraDelta, a_RK: Tensor, b_NR: Tensor) -> Tensor:

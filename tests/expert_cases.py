@@ -1,0 +1,91 @@
+"""Tiny mixtures of experts, and adapters on them, for several test files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+PREFIX = "base_model.model."
+SIZES: dict[str, Any] = {  # bitsandbytes' CPU kernels decode rows of less than 64 wrongly
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+}
+STORED = {"mixtral": "block_sparse_moe"}
+ROLES = {"mixtral": ("w1", "w3", "w2")}
+
+
+def stored_module(family: str) -> str:
+    return STORED.get(family, "mlp")
+
+
+def roles(family: str) -> tuple[str, str, str]:
+    """Gate, up and down as files call them."""
+    return ROLES.get(family, ("gate_proj", "up_proj", "down_proj"))
+
+
+def moe(family: str) -> nn.Module:
+    torch.manual_seed(21)
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def save_fused(model: nn.Module, folder: Path) -> Path:
+    """A folder under the names of transformers' parameters, without the conversion of its `save_pretrained`."""
+    folder.mkdir(parents=True)
+    model.config.save_pretrained(folder)
+    tensors = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def save_linear_adapter(folder: Path, family: str, rank: int = 3, num_experts: int = 4) -> Path:
+    """An adapter on the linears of all experts, the router and attention, as transformers 4 and peft made it."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, inner = SIZES["hidden_size"], FAMILIES[family].get("moe_intermediate_size", SIZES["intermediate_size"])
+    gate, up, down = roles(family)
+    sizes = {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
+    sparse = f"{PREFIX}model.layers.0.{stored_module(family)}"
+    shapes = {f"{sparse}.experts.{e}.{role}": shape for e in range(num_experts) for role, shape in sizes.items()}
+    shapes |= {f"{sparse}.gate": (num_experts, hidden), f"{PREFIX}model.layers.0.self_attn.q_proj": (hidden, hidden)}
+    tensors: dict[str, Tensor] = {}
+    for module, (n, k) in shapes.items():
+        tensors[f"{module}.lora_A.weight"] = torch.randn(rank, k, generator=generator) * 0.3
+        tensors[f"{module}.lora_B.weight"] = torch.randn(n, rank, generator=generator) * 0.3
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 5,
+        "target_modules": sorted({gate, up, down, "gate", "q_proj"}),
+        "layers_to_transform": [0],
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
