@@ -93,4 +93,7 @@ def fused_linears(modules: Iterable[str]) -> dict[str, list[str]]:
         for fused, roles in FUSED.items():
             if role in roles:
                 found[f"{parent}.{fused}"].append(module)
+        layer, _, number = parent.rpartition(".")
+        if layer.endswith(".experts") and number.isdecimal():  # all experts of a layer run in one kernel
+            found[layer].append(module)
     return found

@@ -42,6 +42,7 @@ class _Making(Filling):
 
     output: OutputConfig
     counts: Counter[str]
+    expert_tokens: dict[str, list[int]]
 
 
 def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
@@ -70,7 +71,13 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
         combined = combination_facts(reference, device, progress)
     with ExitStack() as stack, Provenance(_inputs(reference)) as digests:
         makings = [
-            _Making(output=output, layout=layout, writer=stack.enter_context(writer), counts=Counter())
+            _Making(
+                output=output,
+                layout=layout,
+                writer=stack.enter_context(writer),
+                counts=Counter(),
+                expert_tokens={},
+            )
             for output, layout, writer in zip(job.outputs, plan.layouts, plan.writers, strict=True)
         ]
         for making in makings:
@@ -90,6 +97,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             facts = stages(
                 job, output, reference, merged, making.layout, calibration, plan.calibration_text, making.counts
             )
+            if making.expert_tokens:
+                facts["calibration_tokens_of_experts"] = making.expert_tokens
             if combined:
                 facts["combination"] = combined
             if sweep:
@@ -266,6 +275,7 @@ def _quantized_blocks(
             model_type=str(view.config.get("model_type")),
             gpu_memory_limit=job.gpu_memory_limit,
             counts=making.counts,
+            expert_tokens=making.expert_tokens,
         )
         for making in makings
         if making.output.quantization is not None and making.layout.scheme is not None

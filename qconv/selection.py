@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from qconv.errors import SchemeError, UsageError
+from qconv.experts import EXPERTS, FAMILIES, expert_of, names_of
 from qconv.overrides import fused_linears, matches
 from qconv.quantization_config import QuantizationConfig
 from qconv.skeleton import other_linears, text_config
@@ -25,6 +26,7 @@ def chosen_linears(view: Checkpoint, linears: Collection[str], config: Quantizat
         SchemeError: nothing is left, an output head that cannot be quantized by itself, or linears that engines fuse of
             which only some are left out.
     """
+    _check_experts(view, config)
     if config.lm_head:
         _check_head(view)
         linears = [*linears, HEAD + ".weight"]
@@ -96,6 +98,23 @@ def _matching(option: str, pattern: str, modules: Collection[str]) -> set[str]:
     return found
 
 
+def _check_experts(view: Checkpoint, config: QuantizationConfig) -> None:
+    """Refuses experts that would stay behind as they are, unsaid: they are most of a model."""
+    if names_of(view.config) is not None:
+        if config.target == "nf4":
+            raise SchemeError(
+                f"{view.location}: bitsandbytes quantizes linears, and transformers keeps experts as bare parameters, "
+                "so it could load an nf4 folder only with its experts in 16 bits; choose another target"
+            )
+        return
+    fused = next((s for s in view.specs().values() if f".{EXPERTS}." in s.name and len(s.shape) == 3), None)
+    if fused is not None:
+        raise SchemeError(
+            f"{view.location}: tensor {fused.name!r} {list(fused.shape)} holds the experts of a family that is not "
+            f"known ({view.config.get('model_type')!r}; known are {', '.join(FAMILIES)}): they would stay unquantized"
+        )
+
+
 def _check_head(view: Checkpoint) -> None:
     if text_config(view).tie_word_embeddings or HEAD + ".weight" not in view.specs():
         raise SchemeError(
@@ -108,6 +127,13 @@ def _check_fused(values: Mapping[str, bool | Scheme], location: str, option: str
     """Engines run these as one linear, so they are quantized alike or not at all."""
     for members in fused_linears(values).values():
         if len({values[module] for module in members}) > 1:
+            expert = expert_of(members[0])
+            if expert is not None:
+                raise SchemeError(
+                    f"{location}: serving engines run all experts of a layer as one, and {option} makes those of "
+                    f"{expert.experts} different; write a pattern that matches all of their linears or none, such as "
+                    f"'re:{re.escape(expert.experts)}'"
+                )
             found = ", ".join(f"{module} {_in_words(values[module])}" for module in members)
             parent, roles = members[0].rpartition(".")[0], [module.rpartition(".")[2] for module in members]
             raise SchemeError(

@@ -23,8 +23,9 @@ from torch import Tensor
 from qconv.progress import QUIET, Progress
 from qconv.quantization_config import Folding, QuantizationConfig, Statistic
 from qconv.quantize.activations import Activations
+from qconv.quantize.few_tokens import tokens_of_experts, with_few_tokens
 from qconv.quantize.fold_block import FoldContext, Statistics, fold_scales
-from qconv.quantize.folds import FOLDS, Heads
+from qconv.quantize.folds import Heads, folds_of
 from qconv.quantize.gather import gather
 from qconv.quantize.memory import ModelShape, free_memory, plan_memory, solving_order
 from qconv.quantize.rtn import rtn
@@ -63,6 +64,8 @@ class QuantizeRequest:
         head: the weight of the output head, when it is among ``weights``; of several requests the same one.
         storage: dtype in which unquantized tensors will be stored.
         model_type: as in config.json; selects the AWQ folds.
+        counts: what happened.
+        expert_tokens: is filled with the calibration tokens that chose each expert, by the module of a layer's experts.
         gpu_memory_limit: bytes that the process may take on a GPU; None = what is free there.
     """
 
@@ -73,6 +76,7 @@ class QuantizeRequest:
     model_type: str
     gpu_memory_limit: int | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    expert_tokens: dict[str, list[int]] = field(default_factory=dict)
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     head: str | None = None
 
@@ -216,6 +220,8 @@ def _answer(
     names = [name for name in tensors if prefix + name in request.weights]
     for name in statistics.keys() - set(names):  # another request's
         del statistics[name]
+    if statistics:
+        _count_tokens(statistics, tensors, prefix, request)
     if request.config.folding is not None:
         with TIMELINE.stage("fold"):
             _fold(model, tensors, statistics, prefix, request, request.config.folding)
@@ -237,6 +243,20 @@ def _answer(
         linears={prefix + name: linear for name, linear in linears.items()},
         plain={prefix + name: tensor for name, tensor in tensors.items()},
     )
+
+
+def _count_tokens(
+    statistics: Mapping[str, Statistics], tensors: Mapping[str, Tensor], prefix: str, request: QuantizeRequest
+) -> None:
+    """Says how many tokens chose each expert, and which had too few of their own."""
+    tokens = tokens_of_experts(statistics, statistics)
+    request.expert_tokens.update({prefix + module: numbers for module, numbers in tokens.items()})
+    if not tokens:
+        return
+    few = with_few_tokens(statistics, statistics, {name: tensors[name].shape[1] for name in statistics})
+    unseen = [name for name in few if statistics[name].num_tokens == 0]
+    request.counts["linears of experts that no calibration token chose"] += len(unseen)
+    request.counts["linears of experts with fewer tokens than inputs"] += len(few) - len(unseen)
 
 
 def _advance(
@@ -265,7 +285,7 @@ def _fold(
     method: Folding,
 ) -> None:
     """Applies the folds of this family: puts new tensors and statistics in the place of old ones."""
-    folds = FOLDS.get(request.model_type, ())
+    folds = folds_of(request.model_type, tensors)
     if not folds:
         request.counts[f"{method} folds skipped: model family without a fold table"] += 1
         return

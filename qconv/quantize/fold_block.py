@@ -32,12 +32,13 @@ from qconv.types import Scheme
 class Statistics:
     """Of one distinct linear input, float32: Gram matrix ``[K, K]``, mean magnitude ``[K]``, and tokens.
 
-    What was not asked for is None.
+    What was not asked for is None. ``num_tokens``: that reached the linears.
     """
 
     gram_KK: Tensor | None = None
     mean_abs_K: Tensor | None = None
     sample: InputSample | None = None
+    num_tokens: int = 0
 
     def divided_by(self, s_K: Tensor) -> Statistics:
         """Those of the inputs ``x / s``."""
@@ -46,6 +47,7 @@ class Statistics:
             gram_KK=None if gram_KK is None else scaled_gram(gram_KK, s_K),
             mean_abs_K=None if mean_abs_K is None else mean_abs_K / s_K,
             sample=None if sample is None else sample.divided_by(s_K),
+            num_tokens=self.num_tokens,
         )
 
 

@@ -12,17 +12,23 @@ channel where it is produced, which leaves the function unchanged. Two kinds of 
 
 A model family that is not in the table gets no scales, which the report counts.
 
+In a layer of experts the rows of each expert's up projection take the scales of its own down projection. The norm
+before gate and up projections keeps its weight: the router reads the same input, so its weight would have to be
+multiplied by s and rounded once more, and tokens near a tie would go to other experts.
+
 Dimension legend: K = input features of the scaled linears, P = features of the producer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from qconv.experts import FAMILIES, expert_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ FOLDS: Mapping[str, tuple[Fold, ...]] = {
     "gemma": _family("norm_plus_one", "post_attention_layernorm"),
     "gemma2": _family("norm_plus_one", "pre_feedforward_layernorm"),
     "gemma3_text": _family("norm_plus_one", "pre_feedforward_layernorm"),
+    "mixtral": _LLAMA,
+    "qwen2_moe": _LLAMA,
+    "qwen3_moe": _LLAMA,
     "phi3": (
         Fold("norm", "input_layernorm", ("self_attn.qkv_proj",)),
         Fold("rows", "self_attn.qkv_proj", ("self_attn.o_proj",)),
@@ -59,6 +68,17 @@ FOLDS: Mapping[str, tuple[Fold, ...]] = {
         Fold("rows", "mlp.gate_up_proj", ("mlp.down_proj",)),
     ),
 }
+
+
+def folds_of(model_type: str, weights: Iterable[str]) -> tuple[Fold, ...]:
+    """The folds of a block with these weights (names local to it); empty for a family that is not in the table."""
+    folds, names = FOLDS.get(model_type, ()), FAMILIES.get(model_type)
+    modules = [weight.removesuffix(".weight") for weight in weights]
+    if not folds or names is None or not any(expert_of(module) for module in modules):
+        return folds
+    downs = [module for module in modules if module.rpartition(".")[2] == names.down]
+    inner = tuple(Fold("rows", f"{down.rpartition('.')[0]}.{names.up}", (down,)) for down in downs)
+    return (*(fold for fold in folds if all(target in modules for target in fold.targets)), *inner)
 
 
 @dataclass(frozen=True)
