@@ -45,9 +45,9 @@ def roles(family: str) -> tuple[str, str, str]:
     return ROLES.get(family, ("gate_proj", "up_proj", "down_proj"))
 
 
-def moe(family: str) -> nn.Module:
+def moe(family: str, **changes: Any) -> nn.Module:
     torch.manual_seed(21)
-    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family] | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
