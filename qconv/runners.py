@@ -168,6 +168,8 @@ def _residence(reference: Reference, is_quantized: bool, device: str) -> tuple[i
         reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
     if reason is None and reference.combination is not None:
         reason = "several adapters, which peft would not combine alike"
+    if reason is None and _has_experts_in_4_bits(reference):
+        reason = "transformers keeps experts in 16 bits, and training had them in 4"
     if reason is None and reference.adapter is not None:
         reason = _why_not_peft(reference.adapter)
     return num_bytes, reason
@@ -185,6 +187,14 @@ def _why_not_peft(adapter: Adapter) -> str | None:
         if adapter.tensors.specs()[delta.a].shape[0] != delta.rank:
             return "peft would run it with all of its rank"
     return None
+
+
+def _has_experts_in_4_bits(reference: Reference) -> bool:
+    """Whether experts are stored in 4 bits, or were trained with in 4 bits (before release 5 of transformers)."""
+    stored = dequantize(reference.source)
+    if stored.kind != "plain":
+        return any(expert_of(module) is not None for module in stored.quantized_modules)
+    return any(trained_experts(adapter.tensors) == "linears" for adapter in reference.adapters)
 
 
 def candidate_model(

@@ -64,10 +64,13 @@ def save_fused(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def save_linear_adapter(folder: Path, family: str, rank: int = 3, num_experts: int = 4) -> Path:
+def save_linear_adapter(
+    folder: Path, family: str, rank: int = 3, num_experts: int = 4, inner: int | None = None
+) -> Path:
     """An adapter on the linears of all experts, the router and attention, as transformers 4 and peft made it."""
     generator = torch.Generator().manual_seed(5)
-    hidden, inner = SIZES["hidden_size"], FAMILIES[family].get("moe_intermediate_size", SIZES["intermediate_size"])
+    hidden = SIZES["hidden_size"]
+    inner = inner or FAMILIES[family].get("moe_intermediate_size", SIZES["intermediate_size"])
     gate, up, down = roles(family)
     sizes = {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
     sparse = f"{PREFIX}model.layers.0.{stored_module(family)}"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qconv import runners
 from qconv.checkpoint import open_checkpoint
 from qconv.convert import dequantize
 from qconv.errors import AdapterError, CheckpointError, UsageError
@@ -131,6 +132,41 @@ def test_a_base_in_nf4_has_its_experts_in_16_bits(family: str, tmp_path: Path) -
     adapted = trained(model, **BARE["experts, router and attention"])
     adapted.save_pretrained(tmp_path / "adapter")
     check(base, tmp_path / "adapter", logits(adapted), before, tmp_path)
+
+
+def test_a_base_with_experts_in_nf4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 4 saved it, where every expert was a linear; transformers 5 cannot run that."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = moe("mixtral", intermediate_size=64)
+    folder = save_model(model, tmp_path / "base")
+    state = load_file(folder / "model.safetensors")
+    for name in [name for name in state if ".experts." in name or name.endswith("block_sparse_moe.gate.weight")]:
+        codes, how = bnb.functional.quantize_4bit(state[name], quant_type="nf4")
+        parts = how.as_dict(packed=True)
+        state |= {name: codes} | {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        parameter, rows = _place(model, name)
+        with torch.no_grad():
+            parameter[rows] = bnb.functional.dequantize_4bit(codes, how)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    seen = save_model(model, tmp_path / "seen")
+    adapter = save_linear_adapter(tmp_path / "adapter", "mixtral", inner=64)
+    check(dequantize(open_checkpoint(folder)), adapter, unmerged(seen, adapter), logits(model), tmp_path)
+    reference = load_reference(open_checkpoint(folder), str(adapter), None)
+    monkeypatch.setattr(runners, "why_not_resident", lambda *_: None)
+    _, how_it_runs = runners.reference_model(reference, reference.base, "cpu", False)
+    assert "transformers keeps experts in 16 bits, and training had them in 4" in how_it_runs
+
+
+def _place(model: Any, name: str) -> tuple[Tensor, Any]:
+    """Where transformers 5 holds a stored tensor of Mixtral."""
+    layer = model.model.layers[int(name.split(".")[2])].mlp
+    if ".experts." not in name:
+        return layer.gate.weight, slice(None)
+    number, role = int(name.split(".")[5]), name.split(".")[6]
+    if role == "w2":
+        return layer.experts.down_proj, number
+    n = layer.experts.gate_up_proj.shape[1] // 2
+    return layer.experts.gate_up_proj, (number, slice(0, n) if role == "w1" else slice(n, None))
 
 
 def test_the_release_that_trained_decides_what_was_in_4_bits(tmp_path: Path) -> None:

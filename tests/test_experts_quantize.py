@@ -27,6 +27,7 @@ from qconv.overrides import OverrideConfig
 from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.activations import Activations
 from qconv.quantize.gather import gather
+from qconv.quantize.memory import ModelShape
 from qconv.skeleton import linear_weights
 from qconv.streaming import StreamedModel
 from tests.cli_cases import decoded_weights, job, stored_tensors
@@ -104,6 +105,16 @@ def test_statistics_are_of_own_tokens_filled_up_with_the_layers(family: str, num
     sparse = f"{stored_module(family)}.experts"
     assert found[f"{sparse}.0.{gate}.weight"] is found[f"{sparse}.0.{up}.weight"]
     assert found[f"{sparse}.0.{gate}.weight"] is not found[f"{sparse}.1.{gate}.weight"]
+
+
+def test_gram_matrices_of_experts_are_planned_for(tmp_path: Path) -> None:
+    """With few tokens all that a plan counts on is there at once: own statistics, and those of all tokens."""
+    view = dequantize(open_checkpoint(save_model(moe("mixtral", num_local_experts=8), tmp_path / "m")))
+    model = StreamedModel(view, "cpu", torch.float32)
+    hidden, inner = 64, 48
+    shape = ModelShape.of(model, linear_weights(view))
+    attention, of_all_tokens = [hidden, hidden], [hidden]
+    assert sorted(shape.grams) == sorted([*attention, *of_all_tokens, *[hidden, inner, inner] * 8])
 
 
 def test_hidden_states_go_on_as_without_the_second_pass(tmp_path: Path) -> None:

@@ -38,7 +38,10 @@ def experts_of(names: Iterable[str]) -> dict[str, frozenset[int]]:
 def filled_up(
     own: Mapping[str, Statistics], of_all: Mapping[str, Statistics], inputs: Mapping[str, int]
 ) -> dict[str, Statistics]:
-    """Statistics for the weights in ``of_all``; one object for the linears of one expert that share an input."""
+    """Statistics for the weights in ``of_all``; one object for the linears of one expert that share an input.
+
+    Those in ``own`` are used up.
+    """
     done: dict[tuple[str, int, int], Statistics] = {}
     result = {}
     for name, all_tokens in of_all.items():
@@ -71,7 +74,7 @@ def _mixed(own: Statistics | None, of_all: Statistics, num_inputs: int) -> Stati
     share = own.num_tokens / num_inputs
     gram_KK = mean_abs_K = None
     if own.gram_KK is not None and of_all.gram_KK is not None:
-        gram_KK = (own.gram_KK * share).add_(of_all.gram_KK, alpha=1 - share)
+        gram_KK = own.gram_KK.mul_(share).add_(of_all.gram_KK, alpha=1 - share)
     if own.mean_abs_K is not None and of_all.mean_abs_K is not None:
         mean_abs_K = share * own.mean_abs_K + (1 - share) * of_all.mean_abs_K
     # The expert's own tokens are among all of them, the largest magnitudes too.

@@ -58,6 +58,8 @@ def gather(
     block = model.build_block(index, tensors)
     experts = dict(all_experts(block))
     statistics = _listen(model, index, block, names, hidden, wanted, advance=advance and not experts)
+    if not experts:
+        return statistics
     inputs = {name: tensors[name].shape[1] for name in names}
     few = with_few_tokens(names, statistics, inputs)
     if few:
@@ -66,7 +68,7 @@ def gather(
         statistics |= filled_up(statistics, _listen(model, index, block, few, hidden, wanted, advance=False), inputs)
         for layer in experts.values():
             layer.given_all = frozenset()
-    if experts and advance:  # the second pass needed what the first one had
+    if advance:  # the second pass needed what the first one had
         for number, h_BSH in hidden.each():
             hidden.replace(number, model.run_block(index, block, h_BSH))
     return {name: statistics[name] for name in names}

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from qconv.errors import CapacityError
+from qconv.experts import expert_of
 from qconv.quantization_config import QuantizationConfig, Statistic
 from qconv.quantize.activations import NUM_LEAVING, NUM_SLOTS, Placement
 from qconv.quantize.sample import SAMPLE_TOKENS
@@ -106,6 +107,9 @@ class ModelShape:
             if spec.name in weights:
                 n, k = spec.shape
                 shared[(spec.name.rsplit(".", 2)[0], k)].append(n)  # same parent module, same input features
+        grams = [each for (parent, k), rows in shared.items() for each in _grams(parent, k, rows)]
+        if any(expert_of(f"{parent}.x") for parent, _ in shared):
+            grams.append(hidden_size)  # of all tokens that experts are given
         matrices = [spec.shape for spec in largest if len(spec.shape) == 2]
         return cls(
             location=model.view.location,
@@ -114,8 +118,7 @@ class ModelShape:
             parameters=sum(torch.Size(spec.shape).numel() for spec in largest),
             source_bytes=sum(spec.num_bytes for spec in largest),
             stacks=tuple((sum(rows), k) for (_, k), rows in shared.items()),
-            # An attention has two inputs of one width at most (queries, keys and values share one), an MLP as well.
-            grams=tuple(k for (_, k), rows in shared.items() for _ in rows[:2]),
+            grams=tuple(grams),
             widest=max((max(shape) for shape in matrices), default=hidden_size),
             outer_bytes=model.outer_bytes,
             score_heads=config.num_attention_heads if is_eager else 0,
@@ -138,6 +141,17 @@ def head_bytes(elements: int, source_bytes: int) -> int:
 def solving_order(outputs: Sequence[QuantizationConfig]) -> list[int]:
     """The numbers of outputs of one pass as they solve: those that copy least come first."""
     return sorted(range(len(outputs)), key=lambda i: (outputs[i].needs_calibration, outputs[i].folding is not None))
+
+
+def _grams(parent: str, k: int, rows: list[int]) -> list[int]:
+    """K of each Gram matrix of the linears of one module that take K features.
+
+    An attention has two inputs of one width at most (queries, keys and values share one), an MLP as well. An expert's
+    gate and up projection share one; its down projection has its own tokens' and, if these are few, that of all.
+    """
+    if expert_of(f"{parent}.x") is None:
+        return [k for _ in rows[:2]]
+    return [k] if len(rows) > 1 else [k, k]
 
 
 @dataclass(frozen=True, kw_only=True)
