@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qconv.experts import DOWN, EXPERTS, GATE_UP, ROUTER, ExpertNames
+from qconv.experts import DOWN, EXPERTS, GATE_UP, ROUTER, RUNNING, ExpertNames
 
 
 class Expert(nn.Module):
@@ -71,15 +71,15 @@ class Experts(nn.Module):
 
 def separate_experts(model: nn.Module, names: ExpertNames) -> None:
     """Replaces the fused experts of a model on the meta device; their module gets the name that files give it."""
-    for layer in [module for module in model.modules() if _is_sparse(module._modules.get(names.running))]:
-        sparse: Any = layer._modules[names.running]
+    for layer in [module for module in model.modules() if _is_sparse(module._modules.get(RUNNING))]:
+        sparse: Any = layer._modules[RUNNING]
         fused = sparse.experts
         num_experts, hidden, inner = getattr(fused, DOWN).shape
         dtype = getattr(fused, GATE_UP).dtype
         sparse.experts = Experts([Expert(names, hidden, inner, fused.act_fn, dtype) for _ in range(num_experts)])
-        if names.stored != names.running:
-            layer._modules = {names.stored if k == names.running else k: m for k, m in layer._modules.items()}
-            layer.__dict__[names.running] = sparse  # what the layer's forward asks for; no second place of parameters
+        if names.stored != RUNNING:
+            layer._modules = {names.stored if k == RUNNING else k: m for k, m in layer._modules.items()}
+            layer.__dict__[RUNNING] = sparse  # what the layer's forward asks for; no second place of parameters
 
 
 def _is_sparse(module: nn.Module | None) -> bool:

@@ -21,6 +21,8 @@ EXPERTS = "experts"
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """The fused parameters, in the order in which modules hold them."""
 ROUTER = "gate"
+RUNNING = "mlp"
+"""What transformers calls the module of a decoder layer that holds router and experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +31,11 @@ class ExpertNames:
 
     Attributes:
         stored: the module of a decoder layer that holds router and experts, as files call it.
-        running: the same as transformers calls it.
         gate, up, down: the linears of one expert, as files call them.
         unquantized: further linears of that module that choose instead of compute, and stay in 16 bits.
     """
 
     stored: str
-    running: str = "mlp"
     gate: str
     up: str
     down: str
@@ -48,9 +48,9 @@ class ExpertNames:
 
     def stored_name(self, name: str) -> str:
         """A module or tensor in a decoder layer under the name that files give it."""
-        if self.stored == self.running:
+        if self.stored == RUNNING:
             return name
-        return re.sub(rf"(\.layers\.\d+)\.{self.running}(?=\.|$)", rf"\1.{self.stored}", name)
+        return re.sub(rf"(\.layers\.\d+)\.{RUNNING}(?=\.|$)", rf"\1.{self.stored}", name)
 
 
 _QWEN = ExpertNames(stored="mlp", gate="gate_proj", up="up_proj", down="down_proj")

@@ -29,10 +29,12 @@ from qconv.quantize.activations import Activations
 from qconv.quantize.gather import gather
 from qconv.quantize.memory import ModelShape
 from qconv.skeleton import linear_weights
-from qconv.streaming import StreamedModel
+from qconv.streaming import BlockModel, StreamedModel
+from qconv.validate.attribution import attribute
+from qconv.validate.resident import ResidentModel
 from tests.cli_cases import decoded_weights, job, stored_tensors
 from tests.expert_cases import moe, roles, save_fused, stored_module
-from tests.merge_cases import save_model, trained
+from tests.merge_cases import TensorsInMemory, save_model, trained
 from tests.test_streaming import run
 
 peft = pytest.importorskip("peft")
@@ -304,3 +306,28 @@ def test_one_stale_expert_is_named(
     found = audit_all(reference, load_candidate(str(damaged), None), "cpu")
     errors = [finding for finding in found if finding["severity"] == "error"]
     assert [finding["tensors"] for finding in errors] == [[f"{module}.weight"]], found
+
+
+@pytest.mark.parametrize("runs", ["streamed", "whole"])
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("num_experts", [4, 20])
+def test_attribution_names_the_expert(tmp_path: Path, runs: str, folded: bool, num_experts: int) -> None:
+    """One of a few experts, all of a layer where there are many; with folded scales the module that holds them."""
+    folder = save_model(moe("mixtral", num_local_experts=num_experts, num_experts_per_tok=4), tmp_path / "m")
+    view = dequantize(open_checkpoint(folder))
+    tensors = {name: view.read(name) for name in view.specs()}
+    tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"] *= -2
+    if folded:
+        tensors["model.layers.1.input_layernorm.weight"] *= 1.001
+    reference: BlockModel = StreamedModel(view, "cpu", torch.float32)
+    if runs == "whole":
+        reference = ResidentModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), "cpu")
+    candidate = StreamedModel(TensorsInMemory(tensors, view.config), "cpu", torch.float32)
+    found = attribute(reference, candidate, torch.randint(64, (2, 32)))
+    costs = {name: kl for name, kl in found.linears.items() if name.startswith("model.layers.1.")}
+    name, cost = max(costs.items(), key=lambda item: item[1])
+    module = "mlp" if runs == "whole" else "block_sparse_moe"
+    number = "" if num_experts > 16 or runs == "whole" else ".2"
+    assert name.startswith(f"model.layers.1.{module}" + ("" if folded else f".experts{number}"))
+    assert cost == pytest.approx(found.total, rel=0.05)
+    assert cost > 20 * max(kl for other, kl in costs.items() if other != name)

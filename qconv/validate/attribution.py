@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qconv.experts import EXPERTS, RUNNING, expert_of
 from qconv.progress import QUIET, Progress
 from qconv.skeleton import block_linears
 from qconv.streaming import BlockModel
@@ -32,6 +33,7 @@ from qconv.validate.logit_chunks import position_chunks
 
 TOP_BLOCKS = 3  # whose linears are measured one by one
 _FOLDED = 2**-7  # relative difference of a norm's weight that no rounding to bfloat16 explains
+_FEW_EXPERTS = 16  # in a layer, to swap them one by one
 _AMPLIFIED = 10  # linears that cost this much more than their block are scaled against one another
 EMBEDDING, HEAD = "embedding", "output head and final norm"
 
@@ -200,14 +202,40 @@ def _replaced(block: nn.Module, other: nn.Module, modules: Modules) -> Iterator[
 
 def _set(block: nn.Module, name: str, module: nn.Module) -> None:
     *path, leaf = name.split(".")
-    block.get_submodule(".".join(path))._modules[leaf] = module
+    parent = block.get_submodule(".".join(path))
+    before, parent._modules[leaf] = parent._modules.get(leaf), module
+    for alias, value in list(parent.__dict__.items()):  # of layers of experts, see `expert_modules`
+        if value is before:
+            parent.__dict__[alias] = module
 
 
 def _units(run: _Swaps, index: int) -> list[Modules]:
     block, other = run.reference.load_block(index), run.candidate.load_block(index)
     if _is_folded(block, other):
         return _closed_units(run, index)
-    return [(name,) for name in block_linears(other)]
+    return list(dict.fromkeys((_unit(block, other, name),) for name in block_linears(other)))
+
+
+def _unit(block: nn.Module, other: nn.Module, name: str) -> str:
+    """What is swapped to swap a linear: itself, or of experts one of a few, or all of a layer.
+
+    A model that transformers runs holds all experts in two parameters, under a name of its own.
+    """
+    expert = expert_of(name)
+    if expert is None:
+        return name
+    ways = [expert.experts, f"{RUNNING}.{EXPERTS}"]
+    if len(other.get_submodule(expert.experts)._modules) <= _FEW_EXPERTS:
+        ways.insert(0, f"{expert.experts}.{expert.number}")
+    return next(way for way in ways if _has(block, way))
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    try:
+        block.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _is_folded(block: nn.Module, other: nn.Module) -> bool:
@@ -236,8 +264,12 @@ def _closed_units(run: _Swaps, index: int) -> list[Modules]:
         handle.remove()
     units: list[Modules] = []
     waiting: list[str] = []
+    reference = run.reference.load_block(index)
     for name in dict.fromkeys(order):
-        if block_linears(other.get_submodule(name)) or isinstance(other.get_submodule(name), nn.Linear):
+        if not _has(reference, name):  # a model that transformers runs, whose experts have a name of its own
+            units.append((RUNNING, *waiting))
+            waiting = []
+        elif block_linears(other.get_submodule(name)) or isinstance(other.get_submodule(name), nn.Linear):
             units.append((name, *waiting))
             waiting = []
         else:
