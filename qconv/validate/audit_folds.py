@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from qconv.experts import expert_of
 from qconv.validate.audit_scales import Scales, follows, is_hidden
 from qconv.validate.audit_tensor import TensorAudit
 
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 OPEN_SPREAD = 0.02  # of log scales that nothing takes back: less is within what 4-bit rounding does to channels
 OPEN_ERRORS = 3.0
 # The share of the rest that fitted channel scales explain: 0.09 was the most in clean artifacts without any.
@@ -128,13 +129,16 @@ def _judge_pairs(
     """Linears whose input channels another one's rows take back; both members of every such pair."""
     consumed: set[str] = set()
     inputs: dict[tuple[str, int], list[Scales]] = {}  # by producer and number of inputs
+    homes = {linear.name: _home(linear.name) for linear in linears}
     for linear in linears:
         column = columns[linear.name]
         if linear.name in norms:
             continue
         partners: list[tuple[float, TensorAudit, float]] = []
         for producer in linears:
-            if producer is linear or producer.name in consumed or not _may_be_pair(linear, producer, column):
+            if producer is linear or producer.name in consumed or homes[producer.name] != homes[linear.name]:
+                continue
+            if not _may_be_pair(linear, producer, column):
                 continue
             key = (producer.name, len(column))
             if key not in inputs:
@@ -150,6 +154,12 @@ def _judge_pairs(
             verdict.imbalance[producer.name] = 1.0
             consumed |= {linear.name, producer.name}
     return consumed
+
+
+def _home(name: str) -> tuple[str, int] | None:
+    """The expert that a linear is of: what one makes reaches no linear of another."""
+    expert = expert_of(name.removesuffix(".weight"))
+    return None if expert is None else (expert.experts, expert.number)
 
 
 def _may_be_pair(linear: TensorAudit, producer: TensorAudit, column: Scales) -> bool:
