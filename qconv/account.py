@@ -14,6 +14,7 @@ import torch
 
 from qconv import __version__, corpus
 from qconv.config import CalibrationConfig, MergeJob, OutputConfig
+from qconv.experts import has_experts
 from qconv.layout import Layout
 from qconv.merge.combine import combined_parts
 from qconv.merge.interference import Interference, measure_interference
@@ -69,6 +70,10 @@ def _notes(quantization: QuantizationConfig, layout: Layout) -> list[str]:
     """The notes on every scheme that the output has."""
     schemes = dict.fromkeys(layout.schemes.values()) or [None]
     notes = [note for scheme in schemes for note in reader_notes(quantization, scheme)]
+    if quantization.target == "int8" and has_experts(layout.schemes):
+        notes.append(
+            "transformers (5.23) decodes experts of w4a16, w8a16, fp8 and fp8-block as it loads them, and not of int8"
+        )
     if layout.head is not None:
         notes.append(
             "not every release of a serving engine reads a quantized output head; it was rounded to nearest on a "

@@ -96,6 +96,7 @@ def _describe_adapter(adapter: SafetensorsCheckpoint) -> dict[str, Any]:
         "base": config.get("base_model_name_or_path"),
         **decisive,
         "target_modules": config.get("target_modules"),
+        **({"target_parameters": config["target_parameters"]} if config.get("target_parameters") else {}),
         "modules_to_save": config.get("modules_to_save"),
         "trained on": record.trained_on if record else "not recorded (a 16-bit base needs --trained-on)",
         "parameters": _num_elements(adapter),
