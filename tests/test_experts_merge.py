@@ -18,6 +18,7 @@ from qconv.convert import dequantize
 from qconv.errors import AdapterError, CheckpointError, UsageError
 from qconv.inputs import load_reference
 from qconv.merge import load_adapter, merge
+from qconv.records import write_train_record
 from qconv.runners import streamed
 from qconv.types import Checkpoint
 from tests.expert_cases import FAMILIES, PREFIX, moe, roles, save_fused, save_linear_adapter, stored_module
@@ -187,6 +188,8 @@ def test_the_release_that_trained_decides_what_was_in_4_bits(tmp_path: Path) -> 
     trained(moe("mixtral"), target_modules=["q_proj"]).save_pretrained(tmp_path / "neither")
     with pytest.raises(UsageError, match="does not tell whether training had them in 4 bits"):
         rounded(tmp_path / "neither")
+    write_train_record(tmp_path / "neither", "nf4", str(folder))  # `qconv train` needs transformers 5
+    assert rounded(tmp_path / "neither") == {attention}
 
 
 def fused_adapter(tmp_path: Path, **config: Any) -> tuple[Checkpoint, Path]:

@@ -285,7 +285,7 @@ def test_targets_that_would_leave_experts_behind_are_refused(
 # What an audit finds
 
 
-@pytest.mark.parametrize("target", ["w4a16", "fp8"])
+@pytest.mark.parametrize("target", ["w4a16", "gptq", "fp8", "fp8-block"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_stale_expert_is_named(
     made: Any, family: str, target: str, tmp_path: Path, new_job: Callable[..., MergeJob]
