@@ -18,8 +18,9 @@ from qconv.adapter_configs import LOW_RANK_METHODS, CombinationConfig
 from qconv.checkpoint import SafetensorsCheckpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.errors import AdapterError
+from qconv.experts import expert_of
 from qconv.layout import config_dtype
-from qconv.merge import DampenedCheckpoint, Dampening, MergedCheckpoint, merge
+from qconv.merge import DampenedCheckpoint, Dampening, MergedCheckpoint, merge, trained_experts
 from qconv.quantize.fp8_static import fake_quantize_static
 from qconv.quantize.int8 import fake_quantize_inputs
 from qconv.side_files import tokenizer_files
