@@ -34,6 +34,8 @@ NOT_MEASURABLE = (
 def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> list[str]:
     """What maintained engines are known not to load, although the format holds it; and what a format costs."""
     notes = []
+    if TARGETS[quantization.target].gguf_kind is not None:
+        return []
     if scheme is None:
         return [
             "rounding merged weights to bitsandbytes' 4-bit blocks again takes most of the adapter back (3.5% of its "
@@ -163,7 +165,8 @@ def _describe_output(output: OutputConfig, layout: Layout) -> Iterator[str]:
         )
         yield from (f"of these: {line}" for line in _mixture(layout))
     elif output.quantization is not None:
-        yield f"quantizing {len(layout.quantized)} linears to {output.quantization.target} (bitsandbytes 4-bit blocks)"
+        rule = "bitsandbytes 4-bit blocks" if layout.gguf is None else "by llama.cpp's rule"
+        yield f"quantizing {len(layout.quantized)} linears to {output.quantization.target} ({rule})"
     if output.quantization is not None:
         yield from (f"note: {note}" for note in _notes(output.quantization, layout))
     size = sum(spec.num_bytes for spec in layout.specs)
@@ -263,7 +266,7 @@ def stages(
         result["quantization"] = {
             "format": layout.format,
             "algorithm": output.quantization.resolved_algorithm,
-            "bits": 4,
+            "bits": TARGETS[output.quantization.target].bits[0],
             "linears quantized": len(layout.quantized),
             "read by": TARGETS[output.quantization.target].readers,
             "notes on readers": reader_notes(output.quantization, None),

@@ -11,9 +11,10 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from qconv.convert import FORMATS, encode_linear
+from qconv.convert import FORMATS, GGML_FORMATS, encode_linear
+from qconv.gguf import GgufOutput
 from qconv.layout import BNB_FORMATS, Layout, block_number, in_order
-from qconv.plain_tensors import to_storage, write_plain
+from qconv.plain_tensors import TensorWriter, to_storage, write_plain
 from qconv.progress import Progress
 from qconv.quantize.blocks import QuantizedBlock
 from qconv.read_ahead import read_ahead
@@ -31,12 +32,17 @@ class Filling:
     writer: CheckpointWriter
     layout: Layout
 
+    @property
+    def tensors(self) -> TensorWriter:
+        """Takes tensors by their name in the model."""
+        return self.writer if self.layout.gguf is None else GgufOutput(self.writer, self.layout.gguf)
+
 
 @dataclass(frozen=True)
 class _All:
     """Hands each tensor to several writers."""
 
-    writers: Sequence[CheckpointWriter]
+    writers: Sequence[TensorWriter]
 
     def write(self, name: str, tensor: Tensor) -> None:
         for writer in self.writers:
@@ -71,6 +77,8 @@ def write_tensors(
     for filling in fillings:
         if filling.layout.scheme is None:
             _write_alone(filling, view, progress, device)
+        if filling.layout.gguf is not None:
+            filling.layout.gguf.write_constants(filling.writer)
 
 
 def _read_ahead(view: Checkpoint, names: Iterable[str], device: str) -> None:
@@ -81,9 +89,9 @@ def _read_ahead(view: Checkpoint, names: Iterable[str], device: str) -> None:
 def _write_alone(filling: Filling, view: Checkpoint, progress: Progress, device: str) -> None:
     writer, layout = filling.writer, filling.layout
     names = in_order(view)
-    if layout.format is None:
+    if layout.format is None or layout.gguf is not None:
         _read_ahead(view, names, device)
-        write_plain(writer, view, layout.storage, progress.track(names, "write", len(names)), device)
+        write_plain(filling.tensors, view, layout.handed_over, progress.track(names, "write", len(names)), device)
         return
     names.sort(key=lambda name: name in layout.quantized)
     _read_ahead(view, names, device)
@@ -126,10 +134,10 @@ def _write_in_lockstep(
 
 def _write_to_all(fillings: Sequence[Filling], view: Checkpoint, names: Iterable[str], device: str) -> None:
     """Writes the same tensors to all outputs, read once for all that store them alike."""
-    names = names if len({filling.layout.storage for filling in fillings}) == 1 else list(names)
-    for storage in dict.fromkeys(filling.layout.storage for filling in fillings):
-        alike = [filling.writer for filling in fillings if filling.layout.storage == storage]
-        write_plain(_All(alike), view, storage, names, device)
+    names = names if len({filling.layout.handed_over for filling in fillings}) == 1 else list(names)
+    for dtype in dict.fromkeys(filling.layout.handed_over for filling in fillings):
+        alike = [filling.tensors for filling in fillings if filling.layout.handed_over == dtype]
+        write_plain(_All(alike), view, dtype, names, device)
 
 
 @contextmanager
@@ -151,13 +159,13 @@ def _alongside(names: Iterable[str], task: Callable[[Iterable[str]], None]) -> I
 
 
 def _write_block(filling: Filling, view: Checkpoint, block: QuantizedBlock) -> None:
-    writer, layout = filling.writer, filling.layout
+    writer, layout = filling.tensors, filling.layout
     assert layout.format is not None  # a layout without a format has no blocks
-    format_ = FORMATS[layout.format]
+    format_ = FORMATS[layout.format] if layout.gguf is None else GGML_FORMATS[layout.format]
     for name, linear in block.linears.items():
         module = name.removesuffix(".weight")
         format_.check(linear, module, layout.storage)
         for key, tensor in format_.pack(linear, module, layout.storage).items():
             writer.write(key, tensor)
     for name, tensor in block.plain.items():
-        writer.write(name, to_storage(view, name, tensor, layout.storage))
+        writer.write(name, to_storage(view, name, tensor, layout.handed_over))

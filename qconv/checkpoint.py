@@ -1,32 +1,25 @@
-"""Reading model and adapter folders: safetensors only, lazily, one tensor at a time.
+"""Reading model and adapter folders: safetensors (or one GGUF file), lazily, one tensor at a time.
 
-Bytes are fetched with `pread` into fresh buffers rather than memory-mapped, so that resident
-memory is what the caller holds and nothing more. The header is parsed here because the reader
-of the safetensors library accepts duplicate keys, and an index may point anywhere
-(format: https://github.com/huggingface/safetensors#format). Pickled weights are never opened.
+The header is parsed here because the reader of the safetensors library accepts duplicate keys, and an index may point
+anywhere (format: https://github.com/huggingface/safetensors#format). Pickled weights are never opened.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from qconv.config import HUB_ID
 from qconv.errors import CheckpointError
-from qconv.read_ahead import ReadAhead
-from qconv.read_bytes import read_to_gpu, read_to_host
+from qconv.gguf import open_gguf
+from qconv.stored_tensors import FileCheckpoint
 from qconv.suggest import did_you_mean_path
-from qconv.timeline import TIMELINE
 from qconv.types import TensorSpec
 
 DTYPES: dict[str, torch.dtype] = {
@@ -45,14 +38,13 @@ DTYPES: dict[str, torch.dtype] = {
 }
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-SMALL_BYTES = 1 << 20  # below this a tensor reaches a GPU in one plain copy
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Where AutoGPTQ and AutoAWQ put what newer tools write to config.json, with the method that each stands for.
 _QUANTIZATION_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
 
 
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(FileCheckpoint):
     """A `Checkpoint` over the safetensors files of one local folder.
 
     Args:
@@ -66,13 +58,7 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], files: list[Path], index: Mapping[str, str] | None):
-        self.folder = folder
-        self.config = config
-        self._specs: dict[str, TensorSpec] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
-        self._handles: dict[Path, int] = {}
-        self._ahead = ReadAhead()
-        self._opening = threading.Lock()
+        super().__init__(folder, config)
         for file in files:
             for spec, offset in _read_header(file):
                 if spec.name in self._specs:
@@ -99,72 +85,20 @@ class SafetensorsCheckpoint:
                 f"first {spare[0]!r}; the index is stale: fetch or save the folder again"
             )
 
-    @property
-    def location(self) -> str:
-        return str(self.folder)
 
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self._specs
-
-    def file_of(self, name: str) -> Path:
-        return self._places[name][0]
-
-    def read(self, name: str, device: str = "cpu") -> Tensor:
-        if name not in self._specs:
-            raise CheckpointError(f"{self.folder}: no tensor {name!r}")
-        tensor = self._ahead.take(name)
-        if tensor is None and device.startswith("cuda") and self._specs[name].num_bytes >= SMALL_BYTES:
-            return self._read_to_gpu(name, device)
-        if tensor is None:
-            with TIMELINE.stage("read"):
-                tensor = self._read_host(name)
-        return tensor.to(device, non_blocking=True)
-
-    def read_part(self, name: str, begin: int, shape: tuple[int, ...], device: str = "cpu") -> Tensor:
-        """A range of neighbouring elements of a tensor, from element ``begin``, as a tensor of ``shape``."""
-        spec = self._specs[name]
-        file, offset = self._places[name]
-        with TIMELINE.stage("read"):
-            num_bytes = prod(shape) * spec.dtype.itemsize
-            data = read_to_host(self._handle(file), file, offset + begin * spec.dtype.itemsize, num_bytes)
-        return data.view(spec.dtype).reshape(shape).to(device)
-
-    def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
-        """Begins to read ``names`` in the background, see `ReadsAhead`."""
-        read = partial(self._read_host, pin=pin)
-        self._ahead.start(names, read, lambda name: self._specs[name].num_bytes, max_bytes)
-
-    def _read_host(self, name: str, *, pin: bool = False) -> Tensor:
-        spec = self._specs[name]
-        file, offset = self._places[name]
-        data = read_to_host(self._handle(file), file, offset, spec.num_bytes, pin=pin)
-        return data.view(spec.dtype).reshape(spec.shape)
-
-    def _read_to_gpu(self, name: str, device: str) -> Tensor:
-        spec = self._specs[name]
-        file, offset = self._places[name]
-        data = read_to_gpu(self._handle(file), file, offset, spec.num_bytes, device)
-        return data.view(spec.dtype).reshape(spec.shape)
-
-    def _handle(self, file: Path) -> int:
-        with self._opening:  # reading ahead happens in another thread
-            if file not in self._handles:
-                self._handles[file] = os.open(file, os.O_RDONLY)
-            return self._handles[file]
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # modules may be gone by then
-        for handle in getattr(self, "_handles", {}).values():
-            close(handle)
-
-
-def open_checkpoint(source: str | Path, revision: str | None = None) -> SafetensorsCheckpoint:
-    """Opens a model by local folder or hub id (``org/name``), reading headers only.
+def open_checkpoint(source: str | Path, revision: str | None = None) -> FileCheckpoint:
+    """Opens a model by local folder, GGUF file or hub id (``org/name``), reading headers only.
 
     Raises:
-        CheckpointError: no such folder or hub model, no config.json, no safetensors, a malformed
-            or missing shard, or an index that leaves the folder.
+        CheckpointError: no such folder or hub model, no config.json, no weights, a malformed or missing shard, or an
+            index that leaves the folder.
     """
+    if Path(source).suffix == ".gguf" and Path(source).is_file():
+        return open_gguf(Path(source), Path(source))
     folder = resolve_folder(source, revision)
+    packed = sorted(folder.glob("*.gguf"))
+    if len(packed) == 1 and not any(folder.glob("*.safetensors")):
+        return open_gguf(packed[0], folder)
     config = read_json(folder / "config.json", "a model folder has a config.json")
     checkpoint = _open_weights(folder, config)
     if "quantization_config" not in config and any(name.endswith(".qweight") for name in checkpoint.specs()):
@@ -295,11 +229,11 @@ def _refuse_files(folder: Path, found: list[Path], expected: str) -> NoReturn:
             f"expected {expected}. An adapter: qconv convert --to safetensors reads its tensors without running any. "
             "A model: load and save it once with transformers in a sandbox you trust (safetensors is its default)"
         )
-    packed = next((path.name for path in sorted(folder.glob("*.gguf"))), None)
+    packed = sorted(path.name for path in folder.glob("*.gguf"))
     if packed:
         raise CheckpointError(
-            f"{folder}: holds GGUF weights ({packed}), which are not read; expected {expected}. "
-            "Take the checkpoint that the GGUF file was made from"
+            f"{folder}: holds {len(packed)} GGUF files ({', '.join(packed)}); expected one, or {expected}. "
+            "Name the file that is meant"
         )
     raise CheckpointError(f"{folder}: expected {expected}, found no safetensors file")
 

@@ -49,7 +49,7 @@ from qconv.cli_serving import pack
 from qconv.config import MergeJob
 from qconv.own_process import begin, expand_segments, keep_freed_memory, without_collections
 from qconv.progress import as_json_lines
-from qconv.targets import PLAIN_DTYPES, TARGETS
+from qconv.targets import GGUF_TARGETS, PLAIN_DTYPES, TARGETS
 from qconv.timeline import TIMELINE
 
 # OpenMP threads that spin while they wait ruin every run on a busy machine; must be set before torch loads.
@@ -145,8 +145,8 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
     "--to",
     "target",
     required=True,
-    type=Choice([*PLAIN_DTYPES, "lora", "safetensors"]),
-    help="Plain dtype of a model; of an adapter plain LoRA, or its pickled tensors as safetensors.",
+    type=Choice([*PLAIN_DTYPES, *GGUF_TARGETS, "lora", "safetensors"]),
+    help="Plain dtype or uncalibrated GGUF of a model; of an adapter plain LoRA, or pickled tensors as safetensors.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete.")
@@ -162,7 +162,9 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
 @run_options
 @answers
 def convert(source: str, target: str, **options: Any) -> Answer:
-    """Dequantize MODEL (anything that qconv reads or writes) to plain weights, or make ADAPTER a plain LoRA.
+    """Dequantize MODEL (anything that qconv reads or writes) to plain weights or GGUF, or make ADAPTER a plain LoRA.
+
+    GGUF is rounded by llama.cpp's own rule; qconv quantize --to gguf-q4_0 calibrates.
 
     A plain LoRA has one rank that engines allocate (8, 16, 32, 64, 128, 256, 320, 512), padded with zeros, and
     lora_alpha = r: rsLoRA, rank and alpha patterns are in its factors. What no such LoRA equals is refused.
@@ -170,6 +172,7 @@ def convert(source: str, target: str, **options: Any) -> Answer:
 
     \b
     qconv convert ./base-nf4 --to bf16 -o ./base-bf16
+    qconv convert ./merged --to gguf-q5_1 -o ./merged-gguf
     qconv convert ./adapter --to lora -o ./adapter-served
     """
     cli_jobs.check_conversion(source, target, options)

@@ -18,6 +18,7 @@ from qconv.overrides import parse_override
 from qconv.progress import Progress
 from qconv.quantization_config import QuantizationConfig
 from qconv.side_files import is_adapter
+from qconv.targets import GGUF_TARGETS, TARGETS, gguf_file_name
 from qconv.training_config import TrainConfig
 
 
@@ -230,11 +231,16 @@ def check_conversion(source: str, target: str, options: dict[str, Any]) -> None:
         raise errors.UsageError("--dry-run plans what is done to models; converting an adapter takes seconds, drop it")
 
 
-def convert_job(model: str, dtype: str, options: dict[str, Any]) -> MergeJob:
+def convert_job(model: str, target: str, options: dict[str, Any]) -> MergeJob:
     size = parse_size(options["max_shard_size"] or "5GB", "--max-shard-size")
+    if target in GGUF_TARGETS:
+        quantization = QuantizationConfig(target=target, algorithm="ggml")
+        output = OutputConfig(out=options["out"], quantization=quantization, max_shard_bytes=size)
+    else:
+        output = OutputConfig(out=options["out"], dtype=target, max_shard_bytes=size)
     return MergeJob(
         base=model,
-        outputs=(OutputConfig(out=options["out"], dtype=dtype, max_shard_bytes=size),),
+        outputs=(output,),
         validation=None,
         device=options["device"],
         overwrite=options["overwrite"],
@@ -306,6 +312,9 @@ def following_a_merge(job: MergeJob, output: OutputConfig) -> tuple[str, ...]:
         words += job.options.flags
         lines.append(shlex.join([*words, "--candidate", str(output.out)]))
     target = output.quantization
+    kind = None if target is None else TARGETS[target.target].gguf_kind
+    if kind is not None:
+        return (*lines, shlex.join(["llama-cli", "-m", str(output.out / gguf_file_name(kind))]))
     # That one vLLM does not take.
     if target is None or not (target.target in ("gptq", "gptq_v2") and target.symmetric is False):
         lines.append(shlex.join(["vllm", "serve", str(output.out)]))

@@ -13,10 +13,11 @@ from qconv.adapter_configs import AdapterOptions, CombinationConfig
 from qconv.errors import UsageError
 from qconv.gate_rules import Policy, Rule, combine
 from qconv.quantization_config import QuantizationConfig
-from qconv.targets import PLAIN_DTYPES
+from qconv.targets import PLAIN_DTYPES, TARGETS
 from qconv.types import BnbKind
 
 BNB_KINDS: tuple[BnbKind, ...] = ("nf4", "nf4-dq", "fp4", "fp4-dq", "16bit")
+MAX_SHARD_BYTES = 5_000_000_000
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -119,12 +120,18 @@ class OutputConfig:
     out: Path
     quantization: QuantizationConfig | None = None
     dtype: str | None = None
-    max_shard_bytes: int = 5_000_000_000
+    max_shard_bytes: int = MAX_SHARD_BYTES
     not_taken: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in PLAIN_DTYPES:
             raise UsageError(f"--dtype takes {', '.join(PLAIN_DTYPES)}, got {self.dtype}")
+        target = None if self.quantization is None else TARGETS[self.quantization.target]
+        if target is not None and target.gguf_kind is not None:
+            if self.max_shard_bytes != MAX_SHARD_BYTES:
+                raise UsageError(f"--max-shard-size: {target.name} is one file, however large; drop it")
+            if self.dtype is not None and target.gguf_kind in ("f16", "bf16", "f32"):
+                raise UsageError(f"--dtype: {target.name} says the dtype itself; drop it, or choose another target")
         if self.max_shard_bytes < 1_000_000:
             raise UsageError(f"--max-shard-size must be at least 1MB, got {self.max_shard_bytes} bytes")
 

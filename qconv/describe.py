@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint, resolve_folder
+from qconv.checkpoint import open_adapter_files, open_checkpoint, resolve_folder
 from qconv.convert import dequantize
 from qconv.errors import AdapterError
 from qconv.inputs import load_reference, resolve_device
 from qconv.merge.kinds import KINDS, LOW_RANK, how_merged
 from qconv.merge.spectrum import LOOKED_AT, THRESHOLD, spectrum_changes
 from qconv.records import read_train_record
+from qconv.stored_tensors import FileCheckpoint
 from qconv.types import BnbKind, Checkpoint, Scheme
 
 
@@ -50,7 +51,7 @@ def describe_spectrum(adapter: str, base: str, trained_on: BnbKind | None, devic
     }
 
 
-def _describe_model(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
+def _describe_model(checkpoint: FileCheckpoint) -> dict[str, Any]:
     view = dequantize(checkpoint)
     config = checkpoint.config
     facts: dict[str, Any] = {
@@ -76,7 +77,7 @@ def _in_words(scheme: Scheme) -> str:
     )
 
 
-def _describe_adapter(adapter: SafetensorsCheckpoint) -> dict[str, Any]:
+def _describe_adapter(adapter: FileCheckpoint) -> dict[str, Any]:
     config = adapter.config
     record = read_train_record(adapter.folder)
     kind = KINDS.get(str(config.get("peft_type")))
@@ -104,7 +105,7 @@ def _describe_adapter(adapter: SafetensorsCheckpoint) -> dict[str, Any]:
     }
 
 
-def _sizes(checkpoint: SafetensorsCheckpoint) -> dict[str, Any]:
+def _sizes(checkpoint: FileCheckpoint) -> dict[str, Any]:
     specs = checkpoint.specs().values()
     dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in specs)
     return {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from qconv.checkpoint import SafetensorsCheckpoint
 from qconv.estimate_time import Machine, machine_for
 from qconv.merge.expert_adapter import ExpertAdapter
 from qconv.quantize.memory import LIBRARIES, free_memory
 from qconv.side_files import VOCABULARY_FILES
+from qconv.stored_tensors import FileCheckpoint
 from qconv.types import Checkpoint
 
 
@@ -39,7 +39,7 @@ def file_bytes(checkpoint: Checkpoint) -> int:
     """Of the files that a folder's weights lie in."""
     if isinstance(checkpoint, ExpertAdapter):
         checkpoint = checkpoint.files
-    assert isinstance(checkpoint, SafetensorsCheckpoint)
+    assert isinstance(checkpoint, FileCheckpoint)
     return sum(file.stat().st_size for file in {checkpoint.file_of(name) for name in checkpoint.specs()})
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qconv.adapter_configs import ExtractConfig
-from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
+from qconv.checkpoint import open_checkpoint
 from qconv.config import BNB_KINDS
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.errors import CheckpointError
@@ -33,6 +33,7 @@ from qconv.progress import QUIET, Progress
 from qconv.records import write_train_record
 from qconv.side_files import tokenizer_files
 from qconv.skeleton import linear_weights
+from qconv.stored_tensors import FileCheckpoint
 from qconv.types import Checkpoint
 from qconv.work_folder import check_inputs, check_output, publishing
 
@@ -206,8 +207,8 @@ def _module(name: str) -> str:
 
 def _add_side_files(
     folder: Path,
-    source: SafetensorsCheckpoint,
-    tuned: SafetensorsCheckpoint,
+    source: FileCheckpoint,
+    tuned: FileCheckpoint,
     base: DequantizedCheckpoint,
     base_name: str,
 ) -> None:

@@ -30,10 +30,11 @@ def rules_for(
 def _kinds(candidate: Candidate) -> Mapping[ArtifactKind, int]:
     """How many weights of the candidate are of each kind; what is not quantized counts where nothing is."""
     view, found = candidate.view, Counter[ArtifactKind]()
-    for module, scheme in view.schemes.items():
-        kind = artifact_kind(scheme.bits, scheme.kind == "float" or scheme.rounds_activations)
+    for module, bits in view.bits.items():
+        scheme = view.schemes.get(module)
+        kind = artifact_kind(bits, scheme is not None and (scheme.kind == "float" or scheme.rounds_activations))
         found[kind] += prod(view.specs()[f"{module}.weight"].shape)
-    return found or {"plain" if view.kind == "plain" else "int4": 1}  # bitsandbytes 4-bit has no schemes
+    return found or {"plain": 1}
 
 
 def check_rules(reference: Reference, config: ValidationConfig, has_adapter: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from qconv.adapter_configs import AdapterOptions, CombinationConfig
-from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
+from qconv.checkpoint import open_checkpoint
 from qconv.config import BNB_KINDS
 from qconv.convert import DequantizedCheckpoint, dequantize, simulate_training_base
 from qconv.errors import AdapterError, UsageError, concerning
@@ -24,11 +24,12 @@ from qconv.merge import (
 )
 from qconv.runners import Candidate, Combination, Reference
 from qconv.skeleton import linears_of_training
+from qconv.stored_tensors import FileCheckpoint
 from qconv.types import Adapter, BnbKind, Checkpoint
 
 
 def load_reference(
-    source: SafetensorsCheckpoint,
+    source: FileCheckpoint,
     adapter_source: str | None,
     trained_on: BnbKind | None,
     combination: CombinationConfig | None = None,
@@ -102,7 +103,7 @@ def _were_linears(base: DequantizedCheckpoint, adapter: Adapter) -> bool:
 
 
 def _combined_reference(
-    source: SafetensorsCheckpoint, base: DequantizedCheckpoint, config: CombinationConfig, trained_on: BnbKind | None
+    source: FileCheckpoint, base: DequantizedCheckpoint, config: CombinationConfig, trained_on: BnbKind | None
 ) -> Reference:
     adapters = tuple(load_adapter(name, base) for name in config.adapters)
     kinds = [(_training_kind(base, adapter, trained_on), adapter) for adapter in adapters]

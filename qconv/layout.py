@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qconv.convert import FORMATS, Bnb4bit, meta_linear, mixed_config
 from qconv.errors import CheckpointError, SchemeError
+from qconv.gguf import GgufPlan, plan_gguf
 from qconv.plain_tensors import is_plain_float
 from qconv.quantization_config import QuantizationConfig
 from qconv.selection import chosen_linears, schemes_of
@@ -41,6 +42,7 @@ class Layout:
         schemes: of each of them, by name; empty where there is no scheme.
         config: the content of ``config.json``.
         extra_files: further JSON files, by name.
+        gguf: of a GGUF file, what lies in it under which name; ``specs`` are then those of the file.
     """
 
     specs: list[TensorSpec]
@@ -51,6 +53,12 @@ class Layout:
     format: str | None
     config: Mapping[str, Any]
     extra_files: Mapping[str, Mapping[str, Any]]
+    gguf: GgufPlan | None = None
+
+    @property
+    def handed_over(self) -> torch.dtype:
+        """The dtype that unquantized tensors are handed over in; those of a GGUF file get theirs at the end."""
+        return self.storage if self.gguf is None else torch.float32
 
     @property
     def head(self) -> str | None:
@@ -105,6 +113,8 @@ def _plan_quantized(
     target = TARGETS[quantization.target]
     if target.format in BNB_FORMATS:
         return _plan_bnb(view, BNB_FORMATS[target.format], linears, storage, config)
+    if target.gguf_kind is not None:
+        return _plan_gguf(view, target.gguf_kind, quantization, linears, storage, config)
     format_ = FORMATS[target.format]
     default, schemes = schemes_of(view, linears, quantization)
     for scheme in dict.fromkeys(schemes.values()):
@@ -151,6 +161,33 @@ def _plan_bnb(
         format=fmt.name,
         config=config,
         extra_files={},
+    )
+
+
+def _plan_gguf(
+    view: Checkpoint,
+    kind: str,
+    quantization: QuantizationConfig,
+    linears: Collection[str],
+    storage: torch.dtype,
+    config: dict[str, Any],
+) -> Layout:
+    """Linears whose codes are chosen here have a scheme; where llama.cpp's rule chooses there is none."""
+    plan = plan_gguf(view, kind, linears, storage)
+    scheme: Scheme | None = None
+    schemes: dict[str, Scheme] = {}
+    if quantization.resolved_algorithm != "ggml":
+        scheme, schemes = schemes_of(view, linears, quantization)
+    return Layout(
+        specs=plan.specs,
+        storage=storage,
+        quantized=frozenset(linears),
+        scheme=scheme,
+        schemes=schemes,
+        format=f"gguf-{kind}",
+        config=config,
+        extra_files={},
+        gguf=plan,
     )
 
 

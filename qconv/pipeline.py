@@ -85,6 +85,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             writer.write_json("config.json", layout.config)
             for file_name, content in layout.extra_files.items():
                 writer.write_json(file_name, content)
+            if layout.gguf is not None:
+                writer.write_text("Modelfile", layout.gguf.model_file)
             writer.copy_files(side_files(reference.source.folder, plan.adapter_folder))
         blocks = _quantized_blocks(job, makings, merged, calibration, device, progress)
         write_tensors(makings, merged, blocks, progress, device)

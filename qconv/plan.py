@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from qconv.decoder_shape import DecoderShape
 from qconv.errors import concerning
 from qconv.evaluation import check_vocabulary, evaluation_rows
 from qconv.gating import check_rules
+from qconv.gguf import EMBEDDING, GgufPlan, vocabulary_of
 from qconv.held_out import held_out_rows
 from qconv.inputs import load_reference
 from qconv.layout import Layout, config_dtype, plan_layout
@@ -24,14 +27,14 @@ from qconv.mixture import load_mixture, pack_mixture
 from qconv.outcome import check_report_folder
 from qconv.progress import QUIET, Progress
 from qconv.runners import Reference
-from qconv.side_files import tokenizer_folder
+from qconv.side_files import template_file, tokenizer_folder
 from qconv.skeleton import StoredBlocks, linear_weights
 from qconv.streaming import StreamedModel
 from qconv.tensor_parallel import check_parallel, parallel_linears
 from qconv.types import Checkpoint
 from qconv.validate.peft_layers import check_peft
 from qconv.work_folder import check_beside, check_inputs, check_output, check_place
-from qconv.writer import CheckpointWriter
+from qconv.writer import CheckpointWriter, PlannedFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +92,15 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
     with concerning("calibration"):
         calibration, calibration_text = _calibration_rows(job, merged, tokenizer, progress)
     writers = [
-        CheckpointWriter(o.out, layout.specs, o.max_shard_bytes, job.overwrite, with_digests=True)
-        for o, layout in zip(job.outputs, layouts, strict=True)
+        CheckpointWriter(
+            output.out,
+            layout.specs,
+            output.max_shard_bytes,
+            job.overwrite,
+            with_digests=True,
+            files=None if layout.gguf is None else [gguf_file(layout.gguf, source.folder, adapter_folder, output.out)],
+        )
+        for output, layout in zip(job.outputs, layouts, strict=True)
     ]
     return Plan(
         reference=reference,
@@ -124,6 +134,23 @@ def _parallel_warnings(job: MergeJob, merged: Checkpoint, layouts: Sequence[Layo
         linears = parallel_linears(merged.specs(), stored, schemes, is_transposed)
         found += check_parallel(shape, linears, job.tensor_parallel, str(output.out))
     return tuple(dict.fromkeys(found))
+
+
+def gguf_file(plan: GgufPlan, base: Path, adapter: Path | None, out: Path) -> PlannedFile:
+    """The file of a GGUF output, with the tokenizer and the chat template in it that lie beside other outputs.
+
+    Raises:
+        CheckpointError: a tokenizer that llama.cpp would not use alike.
+    """
+    folder = tokenizer_folder(base, adapter)
+    tokenizer: Any = corpus.load_tokenizer(folder)
+    template = template_file(base, adapter)
+    if template is not None:
+        text = template.read_text(encoding="utf-8")
+        tokenizer.chat_template = text if template.suffix == ".jinja" else json.loads(text)["chat_template"]
+    vocabulary = vocabulary_of(tokenizer, plan.tensors[EMBEDDING].shape[0], str(folder))
+    head, begins, num_bytes = plan.header(vocabulary, out.name)
+    return PlannedFile(name=plan.file_name, head=head, begins=begins, num_bytes=num_bytes)
 
 
 def plan_before_training(job: MergeJob, progress: Progress = QUIET) -> Plan:

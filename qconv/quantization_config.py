@@ -97,6 +97,10 @@ class QuantizationConfig:
                 f"{', '.join(mixed[:-1])} and {mixed[-1]} have"
                 + ("; --requant w4a16 --algorithm awq chooses numbers as awq does" if self.target == "awq" else "")
             )
+        if self.lm_head and target.gguf_kind is not None:
+            raise UsageError(
+                f"--lm-head: {self.target} chooses the kind of the output head by llama.cpp's rule; drop it"
+            )
         if self.lm_head and not target.mixed_bits:
             raise UsageError(
                 f"--lm-head: readers of {self.target} expect the output head in 16 bits; "

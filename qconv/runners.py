@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from qconv.adapter_configs import LOW_RANK_METHODS, CombinationConfig
-from qconv.checkpoint import SafetensorsCheckpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.errors import AdapterError
 from qconv.experts import expert_of
@@ -25,6 +24,7 @@ from qconv.quantize.fp8_static import fake_quantize_static
 from qconv.quantize.int8 import fake_quantize_inputs
 from qconv.side_files import tokenizer_files
 from qconv.skeleton import block_linears
+from qconv.stored_tensors import FileCheckpoint
 from qconv.streaming import BlockModel, Decorate, StreamedModel
 from qconv.types import Adapter, BnbKind, Checkpoint, Scheme
 from qconv.validate.reference import unmerged
@@ -58,7 +58,7 @@ class Reference:
         dampening: how intruder dimensions are scaled in the merge; None = they are not.
     """
 
-    source: SafetensorsCheckpoint
+    source: FileCheckpoint
     base: Checkpoint
     adapter: Adapter | None
     kind: BnbKind
@@ -123,12 +123,12 @@ class Candidate:
         adapter: an adapter that it is served with, unmerged, or None.
     """
 
-    source: SafetensorsCheckpoint
+    source: FileCheckpoint
     view: DequantizedCheckpoint
     adapter: Adapter | None = None
 
     @staticmethod
-    def of(source: SafetensorsCheckpoint) -> Candidate:
+    def of(source: FileCheckpoint) -> Candidate:
         return Candidate(source=source, view=dequantize(source))
 
 

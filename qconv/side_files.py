@@ -42,10 +42,16 @@ def side_files(base: Path, adapter: Path | None) -> list[Path]:
     template is the adapter's where it has one.
     """
     files = [file for file in tokenizer_files(tokenizer_folder(base, adapter)) if file.name not in _TEMPLATES]
-    templates = [folder / name for folder in (adapter, base) if folder for name in _TEMPLATES]
-    files += [file for file in templates if file.is_file()][:1]
+    template = template_file(base, adapter)
+    files += [] if template is None else [template]
     files += [base / name for name in _OTHERS if (base / name).is_file()]
     return files + sorted(file for pattern in _LICENSES for file in base.glob(pattern) if file.is_file())
+
+
+def template_file(base: Path, adapter: Path | None) -> Path | None:
+    """The file of the chat template of an output; None where there is none, or it lies in ``tokenizer_config.json``."""
+    files = [folder / name for folder in (adapter, base) if folder for name in _TEMPLATES]
+    return next((file for file in files if file.is_file()), None)
 
 
 def is_adapter(folder: Path) -> bool:

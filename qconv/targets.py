@@ -9,7 +9,7 @@ from typing import Literal
 from qconv.types import Scheme
 
 PLAIN_DTYPES = ("bf16", "fp16", "fp32")
-Algorithm = Literal["rtn", "gptq", "awq", "awq+gptq", "fp8", "smoothquant", "smoothquant+gptq", "int8", "bnb"]
+Algorithm = Literal["rtn", "gptq", "awq", "awq+gptq", "fp8", "smoothquant", "smoothquant+gptq", "int8", "bnb", "ggml"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,29 @@ class Target:
     readers: str
     scheme: Scheme | None = None  # the only one that the format holds
     mixed_bits: tuple[int, ...] = ()  # of single linears, the output head among them; () = one scheme for all
+
+    @property
+    def gguf_kind(self) -> str | None:
+        """Of ggml's kinds of tensors, for a GGUF file."""
+        return self.format.removeprefix("gguf-") if self.format.startswith("gguf-") else None
+
+
+_GGUF_BITS = {"q4_0": 4, "q4_1": 4, "q8_0": 8, "q5_0": 5, "q5_1": 5, "f16": 16, "bf16": 16, "f32": 32}
+GGUF_READERS = "llama.cpp, Ollama, LM Studio, transformers (decoded while loading)"
+
+
+def _gguf(kind: str, bits: int) -> Target:
+    """One file in blocks of 32 weights, or without blocks. Codes of 5 bits are chosen by llama.cpp's rule alone."""
+    is_solved = bits in (4, 8)
+    return Target(
+        name=f"gguf-{kind}",
+        format=f"gguf-{kind}",
+        algorithms=("gptq", "awq+gptq", "awq", "ggml") if is_solved else ("ggml",),
+        bits=(bits,),
+        symmetric=None,
+        readers=GGUF_READERS,
+        scheme=Scheme(bits=bits, group_size=32, symmetric=not kind.endswith("_1")) if is_solved else None,
+    )
 
 
 TARGETS: Mapping[str, Target] = {
@@ -106,4 +129,11 @@ TARGETS: Mapping[str, Target] = {
         symmetric=None,
         readers="transformers + bitsandbytes, vLLM",
     ),
+    **{f"gguf-{kind}": _gguf(kind, bits) for kind, bits in _GGUF_BITS.items()},
 }
+GGUF_TARGETS = tuple(target.name for target in TARGETS.values() if target.gguf_kind is not None)
+
+
+def gguf_file_name(kind: str) -> str:
+    """In the folder of an output."""
+    return f"model-{kind.upper()}.gguf"

@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,22 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SIDE_BYTES = 64 << 20  # room left on the disk for tokenizer, reports and file system overhead
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedFile:
+    """A file of weights before there is any.
+
+    Attributes:
+        head: what comes before the data.
+        begins: tensor -> where it begins in the file; between tensors lie zeros.
+        num_bytes: of the whole file.
+    """
+
+    name: str
+    head: bytes
+    begins: Mapping[str, int]
+    num_bytes: int
+
+
 class CheckpointWriter:
     """Writes one model folder atomically; use as a context manager and end with `commit`.
 
@@ -42,6 +59,7 @@ class CheckpointWriter:
         max_shard_bytes: a shard closes before it would exceed this (a larger tensor gets its own).
         overwrite: replace an existing ``out`` at commit; until then it stays as it is.
         with_digests: hash the weights files while they are written.
+        files: where the tensors lie; None = in shards of safetensors.
 
     Attributes:
         digests: SHA-256 (hex) of the weights files by name, from `finish_tensors` on, if they were asked for.
@@ -57,16 +75,16 @@ class CheckpointWriter:
         max_shard_bytes: int,
         overwrite: bool = False,
         with_digests: bool = False,
+        files: Sequence[PlannedFile] | None = None,
     ):
         self.out = out
         self._folder = WorkFolder(out, overwrite)
         self.partial = self._folder.path
         self._specs = {spec.name: spec for spec in specs}
-        self._shards = _plan_shards(list(self._specs.values()), max_shard_bytes)
+        self._files = _shards_of(list(self._specs.values()), max_shard_bytes) if files is None else files
         self._places: dict[str, tuple[int, int]] = {}
         self._pending = set(self._specs)
         self._handles: list[int] = []
-        self._file_names = _shard_names(len(self._shards))
         self._behind: WriteBehind | None = None
         self.digests: dict[str, str] = {}
         self._with_digests = with_digests
@@ -78,8 +96,8 @@ class CheckpointWriter:
         check_room([self])
         try:
             self._folder.begin()
-            for file_name, shard in zip(self._file_names, self._shards, strict=True):
-                self._start_shard(file_name, shard)
+            for file in self._files:
+                self._start_file(file)
             self._behind = WriteBehind(self._count)
         except OSError as error:
             self._discard()
@@ -106,21 +124,27 @@ class CheckpointWriter:
     @property
     def weights_bytes(self) -> int:
         """What the weights files will hold, headers included, and their index where there is one; exact."""
-        files = sum(8 + len(text) + end for text, _, end in map(_header, self._shards))
-        return files + (len(json_text(self._index())) if len(self._shards) > 1 else 0)
+        files = sum(file.num_bytes for file in self._files)
+        return files + (len(json_text(self._index())) if len(self._files) > 1 else 0)
 
-    def _start_shard(self, file_name: str, shard: list[TensorSpec]) -> None:
-        text, begins, offset = _header(shard)
-        handle = os.open(self.partial / file_name, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
+    def _start_file(self, file: PlannedFile) -> None:
+        handle = os.open(self.partial / file.name, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
         self._handles.append(handle)
-        pwrite_all(handle, len(text).to_bytes(8, "little") + text, 0)
-        os.ftruncate(handle, 8 + len(text) + offset)
-        self._missing[handle] = offset
+        pwrite_all(handle, file.head, 0)
+        os.ftruncate(handle, file.num_bytes)
+        self._missing[handle] = sum(self._specs[name].num_bytes for name in file.begins)
         if self._with_digests:
-            self._running[handle] = RunningDigest(self.partial / file_name)
-            self._running[handle].written(0, 8 + len(text))
-        for name, begin in begins.items():
-            self._places[name] = (handle, 8 + len(text) + begin)
+            running = self._running[handle] = RunningDigest(self.partial / file.name)
+            end = 0
+            for begin, num_bytes in [(0, len(file.head)), *self._pieces(file), (file.num_bytes, 0)]:
+                running.written(end, begin - end)  # zeros between tensors
+                end = begin + num_bytes
+            running.written(0, len(file.head))
+        for name, begin in file.begins.items():
+            self._places[name] = (handle, begin)
+
+    def _pieces(self, file: PlannedFile) -> list[tuple[int, int]]:
+        return sorted((begin, self._specs[name].num_bytes) for name, begin in file.begins.items())
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Hands over one tensor; its shape and dtype must be those of its spec, and it comes once.
@@ -201,18 +225,16 @@ class CheckpointWriter:
             for handle, running in self._running.items():
                 digest = running.result(os.fstat(handle).st_size)
                 if digest is not None:
-                    self.digests[self._file_names[self._handles.index(handle)]] = digest
+                    self.digests[self._files[self._handles.index(handle)].name] = digest
         try:
             self._close()
         except OSError as error:
             raise disk_error(self.partial, error) from error
-        if len(self._shards) > 1:
+        if len(self._files) > 1:
             self.write_json(INDEX_NAME, self._index())
 
     def _index(self) -> dict[str, Any]:
-        weight_map = {
-            spec.name: file for file, shard in zip(self._file_names, self._shards, strict=True) for spec in shard
-        }
+        weight_map = {name: file.name for file in self._files for name in file.begins}
         total = sum(spec.num_bytes for spec in self._specs.values())
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
@@ -248,8 +270,12 @@ def json_text(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _header(shard: list[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
-    """The text before the data of a weights file, where each tensor begins in the data, and where that ends."""
+def _shards_of(specs: list[TensorSpec], max_shard_bytes: int) -> list[PlannedFile]:
+    shards = _plan_shards(specs, max_shard_bytes)
+    return [_planned(name, shard) for name, shard in zip(_shard_names(len(shards)), shards, strict=True)]
+
+
+def _planned(name: str, shard: list[TensorSpec]) -> PlannedFile:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins, offset = {}, 0
     for spec in shard:
@@ -261,7 +287,10 @@ def _header(shard: list[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8), begins, offset
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    begins = {name: len(head) + begin for name, begin in begins.items()}
+    return PlannedFile(name=name, head=head, begins=begins, num_bytes=len(head) + offset)
 
 
 def rooms_of(writers: Iterable[CheckpointWriter]) -> list[Room]:

@@ -54,8 +54,13 @@ class Variant:
 
 
 def all_variants() -> Iterator[Variant]:
-    """Everything that `TARGETS` permits; few bits and the second version of GPTQ with their own algorithm alone."""
+    """Everything that `TARGETS` permits; few bits and the second version of GPTQ with their own algorithm alone.
+
+    GGUF files are no safetensors; they have tests of their own.
+    """
     for target in TARGETS.values():
+        if target.gguf_kind is not None:
+            continue
         choices = [None] if target.symmetric is None else [True, False]
         for algorithm, bits, symmetric in itertools.product(target.algorithms, target.bits, choices):
             if algorithm != target.algorithms[0] and (bits < 4 or target.name == "gptq_v2"):

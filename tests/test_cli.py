@@ -402,7 +402,7 @@ USAGE: dict[str, tuple[list[str], list[str]]] = {
     "head": (["--requant", "awq", "--lm-head"], ["readers of awq expect the output head in 16 bits"]),
     "bits alone": (["--bits", "4"], ["belong to --requant"]),
     "dtype": (["--dtype", "bf8"], ["bf8", "bf16", "fp16", "fp32"]),
-    "target": (["--requant", "gguf"], ["gguf", "gptq", "awq", "w4a16", "fp8"]),
+    "target": (["--requant", "exl2"], ["exl2", "gptq", "awq", "w4a16", "fp8"]),
     "algorithm": (["--requant", "fp8", "--algorithm", "gptq"], ["fp8 takes --algorithm fp8, got gptq"]),
     "activations of int8": (["--requant", "int8", "--activations", "dynamic"], ["belongs to --requant fp8, got int8"]),
     "activations alone": (

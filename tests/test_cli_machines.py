@@ -265,7 +265,7 @@ def test_mistyped_words_are_answered_with_the_nearest() -> None:
 
 
 def test_words_that_resemble_nothing_get_no_hint() -> None:
-    for command in ("merge a b --requant gguf", "convert a --to q", "merge a b --zzz"):
+    for command in ("merge a b --requant exl2", "convert a --to q", "merge a b --zzz"):
         assert "did you mean" not in CliRunner().invoke(cli, shlex.split(command)).output
     output = CliRunner().invoke(cli, ["xyzzy"]).output
     assert "did you mean" not in output

@@ -240,10 +240,13 @@ def test_what_cannot_be_read_is_refused_with_the_reason(tmp_path: Path, case: st
     assert str(tmp_path / "m") in str(caught.value)
 
 
-def test_gguf_is_named(tmp_path: Path) -> None:
+def test_several_gguf_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"holds GGUF weights \(model-Q4_K_M\.gguf\), which are not read"):
+    for name in ("model-Q4_K_M.gguf", "model-F16.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 GGUF files \(model-F16\.gguf, model-Q4_K_M\.gguf\); expected one"
+    ):
         open_checkpoint(tmp_path)
 
 

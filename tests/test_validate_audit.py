@@ -591,7 +591,7 @@ class QuantizedInMemory(TensorsInMemory):
     def __init__(self, linears: Mapping[str, QuantizedLinear], config: Mapping[str, Any]):
         super().__init__({f"{name}.weight": q.dequantize() for name, q in linears.items()}, config)
         self.linears = dict(linears)
-        self.scheme: Scheme | None = next(iter(linears.values())).scheme
+        self.schemes = {module: linear.scheme for module, linear in linears.items()}
         self.quantized_modules = tuple(linears)
 
     def read_quantized(self, module: str, device: str = "cpu") -> QuantizedLinear:

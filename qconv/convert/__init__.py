@@ -10,11 +10,13 @@ from qconv.convert.bnb_kernels import quant_map
 from qconv.convert.bnb_kernels import simulate as simulate_weight
 from qconv.convert.dequantize import FORMATS, DequantizedCheckpoint, dequantize
 from qconv.convert.format import Format
+from qconv.convert.ggml_blocks import GGML_FORMATS
 from qconv.convert.mixed import mixed_config
 from qconv.convert.simulate import simulate_training_base
 
 __all__ = [
     "FORMATS",
+    "GGML_FORMATS",
     "Bnb4bit",
     "BnbLinear",
     "BnbState",

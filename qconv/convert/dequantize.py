@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.convert import bnb
+from qconv.convert import bnb, ggml
 from qconv.convert.awq import Awq
 from qconv.convert.compressed_tensors import INPUT_SCALE, FloatQuantized, PackQuantized
 from qconv.convert.format import Format
 from qconv.convert.fp8_block import Fp8Block
 from qconv.convert.fused_experts import fused_experts, logical_specs, read_part
+from qconv.convert.ggml_blocks import GGML_FORMATS, GgmlBlocks
 from qconv.convert.gptq import Gptq
 from qconv.convert.int_quantized import IntQuantized
 from qconv.convert.module_config import config_for, formats_of
@@ -73,18 +74,20 @@ class DequantizedCheckpoint:
     of experts that lie fused.
 
     Attributes:
-        kind: ``"plain"``, ``"bnb-nf4"``, ``"bnb-nf4-dq"``, ``"bnb-fp4"``, ``"bnb-fp4-dq"``, a key of `FORMATS`, or
-            several of them with ``+`` between.
+        kind: ``"plain"``, ``"bnb-nf4"``, ``"bnb-nf4-dq"``, ``"bnb-fp4"``, ``"bnb-fp4-dq"``, ``"gguf-KIND"`` by the kind
+            of most matrices, a key of `FORMATS`, or several of them with ``+`` between.
         quantized_modules: names without ``.weight``, in the order of the checkpoint.
-        schemes: of the integer or float8 codes of each quantized module; empty for bitsandbytes and plain checkpoints.
+        schemes: of the integer or float8 codes of each quantized module; of modules in bitsandbytes' 4 bits and in most
+            kinds of ggml's blocks there is none.
         scheme: of the module with the fewest bits, the first of them; None where there are no schemes.
     """
 
     def __init__(self, source: Checkpoint):
         self.source = source
         self.schemes: dict[str, Scheme] = {}
-        self._formats: dict[str, Format] = {}  # of each module
+        self._formats: dict[str, Format | GgmlBlocks] = {}  # of each module
         self._states: dict[str, bnb.BnbState] = {}
+        self._ggml: dict[str, str] = {}  # kind of each weight in blocks
         config = dict(source.config)
         quantization = config.pop("quantization_config", None)
         self.config: Mapping[str, Any] = MappingProxyType(config)
@@ -103,6 +106,13 @@ class DequantizedCheckpoint:
     def quantized_modules(self) -> tuple[str, ...]:
         return tuple(weight.removesuffix(".weight") for weight in self._parts)
 
+    @property
+    def bits(self) -> Mapping[str, int]:
+        """Of a weight of each quantized module."""
+        in_blocks = {weight.removesuffix(".weight"): ggml.bits_of(kind) for weight, kind in self._ggml.items()}
+        in_bnb = dict.fromkeys((weight.removesuffix(".weight") for weight in self._states), 4)
+        return {module: scheme.bits for module, scheme in self.schemes.items()} | in_blocks | in_bnb
+
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._specs
 
@@ -117,6 +127,8 @@ class DequantizedCheckpoint:
             raise CheckpointError(f"{self.location}: no tensor {name!r}")
         if name in self._states:
             return bnb.decode(self.source, self._states[name], device)
+        if name in self._ggml:
+            return ggml.decode(self.source, name, self._ggml[name], device)
         if name in self._parts:
             return self.read_quantized(name.removesuffix(".weight"), device).dequantize()
         if name in self._experts:
@@ -176,6 +188,9 @@ class DequantizedCheckpoint:
             return self._detect_bnb(packed)
         if method in ("", "bitsandbytes"):
             return "plain"
+        if method == "gguf" and quantization is not None and "kind" in quantization:
+            self._find_ggml()
+            return f"gguf-{quantization['kind']}"
         if method not in ("gptq", "awq", "compressed-tensors", "fp8"):
             raise CheckpointError(f"{self.location}: quantized with {method!r}, which is not read; read are {READ}")
         assert isinstance(quantization, dict)
@@ -197,6 +212,16 @@ class DequantizedCheckpoint:
         if len(kinds) > 1:
             raise CheckpointError(f"{self.location}: mixes bitsandbytes kinds {', '.join(sorted(kinds))}")
         return "bnb-" + kinds.pop()
+
+    def _find_ggml(self) -> None:
+        """Weights in ggml's blocks. Codes can be read of the kinds that store no minimum."""
+        for weight, kind in ggml.weights_in_blocks(self.source.specs()).items():
+            self._ggml[weight] = kind
+            self._parts[weight] = (f"{weight}.{kind}",)
+            fmt = GGML_FORMATS.get(f"gguf-{kind}")
+            if fmt is not None and fmt.scheme.symmetric:
+                module = weight.removesuffix(".weight")
+                self._formats[module], self.schemes[module] = fmt, fmt.scheme
 
     def _find_modules(self, formats: list[Format], config: Mapping[str, Any]) -> None:
         """Every quantized module with its format and scheme; ``formats`` are those that the configuration names."""
@@ -241,8 +266,12 @@ class DequantizedCheckpoint:
         if weight in self._states:
             state = self._states[weight]
             return TensorSpec(name=weight, shape=state.shape, dtype=state.dtype)
+        if weight in self._ggml:
+            return ggml.logical_spec(self.source.specs(), weight, self._ggml[weight])
         module = weight.removesuffix(".weight")
-        shape = self._formats[module].logical_shape(self.source.specs(), module, self.schemes[module])
+        fmt = self._formats[module]
+        assert not isinstance(fmt, GgmlBlocks)  # is among those in blocks
+        shape = fmt.logical_shape(self.source.specs(), module, self.schemes[module])
         if shape is None:
             shape = self._stored_shape(module)
         return TensorSpec(name=weight, shape=shape, dtype=torch.float32)

@@ -232,10 +232,11 @@ class WeightAudit:
         if name not in self._quantized:
             values = self.candidate.read(name, device)
             return Stored(plain=_matrix(values), quantized=None), values.dtype, None
-        if self.candidate.scheme is None:  # bitsandbytes 4-bit: its blocks have no grid but their own values
+        module = name.removesuffix(".weight")
+        if module not in self.candidate.schemes:  # bitsandbytes 4-bit, ggml's blocks with minima: no grid is known
             values = self.candidate.read(name, device)
             return Stored(plain=_matrix(values), quantized=None, nearest_is_known=False), None, 4
-        quantized = self.candidate.read_quantized(name.removesuffix(".weight"), device)
+        quantized = self.candidate.read_quantized(module, device)
         bits = quantized.scheme.bits if quantized.scheme.kind == "int" else None
         return Stored(plain=None, quantized=quantized), None, bits
 

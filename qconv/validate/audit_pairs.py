@@ -16,8 +16,8 @@ class Candidate(Checkpoint, Protocol):
         """``"plain"``, ``"bnb-..."`` or the name of an integer or float8 format."""
 
     @property
-    def scheme(self) -> Scheme | None:
-        """Of the integer or float8 codes."""
+    def schemes(self) -> Mapping[str, Scheme]:
+        """Of the modules whose integer or float8 codes can be read."""
 
     @property
     def quantized_modules(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ def files_of(files: Mapping[str, str], candidate: Candidate) -> dict[str, str]:
     result = {name: files[name] for name in candidate.specs() if name in files}
     modules = {module: f"{module}.weight" for module in candidate.quantized_modules}
     for stored, file in files.items():
-        weight = modules.get(stored.rpartition(".")[0])
+        weight = modules.get(stored.rpartition(".")[0].removesuffix(".weight"))
         if weight is not None:
             result.setdefault(weight, file)
     return result

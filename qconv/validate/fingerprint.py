@@ -20,11 +20,12 @@ from typing import Any
 
 from torch import Tensor
 
-from qconv.checkpoint import INDEX_NAME, SafetensorsCheckpoint, open_adapter_files, open_checkpoint, read_json
+from qconv.checkpoint import INDEX_NAME, open_adapter_files, open_checkpoint, read_json
 from qconv.corpus import calibration_digest
 from qconv.errors import CheckpointError
 from qconv.records import TRAIN_RECORD_NAME, read_train_record
 from qconv.side_files import tokenizer_files
+from qconv.stored_tensors import FileCheckpoint
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _OTHERS = ("generation_config.json", "quantize_config.json", TRAIN_RECORD_NAME)
@@ -211,14 +212,14 @@ def _rows(tokens: Mapping[str, Any]) -> str:
     return " x ".join(map(str, tokens["shape"]))
 
 
-def _model_files(checkpoint: SafetensorsCheckpoint) -> list[Path]:
+def _model_files(checkpoint: FileCheckpoint) -> list[Path]:
     """config.json, the index where there is one, and the shards that are read (not other weights beside them)."""
     shards = {checkpoint.file_of(name) for name in checkpoint.specs()}
     names = [checkpoint.folder / name for name in ("config.json", INDEX_NAME)]
     return [file for file in names if file.is_file()] + sorted(shards)
 
 
-def _adapter_files(adapter: SafetensorsCheckpoint) -> list[Path]:
+def _adapter_files(adapter: FileCheckpoint) -> list[Path]:
     return [adapter.folder / "adapter_config.json", *sorted({adapter.file_of(name) for name in adapter.specs()})]
 
 

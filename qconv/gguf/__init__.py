@@ -1,0 +1,25 @@
+"""GGUF, the one-file format of llama.cpp: names, keys, tokenizer, blocks; what a file will hold, and reading one."""
+
+from qconv.gguf.blocks import BLOCK, BLOCK_KINDS, KINDS, PLAIN_KINDS, encode, pack, unpack
+from qconv.gguf.package import gguf_package
+from qconv.gguf.plan import EMBEDDING, GgufOutput, GgufPlan, plan_gguf
+from qconv.gguf.reader import GgufCheckpoint, open_gguf
+from qconv.gguf.tokenizer import vocabulary_of
+
+__all__ = [
+    "BLOCK",
+    "BLOCK_KINDS",
+    "EMBEDDING",
+    "KINDS",
+    "PLAIN_KINDS",
+    "GgufCheckpoint",
+    "GgufOutput",
+    "GgufPlan",
+    "encode",
+    "gguf_package",
+    "open_gguf",
+    "pack",
+    "plan_gguf",
+    "unpack",
+    "vocabulary_of",
+]

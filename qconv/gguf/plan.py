@@ -1,0 +1,219 @@
+"""What a GGUF file will hold, from names and shapes alone: tensors with their kinds, keys, and where each begins.
+
+Kinds as llama.cpp's tools choose them: vectors in float32; the output head (or the embedding, where it is the head) in
+q8_0 when weights are quantized to anything, since an error there reaches every token (llama-quantize takes q6_K where
+rows are multiples of 256, and q8_0 elsewhere); an embedding of its own as the weights. The header is written by the
+gguf package; tensors follow in its order, each at a multiple of 32 bytes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qconv.errors import CheckpointError
+from qconv.gguf.blocks import BLOCK, BLOCK_KINDS, PLAIN_KINDS, encode, row_bytes
+from qconv.gguf.families import Family, family_of, heads_to_interleave, interleaved, stored_names
+from qconv.gguf.metadata import ROPE_FREQS, add_metadata, check_config, check_llama3, rope_tensor
+from qconv.gguf.package import gguf_package
+from qconv.gguf.tokenizer import Vocabulary
+from qconv.targets import gguf_file_name
+from qconv.types import Checkpoint, TensorSpec
+
+ALIGNMENT = 32
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_KIND_OF = {dtype: kind for kind, dtype in PLAIN_KINDS.items()}
+
+
+class Files(Protocol):
+    """Where tensors of a file are handed to."""
+
+    def write(self, name: str, tensor: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufTensor:
+    """One tensor of the file.
+
+    Attributes:
+        name: in the model.
+        stored: in the file.
+        shape: in the model.
+        heads: whose rows are interleaved, or None.
+    """
+
+    name: str
+    stored: str
+    kind: str
+    shape: tuple[int, ...]
+    heads: int | None = None
+
+    @property
+    def spec(self) -> TensorSpec:
+        """As it is handed to a writer of files."""
+        if self.kind in PLAIN_KINDS:
+            return TensorSpec(name=self.stored, shape=self.shape, dtype=PLAIN_KINDS[self.kind])
+        shape = (self.shape[0], row_bytes(self.kind, self.shape[1], self.name))
+        return TensorSpec(name=self.stored, shape=shape, dtype=torch.uint8)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GgufPlan:
+    """What the file will hold.
+
+    Attributes:
+        kind: of the quantized linears.
+        tensors: by name in the model, in the order of the file.
+        constants: tensors that no model has, by name in the file.
+    """
+
+    family: Family
+    kind: str
+    tensors: Mapping[str, GgufTensor]
+    constants: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    location: str
+
+    @property
+    def file_name(self) -> str:
+        return gguf_file_name(self.kind)
+
+    @property
+    def model_file(self) -> str:
+        """What ``ollama create`` reads; it takes the chat template and the end token from the file itself."""
+        return f"FROM ./{self.file_name}\n"
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        constants = [TensorSpec(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in self.constants.items()]
+        return [*(tensor.spec for tensor in self.tensors.values()), *constants]
+
+    def write_constants(self, files: Files) -> None:
+        for name, tensor in self.constants.items():
+            files.write(name, tensor)
+
+    def header(self, vocabulary: Vocabulary, name: str) -> tuple[bytes, dict[str, int], int]:
+        """All before the data, where each tensor begins in the file, and where the file ends."""
+        gguf = gguf_package()
+        writer = gguf.GGUFWriter(path=None, arch=self.family.architecture)
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_file_type(int(_file_type(self.kind)))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_metadata(writer, self.config, len(vocabulary.tokens), self.location)
+        vocabulary.add_to(writer)
+        kinds = {tensor.stored: tensor.kind for tensor in self.tensors.values()}
+        for spec in self.specs:
+            kind = gguf.GGMLQuantizationType[kinds.get(spec.name, "f32").upper()]
+            dtype = _numpy_dtype(spec.dtype)
+            writer.add_tensor_info(spec.name, spec.shape, dtype, spec.num_bytes, raw_dtype=kind)
+        with tempfile.TemporaryDirectory(prefix="qconv-gguf-") as folder:
+            file = Path(folder) / "header"
+            writer.write_header_to_file(path=file)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            head = file.read_bytes()
+        head += bytes(-len(head) % ALIGNMENT)
+        begins, end = {}, len(head)
+        for spec in self.specs:
+            begins[spec.name] = end
+            end += -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT
+        return head, begins, end
+
+
+def _numpy_dtype(dtype: torch.dtype) -> Any:
+    """What `GGUFWriter.add_tensor_info` wants beside a kind: whether a shape counts bytes."""
+    import numpy as np
+
+    return np.dtype(np.uint8) if dtype == torch.uint8 else np.dtype(np.float32)
+
+
+def _file_type(kind: str) -> Any:
+    types = gguf_package().LlamaFileType
+    return types.ALL_F32 if kind == "f32" else types[f"MOSTLY_{kind.upper()}"]
+
+
+def plan_gguf(view: Checkpoint, kind: str, quantized: Collection[str], storage: torch.dtype) -> GgufPlan:
+    """Plans a file.
+
+    Args:
+        kind: of ``quantized``, and, for a kind without blocks, of embedding and head.
+        quantized: weights of linears, by name in the model.
+        storage: dtype of linears that are left out.
+
+    Raises:
+        CheckpointError: a family, tensor or setting that llama.cpp does not have, or computes otherwise.
+        SchemeError: rows that are no whole number of blocks.
+        UsageError: the gguf package is missing.
+    """
+    config, location = view.config, view.location
+    family = family_of(config, location)
+    check_config(config, location)
+    check_llama3(config, location)
+    specs = view.specs()
+    if EMBEDDING not in specs:
+        raise CheckpointError(f"{location}: tensor {EMBEDDING!r} is missing, and a GGUF file needs it")
+    names = stored_names(family, list(specs), int(config["num_hidden_layers"]), location)
+    kinds = {
+        name: _kind_of(name, specs[name], kind, name in quantized, HEAD in specs, _KIND_OF[storage]) for name in names
+    }
+    tensors = {
+        name: GgufTensor(
+            name=name,
+            stored=stored,
+            kind=kinds[name],
+            shape=specs[name].shape,
+            heads=heads_to_interleave(family, name, config),
+        )
+        for name, stored in names.items()
+    }
+    divisors = rope_tensor(config, location)
+    return GgufPlan(
+        family=family,
+        kind=kind,
+        tensors=tensors,
+        constants={} if divisors is None else {ROPE_FREQS: divisors},
+        config=config,
+        location=location,
+    )
+
+
+def _kind_of(name: str, spec: TensorSpec, kind: str, is_quantized: bool, has_head: bool, left_out: str) -> str:
+    if len(spec.shape) < 2:
+        return "f32"
+    if is_quantized:
+        return kind
+    if name not in (EMBEDDING, HEAD):
+        return left_out
+    if kind not in BLOCK_KINDS:
+        return kind
+    if spec.shape[1] % BLOCK:
+        return left_out
+    return kind if name == EMBEDDING and has_head else "q8_0"
+
+
+class GgufOutput:
+    """Takes tensors by their name in the model, and hands them on as they lie in the file.
+
+    Linears whose codes are chosen already come packed, as uint8 and with their kind behind the name.
+    """
+
+    def __init__(self, files: Files, plan: GgufPlan):
+        self._files, self._plan = files, plan
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        own = self._plan.tensors.get(name.removesuffix(f".{self._plan.kind}"))
+        if own is None:  # a constant buffer, which llama.cpp computes itself
+            return
+        if tensor.dtype != torch.uint8:
+            tensor = encode(tensor, own.kind, f"{self._plan.location}: {name}")
+        if own.heads is not None:
+            tensor = interleaved(tensor, own.heads).contiguous()
+        self._files.write(own.stored, tensor)
