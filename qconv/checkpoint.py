@@ -93,7 +93,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> FileChec
         CheckpointError: no such folder or hub model, no config.json, no weights, a malformed or missing shard, or an
             index that leaves the folder.
     """
-    if Path(source).suffix == ".gguf" and Path(source).is_file():
+    if Path(source).suffix == ".gguf" and Path(source).is_file():  # a file of another name is refused below
         return open_gguf(Path(source), Path(source))
     folder = resolve_folder(source, revision)
     packed = sorted(folder.glob("*.gguf"))

@@ -24,6 +24,8 @@ def describe(source: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: neither a model nor an adapter folder, or a malformed one.
     """
+    if Path(source).is_file():
+        return _describe_model(open_checkpoint(source))
     folder = resolve_folder(source)
     if (folder / "adapter_config.json").exists():
         return _describe_adapter(open_adapter_files(folder))

@@ -133,7 +133,7 @@ class _Swaps:
         num = self.reference.num_blocks
         for index in progress.track(range(num), label, num):
             block = self.reference.load_block(index)
-            later = {name: self.reference.run_block(index, block, h_BSH) for name, h_BSH in streams.items()}
+            later = {name: _run(self.reference, index, block, h_BSH) for name, h_BSH in streams.items()}
             if outside or index in units:
                 other = self.candidate.load_block(index)
                 for modules in units.get(index, ()):
@@ -154,16 +154,16 @@ class _Swaps:
 
     def _swapped(self, index: int, block: nn.Module, other: nn.Module, modules: Modules, h_BSH: Tensor) -> Tensor:
         if not modules:
-            return self.candidate.run_block(index, other, h_BSH)
+            return _run(self.candidate, index, other, h_BSH)
         with _replaced(block, other, modules):
             return self.reference.run_block(index, block, h_BSH)
 
     def _costs(self, plain_BSH: Tensor, streams: Mapping[str, Tensor], own_BSH: Tensor | None) -> dict[str, float]:
         head = self.reference.head()
-        costs = {name: self._kl(plain_BSH, head, h_BSH, head) for name, h_BSH in streams.items()}
+        costs = {name: self._kl(plain_BSH, head, h_BSH.to(plain_BSH.dtype), head) for name, h_BSH in streams.items()}
         if own_BSH is not None:
             own_head = self.candidate.head()
-            costs[HEAD] = self._kl(plain_BSH, head, plain_BSH, own_head)
+            costs[HEAD] = self._kl(plain_BSH, head, plain_BSH.to(own_BSH.dtype), own_head)
             costs["candidate"] = self._kl(plain_BSH, head, own_BSH, own_head)
         return costs
 
@@ -187,13 +187,34 @@ class _Swaps:
         return total / count
 
 
+def _run(model: BlockModel, index: int, block: nn.Module, h_BSH: Tensor) -> Tensor:
+    """A block on hidden states of the other model, which may compute in another dtype."""
+    return model.run_block(index, block, h_BSH.to(_dtype_of(block, h_BSH.dtype)))
+
+
+def _dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
+
+
+class _InOwnDtype(nn.Module):
+    """A module of the other model, within a block that may compute in another dtype."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        out = self.module(x.to(_dtype_of(self.module, x.dtype)), *args, **options)
+        return out.to(x.dtype) if isinstance(out, Tensor) else out
+
+
 @contextmanager
 def _replaced(block: nn.Module, other: nn.Module, modules: Modules) -> Iterator[None]:
     """Within this context ``block`` runs with ``modules`` of ``other``."""
     own = {name: block.get_submodule(name) for name in modules}
     try:
         for name in modules:
-            _set(block, name, other.get_submodule(name))
+            _set(block, name, _InOwnDtype(other.get_submodule(name)))
         yield
     finally:
         for name, module in own.items():
