@@ -118,12 +118,14 @@ def measure_fidelity(
         rows, documents = evaluation_rows(folder, config)
         check_vocabulary(rows.ids_TS, reference.merged, folder)
     with ThreadPoolExecutor(1, "qconv-tokenizers") as pool:  # beside the models, which are loaded meanwhile
-        judged = None
+        judged, is_file = None, candidate is not None and candidate.source.folder.is_file()
         if candidate is not None:
             check_alike(reference, candidate)
-            if own is not None:
+            if own is not None and not is_file:
                 judged = pool.submit(compare_tokenizers, own, candidate.source.folder, documents)
         lineup = line_up(reference, candidate, config, device)
+        if is_file:
+            lineup.notes.append("the tokenizer inside a GGUF file was not compared: no tokenizer lies beside it")
         comparison, found = _compare(lineup, rows, observe, progress)
         findings = judged.result() if judged is not None else []
     with TIMELINE.stage("statistics"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -437,6 +438,7 @@ def test_a_file_alone_is_a_candidate(
     shutil.copyfile(file_in(folder), alone)
     options = job(tmp_path_factory, tmp_path / "unused", tiny_nf4).validation
     assert options is not None
+    options = dataclasses.replace(options, attribution="always")
     outcome = pipeline.validate(
         ValidateJob(
             reference=str(tiny_nf4), adapter=str(tiny_adapter), candidate=str(alone), validation=options, device="cpu"
@@ -444,6 +446,10 @@ def test_a_file_alone_is_a_candidate(
     )
     assert outcome.fidelity is not None
     assert outcome.fidelity["total"]["kl"] == report_of(folder)["fidelity"]["total"]["kl"]
+    assert outcome.document["findings"] == []
+    assert any("tokenizer inside a GGUF file was not compared" in note for note in outcome.fidelity["notes"])
+    units = {unit["name"] for unit in outcome.fidelity["attribution"]["blocks"]}  # float32 beside bfloat16
+    assert {"model.layers.0", "model.layers.3"} <= units
 
 
 def test_a_changed_key_is_seen(made_gguf: Callable[..., Path], tmp_path: Path) -> None:
