@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint
+from qconv.checkpoint import open_adapter_files, open_checkpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.convert.dequantize import CONV1D_MODELS
 from qconv.decoder_shape import DecoderShape
@@ -20,6 +20,7 @@ from qconv.runners import Candidate
 from qconv.serving import Served, ServedAdapter
 from qconv.serving_config import DEFAULT_CONTEXT, AdapterSource, PackConfig
 from qconv.side_files import is_adapter
+from qconv.stored_tensors import FileCheckpoint
 from qconv.tensor_parallel import COLUMN, REPLICATED, ROW, Linear, parallel_linears
 from qconv.work_folder import REPORT_SIGN
 
@@ -34,7 +35,7 @@ class ServedModel:
     verdict: of the report in the folder; None = it has none.
     """
 
-    source: SafetensorsCheckpoint
+    source: FileCheckpoint
     view: DequantizedCheckpoint
     shape: DecoderShape
     served: Served
@@ -132,7 +133,7 @@ def _layout_of(view: DequantizedCheckpoint, module: str) -> str:
     return "int-quantized" if scheme.dynamic_activations else "pack-quantized"
 
 
-def _served_adapter(named: AdapterSource, files: SafetensorsCheckpoint) -> ServedAdapter:
+def _served_adapter(named: AdapterSource, files: FileCheckpoint) -> ServedAdapter:
     """Refuses what engines read otherwise than peft: they take one rank and one scaling of an adapter, and no more."""
     config = files.config
     odd = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "use_rslora", "lora_bias")
