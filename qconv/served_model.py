@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qconv.checkpoint import open_adapter_files, open_checkpoint
+from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.convert.dequantize import CONV1D_MODELS
 from qconv.decoder_shape import DecoderShape
-from qconv.errors import AdapterError, CheckpointError, UsageError
+from qconv.errors import AdapterError, CheckpointError, SchemeError, UsageError
 from qconv.merge import load_adapter
 from qconv.records import read_train_record
 from qconv.runners import Candidate
@@ -57,6 +57,7 @@ def open_served(config: PackConfig, port: int) -> ServedModel:
         CheckpointError: the model cannot be read.
         AdapterError: an adapter is not plain LoRA, or not of this model.
         UsageError: an adapter in the model's place, or a context that the model does not have.
+        SchemeError: a GGUF file, which is served as it is.
     """
     folder = Path(config.model)
     if folder.is_dir() and is_adapter(folder):
@@ -64,6 +65,12 @@ def open_served(config: PackConfig, port: int) -> ServedModel:
             f"{config.model} is an adapter: name the model that serves it, and it as --adapter {config.model}"
         )
     source = open_checkpoint(config.model)
+    if not isinstance(source, SafetensorsCheckpoint):
+        raise SchemeError(
+            f"{config.model} holds a GGUF file, which needs no pack: llama.cpp serves it as it is (llama-server -m FILE), "
+            "and so does Ollama with the Modelfile that qconv writes beside it (ollama create NAME -f Modelfile). For "
+            "other engines make another target, such as --requant w4a16"
+        )
     view = dequantize(source)
     shape = DecoderShape.of(source.config, source.location)
     candidates = [Candidate(source=source, view=view)]

@@ -321,6 +321,14 @@ def test_engines_of_other_containers(engine: str, word: str, model: Path, capsys
     assert "safetensors (plain)" in message
 
 
+@pytest.mark.parametrize("engine", ["vllm", "ollama"])
+def test_gguf_files_need_no_pack(engine: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert", str(model), "--to", "gguf-f16", "-q", "-o", str(tmp_path / "packed")])
+    code, message = refused(capsys, tmp_path / "packed", "--for", engine)
+    assert code == 3
+    assert "ollama create" in message
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

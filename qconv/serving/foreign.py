@@ -7,7 +7,7 @@ from __future__ import annotations
 FOREIGN = {
     "ollama": (
         "Ollama's Modelfile names a GGUF file (https://docs.ollama.com/import), and {folder} holds safetensors "
-        "({layout}); convert a plain output (without --requant) with llama.cpp's convert_hf_to_gguf.py"
+        "({layout}); --requant gguf-q4_0, or convert --to gguf-q8_0, makes one, and a Modelfile beside it"
     ),
     "ort-genai": (
         "ONNX Runtime GenAI takes an ONNX model (https://onnxruntime.ai/docs/genai/), and {folder} holds safetensors "
