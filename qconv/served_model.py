@@ -67,8 +67,8 @@ def open_served(config: PackConfig, port: int) -> ServedModel:
     source = open_checkpoint(config.model)
     if not isinstance(source, SafetensorsCheckpoint):
         raise SchemeError(
-            f"{config.model} holds a GGUF file, which needs no pack: llama.cpp serves it as it is (llama-server -m FILE), "
-            "and so does Ollama with the Modelfile that qconv writes beside it (ollama create NAME -f Modelfile). For "
+            f"{config.model} holds a GGUF file, which needs no pack: llama.cpp serves it as it is (llama-server -m "
+            "FILE), Ollama with the Modelfile that qconv writes beside it (ollama create NAME -f Modelfile). For "
             "other engines make another target, such as --requant w4a16"
         )
     view = dequantize(source)
