@@ -184,6 +184,7 @@ def _compare_beside(
                 rows,
                 observe=observe,
                 after_embedding=after_embedding,
+                before_blocks=lineup.let_embedding_go,
                 after_block=after_block,
                 progress=progress,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -127,6 +128,14 @@ class Lineup:
         assert self.reference.adapter is not None
         deltas = [d for name, d in self.reference.adapter.deltas.items() if name.startswith(prefix)]
         return [part for d in deltas for part in (d.a, d.b, d.singular, d.magnitude) if part is not None]
+
+    def let_embedding_go(self) -> None:
+        """Frees the input embedding of a reference that is on the GPU as a whole, until somebody embeds again."""
+        model, base = self.entrants[0].model, self.reference.base
+        if isinstance(model, ResidentModel) and self.device.startswith("cuda"):
+            name = model.let_embedding_go(base.specs(), partial(base.read, device=self.device))
+            if name is not None:
+                self.views.base.take_back(name, self.device)
 
     def end(self) -> None:
         """Drops what was read ahead and what the views remember."""

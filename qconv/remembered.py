@@ -45,6 +45,10 @@ class Remembered:
         """Has it give these for reads to ``device``, as long as it lives: somebody holds them there anyway."""
         self._lent |= {(name, device): tensor for name, tensor in tensors.items()}
 
+    def take_back(self, name: str, device: str) -> None:
+        """The opposite of `lend`, for one tensor."""
+        self._lent.pop((name, device), None)
+
     def is_lent(self, name: str, device: str) -> bool:
         return (name, device) in self._lent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qconv.checkpoint import open_checkpoint
 from qconv.remembered import Remembered
@@ -27,6 +27,40 @@ def test_a_view_gives_what_a_resident_model_holds(tiny_llama: Path) -> None:
     assert not view.is_lent("model.norm.weight", "cpu")
     for other in view.specs():
         assert torch.equal(view.read(other), stored.read(other)), other
+
+
+def test_an_embedding_that_was_let_go_comes_back(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    stored = open_checkpoint(str(tmp_path))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    model = ResidentModel(whole, "cpu")
+    ids_BS = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = whole(ids_BS).logits
+        (hidden_BSH,) = model.embed([ids_BS])
+        assert model.let_embedding_go(stored.specs(), stored.read) == "model.embed_tokens.weight"
+        assert whole.get_input_embeddings().weight.numel() == 0
+        for index in range(2):
+            hidden_BSH = model.run_block(index, model.load_block(index), hidden_BSH)
+        assert torch.equal(model.head()(hidden_BSH), expected)
+        assert torch.equal(model.whole()(ids_BS).logits, expected)
+        assert model.let_embedding_go(stored.specs(), stored.read) is not None
+        model.embed([ids_BS])
+        assert torch.equal(whole(ids_BS).logits, expected)
+
+
+def test_an_embedding_that_is_the_head_stays(tiny_llama: Path) -> None:
+    stored = open_checkpoint(str(tiny_llama))
+    model = ResidentModel(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="auto"), "cpu")
+    assert model.let_embedding_go(stored.specs(), stored.read) is None
 
 
 def test_parameters_in_another_dtype_or_shape_are_read_from_the_file(tiny_llama: Path) -> None:

@@ -136,6 +136,7 @@ def compare(
     *,
     observe: Observe | None = None,
     after_embedding: Callable[[], None] | None = None,
+    before_blocks: Callable[[], None] | None = None,
     after_block: AfterBlock | None = None,
     progress: Progress = QUIET,
 ) -> Comparison:
@@ -148,6 +149,7 @@ def compare(
         observe: see `Observe`; sees the entrants of the first pair (and more where memory allows).
         after_embedding, after_block: called while the weights that were read may still be at hand; models that are
             in memory as a whole are run after the former.
+        before_blocks: called when all have embedded.
 
     Raises:
         NumericsError: hidden states or logits of a model contain NaN or infinity; names the block.
@@ -161,6 +163,8 @@ def compare(
                     runner.begin(rows.ids_TS)
         if after_embedding is not None and not is_whole:
             after_embedding()
+    if before_blocks is not None:
+        before_blocks()
     num_blocks = entrants[0].model.num_blocks
     blocks = []
     for index in progress.track(range(num_blocks), "validate", num_blocks):

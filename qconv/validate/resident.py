@@ -6,7 +6,8 @@ hidden states can be compared with the candidate's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,14 @@ class ResidentModel(BlockModel):
         self.layers_name, layers = find_blocks(model, type(model).__name__)
         self._layers = layers
         self.num_blocks = len(layers)
+        self._read_embedding: Callable[[], Tensor] | None = None  # while it is not in memory
 
     def load_block(self, index: int) -> nn.Module:
         return self._layers[index]
 
     def _load_outer(self, with_embedding: bool, with_head: bool) -> nn.Module:
+        if with_embedding:
+            self._fetch_embedding()
         return self._model
 
     @property
@@ -47,7 +51,33 @@ class ResidentModel(BlockModel):
         return 0
 
     def whole(self) -> nn.Module:
+        self._fetch_embedding()
         return self._model
+
+    def let_embedding_go(self, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor]) -> str | None:
+        """Frees the input embedding until it is asked for again, where it lies in memory as it is stored.
+
+        Args:
+            specs: of the stored tensors.
+            read: gives one of them, in its dtype, on this model's device.
+
+        Returns:
+            its name; None where it stays: it is the head too, or an adapter changes it.
+        """
+        embedding = self._model.get_input_embeddings()  # type: ignore[operator]
+        names = [name for name, parameter in self._model.named_parameters() if parameter is embedding.weight]
+        head = self._model.get_output_embeddings()  # type: ignore[operator]
+        is_shared = head is not None and getattr(head, "weight", None) is embedding.weight
+        if type(embedding) is not nn.Embedding or is_shared or not names or names[0] not in self.held(specs):
+            return None
+        self._read_embedding = partial(read, names[0])
+        embedding.weight.data = embedding.weight.new_empty(0, embedding.weight.shape[1])
+        return names[0]
+
+    def _fetch_embedding(self) -> None:
+        if self._read_embedding is not None:
+            self._model.get_input_embeddings().weight.data = self._read_embedding()  # type: ignore[operator]
+            self._read_embedding = None
 
     def held(self, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
         """Its matrices that are in memory as they are stored: neither quantized nor wrapped by the adapter.
