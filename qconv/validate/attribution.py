@@ -203,9 +203,21 @@ class _InOwnDtype(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        out = self.module(x.to(_dtype_of(self.module, x.dtype)), *args, **options)
-        return out.to(x.dtype) if isinstance(out, Tensor) else out
+    def forward(self, *args: Any, **options: Any) -> Any:
+        given = next(x for x in (*args, *options.values()) if isinstance(x, Tensor) and x.is_floating_point())
+        own = _dtype_of(self.module, given.dtype)
+        if own == given.dtype:
+            return self.module(*args, **options)
+        return _cast(self.module(*_cast(args, own), **_cast(options, own)), given.dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """All tensors of floats inside, in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(part, dtype) for part in value)
+    return {key: _cast(part, dtype) for key, part in value.items()} if type(value) is dict else value
 
 
 @contextmanager
