@@ -52,12 +52,19 @@ class WorkFolder:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() or self.path.is_symlink():
                 self._remove_leftover()
-            self.path.mkdir()
-            self._is_mine = True
+            self._make()
             self._lock = os.open(self.path / MARKER, os.O_CREAT | os.O_RDWR, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise disk_error(self.path, error) from error
+
+    def _make(self) -> None:
+        self._is_mine = True  # before it is there: an interrupt may come right after
+        try:
+            self.path.mkdir()
+        except OSError:  # somebody else's, for one
+            self._is_mine = False
+            raise
 
     def _remove_leftover(self) -> None:
         if not (self.path / MARKER).is_file():
@@ -155,8 +162,8 @@ def _undisturbed() -> Iterator[None]:
 def publishing(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, published as ``out`` when the block ends well and removed when it does not."""
     folder = WorkFolder(out, overwrite)
-    folder.begin()
     try:
+        folder.begin()
         yield folder.path
         folder.publish()
     except OSError as error:

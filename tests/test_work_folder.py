@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,6 +153,26 @@ def test_an_interrupt_while_an_old_output_is_replaced_leaves_one_whole_output(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "config.json").read_text() == '{"new": true}'
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_interrupt_right_after_the_folder_was_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "new" / "out"
+    mkdir = Path.mkdir
+
+    def interrupted(folder: Path, *args: Any, **options: Any) -> None:
+        mkdir(folder, *args, **options)
+        if folder.name == "out.partial":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), publishing(out, overwrite=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(out, [], 1000):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_interrupt_during_the_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
