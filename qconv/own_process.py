@@ -10,6 +10,8 @@ A command lasts from the moment that it is typed until the prompt is back, so st
 - `bitsandbytes` hands a few fallbacks for CPUs to `torch.compile` when it is imported, which imports the whole
   compiler; on a GPU they are never called, and uncompiled they compute the same (`import_uncompiled`). `transformers`
   tells the compiler of functions that it shall leave alone, which imports it too; nothing is compiled here (`begin`).
+- `transformers` before 5.20 asks at its import which package every installed module is of, and Python looks for every
+  file of every package to answer; here the packages' lists of files are believed (`packages_distributions`).
 - The allocator of torch holds twice the GPU memory that blocks of changing sizes need, unless its segments may grow
   (`expand_segments`).
 - glibc gives large blocks of memory back to the system when they are freed, and gets them back page by page, zeroed. A
@@ -24,6 +26,7 @@ import atexit
 import ctypes
 import gc
 import importlib
+import importlib.metadata
 import os
 import platform
 import sys
@@ -50,6 +53,26 @@ def leave_out_unused() -> None:
     for name in _UNUSED:
         if name not in sys.modules:
             sys.modules[name] = None  # type: ignore[assignment]
+    importlib.metadata.packages_distributions = packages_distributions
+
+
+def packages_distributions() -> dict[str, list[str]]:
+    """What the function of this name in `importlib.metadata` gives, of files whether they are still there or not."""
+    owners: dict[str, list[str]] = {}
+    for distribution in importlib.metadata.distributions():
+        declared = (distribution.read_text("top_level.txt") or "").split()
+        for name in declared or _top_level(distribution.read_text("RECORD") or ""):
+            owners.setdefault(name, []).append(distribution.metadata["Name"])
+    return owners
+
+
+def _top_level(record: str) -> set[str]:
+    """Importable names in a package's list of files, which has a path and a comma in each line."""
+    import inspect
+
+    heads = {line.partition(",")[0].strip('"').partition("/") for line in record.splitlines()}
+    names = {head if slash else inspect.getmodulename(head) or head for head, slash, _ in heads}
+    return {name for name in names if name and "." not in name} - {"__pycache__"}
 
 
 def allow_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -245,3 +246,9 @@ def test_segments_expand_where_they_can_and_nobody_said_otherwise(
     assert dict(os.environ) == before | added
     if is_set:  # it is this test's
         del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
+
+
+def test_modules_are_of_the_packages_that_python_finds() -> None:
+    expected = importlib.metadata.packages_distributions()
+    found = own_process.packages_distributions()
+    assert {name: set(of) for name, of in found.items()} == {name: set(of) for name, of in expected.items()}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from qconv.validate.audit_scales import Scales
+from qconv.convert import simulate_weight
+from qconv.validate.audit_measure import measure
+from qconv.validate.audit_scales import Scales, follows, is_hidden
+from qconv.validate.audit_stored import Stored
 
 
 def weighted_median(log_K: torch.Tensor, error_K: torch.Tensor) -> float:
@@ -21,3 +25,36 @@ def test_the_middle_under_other_errors_and_another_factor() -> None:
         assert scales.middle() == weighted_median(scales.log_K, scales.error_K)
         assert scales.weighted(other_K).middle() == weighted_median(scales.log_K, other_K)
         assert (scales + scales).middle() == 2 * scales.middle()
+
+
+def test_a_weak_fold_is_followed_in_the_few_channels_that_show_it() -> None:
+    """Divided by scales near 1, nearly all weights of a bfloat16 norm round back to 1; those that do not are seen."""
+    generator = torch.Generator().manual_seed(0)
+    norm_K = torch.ones(4096)
+    norm_K[:40] = 1 + 2.0**-6
+    error_K = torch.full((4096,), 1e-3)
+    linear_K = norm_K + error_K * torch.randn(4096, generator=generator)
+    wanted = Scales.of(norm_K)
+    assert not is_hidden(wanted, Scales.of(linear_K, error_K))
+    assert follows(Scales.of(linear_K, error_K), wanted)
+    unscaled_K = 1 + error_K * torch.randn(4096, generator=generator)
+    assert not follows(Scales.of(unscaled_K, error_K), wanted)
+
+
+@pytest.mark.parametrize("spread", [0.003, 0.006, 0.02])
+def test_a_fold_weaker_than_the_grid_s_steps_is_followed(spread: float) -> None:
+    """An NF4 base, divided by a norm's scales and rounded to nearest on an integer grid of 4 bits."""
+    generator = torch.Generator().manual_seed(0)
+    weight_NK = simulate_weight((torch.randn(4096, 256, generator=generator) * 0.02).bfloat16(), "nf4-dq").float()
+    norm_K = (torch.randn(256, generator=generator) * spread).exp().bfloat16().float()
+    groups_NGK = (weight_NK / norm_K).view(4096, 2, 128)
+    low, high = groups_NGK.amin(-1, keepdim=True), groups_NGK.amax(-1, keepdim=True)
+    step = (high - low) / 15
+    zero = (-low / step).round()
+    stored_NK = (((groups_NGK / step).round() + zero).clamp(0, 15) - zero).mul(step).reshape(4096, 256)
+    fit = measure(Stored(plain=stored_NK, quantized=None, nearest_is_known=False), weight_NK, None)
+    assert fit is not None
+    own = Scales.of(fit.channels.column_K, fit.channels.column_error_K)
+    assert follows(own, Scales.of(1 / norm_K))
+    assert not follows(own, Scales.of(norm_K))
+    assert not follows(own, Scales.of(norm_K[torch.randperm(256, generator=generator)]))

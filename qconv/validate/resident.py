@@ -126,8 +126,15 @@ def load_resident(base: Path, adapter: Path | None, kind: BnbKind, is_quantized:
     with quiet_libraries(), without_collections(stays=False):
         model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", device_map={"": device}, **options)
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+            model = PeftModel.from_pretrained(model, str(adapter), **_adapter_options(adapter)).get_base_model()
     return ResidentModel(model.eval(), device)
+
+
+def _adapter_options(adapter: Path) -> dict[str, Any]:
+    """For a LoRA, all of whose tensors are in its file: none is filled with random numbers first."""
+    from peft import PeftConfig
+
+    return {"low_cpu_mem_usage": True} if PeftConfig.from_pretrained(str(adapter)).peft_type == "LORA" else {}
 
 
 def load_whole(folder: Path, adapter: Path | None, device: str) -> ResidentModel:
