@@ -508,6 +508,46 @@ def test_a_norm_that_differs(target: str, make: Make, tmp_path: Path, tiny_nf4: 
     assert norm in next(f for f in found if f["code"] == "norm-differs")["tensors"]
 
 
+@pytest.mark.parametrize("target", ["bf16", "gptq", "w4a16-asym"])
+@pytest.mark.parametrize("factor", [1.5, 0.95])
+def test_a_norm_at_another_scale(
+    factor: float, target: str, make: Make, tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    """An even factor leaves no pattern among channels that noise could hide: the linears behind have it, or not."""
+    norm = f"{BLOCK}.input_layernorm.weight"
+    out = edited(
+        make(tiny_nf4, tiny_adapter, target), tmp_path / "out", lambda name, t: t * factor if name == norm else t
+    )
+    assert the_error(findings(tiny_nf4, tiny_adapter, out), "norm-differs")["tensors"] == [norm]
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.9])
+def test_an_even_factor_that_linears_take_back_is_no_fault(
+    factor: float, make: Make, tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    behind = tuple(f"{BLOCK}.self_attn.{role}_proj.scales" for role in "qkv")
+
+    def move(name: str, t: Tensor) -> Tensor:
+        return t / factor if name == f"{BLOCK}.input_layernorm.weight" else t * factor if name in behind else t
+
+    out = edited(make(tiny_nf4, tiny_adapter, "gptq"), tmp_path / "out", move)
+    assert findings(tiny_nf4, tiny_adapter, out) == []
+
+
+def test_a_bias_at_another_scale(make: Make, random_model: Callable[..., Path], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def trained(name: str, t: Tensor) -> Tensor:
+        return t + 0.2 * torch.randn(t.shape, generator=generator) if name.endswith("bias") else t
+
+    base = edited(random_model("qwen2"), tmp_path / "base", trained)
+    bias = "model.layers.1.self_attn.k_proj.bias"
+    clean = make(base, None, "gptq")
+    assert findings(base, None, clean) == []
+    out = edited(clean, tmp_path / "out", lambda name, t: t * 1.5 if name == bias else t)
+    assert the_error(findings(base, None, out), "bias-differs")["tensors"] == [bias]
+
+
 def test_half_of_a_fold_is_lost(make: Make, tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path) -> None:
     """AWQ's linears with the norm of the unscaled model: every tensor is plausible by itself."""
     plain = load_file(next(make(tiny_nf4, tiny_adapter, "bf16").glob("*.safetensors")))

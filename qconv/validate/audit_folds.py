@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qconv.experts import expert_of
-from qconv.validate.audit_scales import Scales, follows, is_hidden
+from qconv.validate.audit_scales import EVEN_FACTOR, Scales, follows, is_hidden
 from qconv.validate.audit_tensor import TensorAudit
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -27,7 +27,6 @@ OPEN_SPREAD = 0.02  # of log scales that nothing takes back: less is within what
 OPEN_ERRORS = 3.0
 # The share of the rest that fitted channel scales explain: 0.09 was the most in clean artifacts without any.
 CLEAR_GAIN = 0.25
-EVEN_FACTOR = 0.02  # of a whole weight; GPTQ moved scales by up to 0.8%
 
 
 @dataclass(kw_only=True)
@@ -88,8 +87,13 @@ def _match_norms(block: Sequence[TensorAudit], columns: Mapping[str, Scales], ve
     norms: dict[str, _Norm] = {}
     for linear, own in columns.items():
         alike = {name: scales for name, scales in moved.items() if len(scales) == len(own)}
-        verdict.explained |= {name for name, scales in alike.items() if is_hidden(scales, own)}
-        matching = {name: (own - scales).spread() for name, scales in alike.items() if follows(own, scales)}
+        hidden = {name for name, scales in alike.items() if is_hidden(scales, own)}
+        verdict.explained |= hidden
+        matching = {
+            name: (own - scales).spread()
+            for name, scales in alike.items()
+            if follows(own, scales) or (name in hidden and scales.is_factor)
+        }
         if matching:
             best = min(matching, key=matching.__getitem__)
             verdict.explained.add(best)
@@ -164,7 +168,7 @@ def _home(name: str) -> tuple[str, int] | None:
 
 def _may_be_pair(linear: TensorAudit, producer: TensorAudit, column: Scales) -> bool:
     """What `_is_pair` needs in any case; told without looking at the producer's rows."""
-    return _is_folded(linear) or _is_folded(producer) or abs(column.factor() - 1) > EVEN_FACTOR
+    return _is_folded(linear) or _is_folded(producer) or column.is_factor
 
 
 def _is_pair(linear: TensorAudit, producer: TensorAudit, column: Scales, row: Scales) -> bool:
@@ -173,7 +177,7 @@ def _is_pair(linear: TensorAudit, producer: TensorAudit, column: Scales, row: Sc
     if (_is_folded(linear) and follows(taken, column)) or (_is_folded(producer) and follows(column, taken)):
         return True
     # Scales of nearly all channels alike do not show as folded, but as two factors that cancel.
-    return abs(column.factor() - 1) > EVEN_FACTOR and abs((column + row).factor() - 1) < EVEN_FACTOR / 2
+    return column.is_factor and abs((column + row).factor() - 1) < EVEN_FACTOR / 2
 
 
 def _judge_siblings(
