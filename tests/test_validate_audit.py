@@ -521,6 +521,19 @@ def test_a_norm_at_another_scale(
     assert the_error(findings(tiny_nf4, tiny_adapter, out), "norm-differs")["tensors"] == [norm]
 
 
+def test_a_norm_at_another_scale_whose_linears_are_folded(
+    make: Make, tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    """Bytes do not tell whether the norm is off or all that it feeds: both are named, the one cause first."""
+    norm = f"{BLOCK}.input_layernorm.weight"
+    out = edited(
+        make(tiny_nf4, tiny_adapter, "awq-8bit"), tmp_path / "out", lambda name, t: t * 1.5 if name == norm else t
+    )
+    finding = the_error(findings(tiny_nf4, tiny_adapter, out), "weight-scaled")
+    assert finding["tensors"] == [norm, *(f"{BLOCK}.self_attn.{role}_proj.weight" for role in "kqv")]
+    assert f"1.500x of the expected, or {norm} before them is" in finding["message"]
+
+
 @pytest.mark.parametrize("factor", [1.5, 0.9])
 def test_an_even_factor_that_linears_take_back_is_no_fault(
     factor: float, make: Make, tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path

@@ -37,11 +37,13 @@ class FoldVerdict:
         explained: vectors (norms, biases) whose difference a linear takes back.
         imbalance: folded linear -> how many times too large its product with its producer is.
         unbalanced: linears with channel scales that nothing takes back.
+        scaled_norms: norms whose linears are all too large by the same factor.
     """
 
     explained: set[str] = field(default_factory=set)
     imbalance: dict[str, float] = field(default_factory=dict)
     unbalanced: list[str] = field(default_factory=list)
+    scaled_norms: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,11 @@ def _match_norms(block: Sequence[TensorAudit], columns: Mapping[str, Scales], ve
             difference = own - alike[best]
             norms[linear] = _Norm(name=best, middle=own.middle() - difference.middle())
             verdict.imbalance[linear] = difference.factor()
+    for norm in dict.fromkeys(found.name for found in norms.values()):
+        factors = [verdict.imbalance[linear] for linear, found in norms.items() if found.name == norm]
+        is_scaled = min(abs(factor - 1) for factor in factors) > EVEN_FACTOR
+        if is_scaled and max(factors) - min(factors) < EVEN_FACTOR:
+            verdict.scaled_norms.append(norm)
     return norms
 
 

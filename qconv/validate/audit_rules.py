@@ -93,7 +93,7 @@ def findings_of(
         # Channel scales were fitted to weights with another update: their products say nothing about a factor.
         folded = {t.block for t in scalable if t.fit is not None and t.fit.is_folded}
         scalable = [t for t in scalable if not (t.changed and t.block in folded)]
-    found += _scale_findings(scalable, folds)
+    found += _scale_findings(scalable, folds, {t.name: t for t in finite})
     found += _vector_findings(finite, folds)
     found += _unbalanced_findings(finite, folds, differing)
     order = {"error": 0, "warning": 1, "note": 2}
@@ -213,7 +213,9 @@ def only_shard(tensors: Sequence[TensorAudit], everything: Sequence[TensorAudit]
     return ", ".join(sorted(files)) if is_whole else ""
 
 
-def _scale_findings(tensors: Sequence[TensorAudit], folds: Mapping[str, FoldVerdict]) -> list[Finding]:
+def _scale_findings(
+    tensors: Sequence[TensorAudit], folds: Mapping[str, FoldVerdict], by_name: Mapping[str, TensorAudit]
+) -> list[Finding]:
     factors: dict[str, float] = {}
     for tensor in tensors:
         factor = _scale_of(tensor, folds)
@@ -222,13 +224,17 @@ def _scale_findings(tensors: Sequence[TensorAudit], folds: Mapping[str, FoldVerd
     if not factors:
         return []
     scaled = [t for t in tensors if t.name in factors]
-    parts = []
+    parts, suspects = [], []
     for block, members in _by(scaled, lambda t: t.block or t.name).items():
         values = [factors[t.name] for t in members]
         all_of = [t for t in tensors if t.block == block]
         what = f"{block}: weights" if block and len(members) == len(all_of) else where(members)
         middle = sorted(values)[len(values) // 2]
-        parts.append(f"{what} are {middle:.3f}x of the expected")
+        norms = [by_name[name] for name in folds[block].scaled_norms] if block in folds else []
+        parts.append(
+            f"{what} are {middle:.3f}x of the expected" + (f", or {where(norms)} before them is" if norms else "")
+        )
+        suspects += norms
     return [
         finding(
             "error",
@@ -237,7 +243,7 @@ def _scale_findings(tensors: Sequence[TensorAudit], folds: Mapping[str, FoldVerd
             "; ".join(parts[:6])
             + (f"; and {len(parts) - 6} more places" if len(parts) > 6 else "")
             + ". A factor was applied once too often or not at all: check what was done after the merge",
-            scaled,
+            [*suspects, *scaled],
         )
     ]
 
