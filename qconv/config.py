@@ -188,6 +188,8 @@ class MergeJob:
                 "--dampen-intruders trades the task for what the model knew before, and both have to be seen: give "
                 "--task-data, held-out text of the adapter's task, or drop the comparison with --no-validate"
             )
+        if not self.adapters and any(o.quantization is not None and o.quantization.keeps_codes for o in self.outputs):
+            raise UsageError("--algorithm zeros puts an adapter's update into zero points, and there is no adapter")
         if self.options.rank == "auto" and (asked is None or asked.task_data is None):
             raise UsageError("--rank auto goes by the loss on held-out text of the adapter's task: give --task-data")
         if asked is not None and asked.task_data is not None and not self.adapters:

@@ -18,7 +18,7 @@ from qconv.errors import CheckpointError, SchemeError
 from qconv.gguf import GgufPlan, plan_gguf
 from qconv.plain_tensors import is_plain_float
 from qconv.quantization_config import QuantizationConfig
-from qconv.selection import chosen_linears, schemes_of
+from qconv.selection import chosen_linears, kept_linears, schemes_of
 from qconv.skeleton import other_linears
 from qconv.targets import TARGETS
 from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
@@ -76,9 +76,16 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def plan_layout(
-    view: Checkpoint, dtype: str | None, quantization: QuantizationConfig | None, linears: Collection[str]
+    view: Checkpoint,
+    dtype: str | None,
+    quantization: QuantizationConfig | None,
+    linears: Collection[str],
+    kept: Mapping[str, Scheme] | None = None,
 ) -> Layout:
     """Plans the output for a merged (or plain) view; ``linears`` may be quantized.
+
+    Args:
+        kept: schemes of the modules that the base has quantized, for an output that keeps their codes.
 
     Raises:
         SchemeError: the scheme fits not every linear; names the first and the sizes that would fit.
@@ -97,7 +104,7 @@ def plan_layout(
             config=config,
             extra_files={},
         )
-    return _plan_quantized(view, quantization, linears, storage, config)
+    return _plan_quantized(view, quantization, linears, storage, config, kept or {})
 
 
 def _plan_quantized(
@@ -106,17 +113,28 @@ def _plan_quantized(
     linears: Collection[str],
     storage: torch.dtype,
     config: dict[str, Any],
+    kept: Mapping[str, Scheme],
 ) -> Layout:
     if not linears:
         raise SchemeError(f"{view.location}: the model has no linear layer in its decoder blocks that can be quantized")
-    linears = chosen_linears(view, linears, quantization)
+    schemes: Mapping[str, Scheme]
+    if quantization.keeps_codes:
+        default, schemes = kept_linears(view, linears, quantization, kept)
+        linears = list(schemes)
+    else:
+        linears = chosen_linears(view, linears, quantization)
     target = TARGETS[quantization.target]
     if target.format in BNB_FORMATS:
         return _plan_bnb(view, BNB_FORMATS[target.format], linears, storage, config)
     if target.gguf_kind is not None:
-        return _plan_gguf(view, target.gguf_kind, quantization, linears, storage, config)
+        if quantization.resolved_algorithm == "ggml":
+            return _plan_gguf(view, target.gguf_kind, linears, storage, config, None, {})
+        if not quantization.keeps_codes:
+            default, schemes = schemes_of(view, linears, quantization)
+        return _plan_gguf(view, target.gguf_kind, linears, storage, config, default, schemes)
     format_ = FORMATS[target.format]
-    default, schemes = schemes_of(view, linears, quantization)
+    if not quantization.keeps_codes:
+        default, schemes = schemes_of(view, linears, quantization)
     for scheme in dict.fromkeys(schemes.values()):
         format_.check_scheme(scheme)
 
@@ -167,17 +185,14 @@ def _plan_bnb(
 def _plan_gguf(
     view: Checkpoint,
     kind: str,
-    quantization: QuantizationConfig,
     linears: Collection[str],
     storage: torch.dtype,
     config: dict[str, Any],
+    scheme: Scheme | None,
+    schemes: Mapping[str, Scheme],
 ) -> Layout:
     """Linears whose codes are chosen here have a scheme; where llama.cpp's rule chooses there is none."""
     plan = plan_gguf(view, kind, linears, storage)
-    scheme: Scheme | None = None
-    schemes: dict[str, Scheme] = {}
-    if quantization.resolved_algorithm != "ggml":
-        scheme, schemes = schemes_of(view, linears, quantization)
     return Layout(
         specs=plan.specs,
         storage=storage,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from qconv.assemble import Filling, write_tensors
 from qconv.cached_fidelity import measure_cached, write_cached
 from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig, ValidateJob, ValidationConfig
+from qconv.convert import DequantizedCheckpoint
 from qconv.estimate_jobs import estimate_merge
 from qconv.evaluation import reference_tokenizer
 from qconv.fidelity import Fidelity, measure_fidelity
@@ -26,13 +27,14 @@ from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run
 from qconv.plan import make_plan, stored_blocks
 from qconv.progress import QUIET, Progress
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
+from qconv.quantize.zeros import ZeroMoves
 from qconv.rank_sweep import with_rank
 from qconv.report.document import HTML_NAME, JSON_NAME, MARKDOWN_NAME, write_reports
 from qconv.runners import Candidate, Reference, candidate_model, reference_model
 from qconv.side_files import side_files
 from qconv.streaming import StreamedModel
 from qconv.timeline import TIMELINE
-from qconv.types import Checkpoint
+from qconv.types import Checkpoint, QuantizedLinear
 from qconv.writer import CheckpointWriter
 
 
@@ -43,6 +45,7 @@ class _Making(Filling):
     output: OutputConfig
     counts: Counter[str]
     expert_tokens: dict[str, list[int]]
+    zero_moves: ZeroMoves
 
 
 def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
@@ -77,6 +80,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
                 writer=stack.enter_context(writer),
                 counts=Counter(),
                 expert_tokens={},
+                zero_moves=ZeroMoves(),
             )
             for output, layout, writer in zip(job.outputs, plan.layouts, plan.writers, strict=True)
         ]
@@ -88,7 +92,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             if layout.gguf is not None:
                 writer.write_text("Modelfile", layout.gguf.model_file)
             writer.copy_files(side_files(reference.source.folder, plan.adapter_folder))
-        blocks = _quantized_blocks(job, makings, merged, calibration, device, progress)
+        blocks = _quantized_blocks(job, makings, reference, merged, calibration, device, progress)
         write_tensors(makings, merged, blocks, progress, device)
         losses = _losses(job, reference, device, progress)
         documents = []
@@ -101,6 +105,9 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             )
             if making.expert_tokens:
                 facts["calibration_tokens_of_experts"] = making.expert_tokens
+            if making.zero_moves.groups:
+                facts["zero points"] = making.zero_moves.facts()
+                progress.say(f"{output.out}: {making.zero_moves.line()}")
             if combined:
                 facts["combination"] = combined
             if sweep:
@@ -261,6 +268,7 @@ def _tasks(
 def _quantized_blocks(
     job: MergeJob,
     makings: Sequence[_Making],
+    reference: Reference,
     view: Checkpoint,
     calibration: torch.Tensor | None,
     device: str,
@@ -278,6 +286,8 @@ def _quantized_blocks(
             gpu_memory_limit=job.gpu_memory_limit,
             counts=making.counts,
             expert_tokens=making.expert_tokens,
+            kept=_kept_codes(reference) if making.output.quantization.keeps_codes else None,
+            zero_moves=making.zero_moves,
         )
         for making in makings
         if making.output.quantization is not None and making.layout.scheme is not None
@@ -288,3 +298,10 @@ def _quantized_blocks(
     running = [request for request in requests if request.config.needs_calibration] or requests
     model = stored_blocks(job.outputs, view, device) or StreamedModel(view, device, running[0].storage)
     yield from quantize_blocks(model, requests, calibration, progress)
+
+
+def _kept_codes(reference: Reference) -> Callable[[str, str], QuantizedLinear]:
+    """Reads the codes of the base's linears, by the weight's name on a device."""
+    base = reference.base
+    assert isinstance(base, DequantizedCheckpoint)  # the layout was planned with its schemes
+    return lambda weight, device: base.read_quantized(weight.removesuffix(".weight"), device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from qconv import corpus
 from qconv.adapter_configs import AdapterOptions
 from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig
+from qconv.convert import DequantizedCheckpoint
 from qconv.convert.dequantize import CONV1D_MODELS
 from qconv.decoder_shape import DecoderShape
 from qconv.errors import concerning
@@ -31,7 +32,7 @@ from qconv.side_files import template_file, tokenizer_folder
 from qconv.skeleton import StoredBlocks, linear_weights
 from qconv.streaming import StreamedModel
 from qconv.tensor_parallel import check_parallel, parallel_linears
-from qconv.types import Checkpoint
+from qconv.types import Checkpoint, Scheme
 from qconv.validate.peft_layers import check_peft
 from qconv.work_folder import check_beside, check_inputs, check_output, check_place
 from qconv.writer import CheckpointWriter, PlannedFile
@@ -83,7 +84,7 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
     for number, output in enumerate(job.outputs):
         with concerning("outputs", str(number)):
             some = linears if output.quantization else []
-            layouts.append(plan_layout(merged, output.dtype, output.quantization, some))
+            layouts.append(plan_layout(merged, output.dtype, output.quantization, some, kept_schemes(reference)))
     with concerning("tp"):
         warnings = _parallel_warnings(job, merged, layouts)
     adapter_folder = reference.side_folder
@@ -111,6 +112,11 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
         calibration_text=calibration_text,
         warnings=warnings,
     )
+
+
+def kept_schemes(reference: Reference) -> Mapping[str, Scheme]:
+    """Of the linears whose integer codes an output may keep, by module."""
+    return reference.base.schemes if isinstance(reference.base, DequantizedCheckpoint) else {}
 
 
 def _check_folder(job: MergeJob, output: OutputConfig) -> None:

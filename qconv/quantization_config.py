@@ -72,6 +72,7 @@ class QuantizationConfig:
         if self.activations is not None and self.target != "fp8":
             raise UsageError(f"--activations belongs to --requant fp8, got {self.target}")
         self._check_damping()
+        self._check_kept_codes()
         for pattern in self.ignore:
             check_pattern(pattern)
         self._check_mixture()
@@ -87,6 +88,21 @@ class QuantizationConfig:
             )
         if not 0 < self.damping < 1:
             raise UsageError(f"--damping is a fraction between 0 and 1, got {self.damping}")
+
+    def _check_kept_codes(self) -> None:
+        given = {
+            "--bits": self.bits,
+            "--group-size": self.group_size,
+            "--sym/--asym": self.symmetric is not None,
+            "--ignore": self.ignore,
+            "--override": self.overrides,
+            "--lm-head": self.lm_head,
+        }
+        if self.keeps_codes and any(given.values()):
+            names = ", ".join(name for name, value in given.items() if value)
+            raise UsageError(
+                f"{names}: --algorithm zeros keeps the base's codes and scales, and so its scheme; drop it"
+            )
 
     def _check_mixture(self) -> None:
         target = TARGETS[self.target]
@@ -130,6 +146,11 @@ class QuantizationConfig:
             case "smoothquant" | "smoothquant+gptq":
                 return "smoothquant"
         return None
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Codes and scales are the base's, and zero points take the update (QA-LoRA)."""
+        return self.resolved_algorithm == "zeros"
 
     @property
     def solves(self) -> bool:

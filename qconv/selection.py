@@ -13,6 +13,7 @@ from qconv.overrides import fused_linears, matches
 from qconv.quantization_config import QuantizationConfig
 from qconv.skeleton import other_linears, text_config
 from qconv.suggest import did_you_mean
+from qconv.targets import TARGETS
 from qconv.types import Checkpoint, Scheme
 
 HEAD = "lm_head"
@@ -42,6 +43,52 @@ def chosen_linears(view: Checkpoint, linears: Collection[str], config: Quantizat
         raise SchemeError(f"{view.location}: --ignore leaves no linear to quantize; drop --requant for a plain merge")
     _check_fused({module: module not in ignored for module in modules}, view.location, "--ignore")
     return [module + ".weight" for module in left]
+
+
+def kept_linears(
+    view: Checkpoint, linears: Collection[str], config: QuantizationConfig, kept: Mapping[str, Scheme]
+) -> tuple[Scheme, dict[str, Scheme]]:
+    """The scheme of most linears that the base has quantized, and that of each, for an output that keeps their codes.
+
+    Args:
+        kept: by module, of the base; empty where it has no integer codes.
+
+    Raises:
+        SchemeError: the base has no codes that this output can hold.
+    """
+    target = TARGETS[config.target]
+    if not kept:
+        raise SchemeError(
+            f"{view.location}: --algorithm zeros keeps the integer codes of a GPTQ, AWQ or compressed-tensors base, "
+            "and this one has none; choose another --algorithm"
+        )
+    outside = [module for module in kept if f"{module}.weight" not in linears]
+    if outside:
+        raise SchemeError(
+            f"{view.location}: --algorithm zeros: the base quantizes {outside[0]}, which is no linear of a decoder "
+            "block; choose another --algorithm"
+        )
+    found: dict[str, Scheme] = {}
+    for module, scheme in kept.items():
+        if scheme.kind != "int" or scheme.rounds_activations or scheme.bits not in {*target.bits, *target.mixed_bits}:
+            raise SchemeError(
+                f"{view.location}: --algorithm zeros: {module} has {scheme.bits}-bit {scheme.kind} codes"
+                f"{' and inputs that are rounded' if scheme.rounds_activations else ''}, which {target.name} does not "
+                "hold; choose the format of the base"
+            )
+        size = scheme.group_size
+        if target.scheme is not None:
+            k = view.specs()[f"{module}.weight"].shape[1]
+            size = target.scheme.group_size
+            if (k if scheme.group_size == -1 else scheme.group_size) % size:
+                raise SchemeError(
+                    f"{view.location}: --algorithm zeros: {target.name} has groups of {size} inputs, and {module} of "
+                    f"{scheme.group_size}, which are no multiple; choose the format of the base"
+                )
+        found[f"{module}.weight"] = replace(
+            scheme, symmetric=False, group_size=size, activation_order=False, min_zero=config.min_zero(False)
+        )
+    return Counter(found.values()).most_common(1)[0][0], found
 
 
 def schemes_of(

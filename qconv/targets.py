@@ -9,7 +9,9 @@ from typing import Literal
 from qconv.types import Scheme
 
 PLAIN_DTYPES = ("bf16", "fp16", "fp32")
-Algorithm = Literal["rtn", "gptq", "awq", "awq+gptq", "fp8", "smoothquant", "smoothquant+gptq", "int8", "bnb", "ggml"]
+Algorithm = Literal[
+    "rtn", "gptq", "awq", "awq+gptq", "fp8", "smoothquant", "smoothquant+gptq", "int8", "bnb", "ggml", "zeros"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,11 @@ class Target:
     mixed_bits: tuple[int, ...] = ()  # of single linears, the output head among them; () = one scheme for all
 
     @property
+    def has_float_zeros(self) -> bool:
+        """Whether a group's zero point may be any number, and no code alone."""
+        return self.format == "gguf-q4_1"
+
+    @property
     def gguf_kind(self) -> str | None:
         """Of ggml's kinds of tensors, for a GGUF file."""
         return self.format.removeprefix("gguf-") if self.format.startswith("gguf-") else None
@@ -38,10 +45,11 @@ GGUF_READERS = "llama.cpp, Ollama, LM Studio, transformers (decoded while loadin
 def _gguf(kind: str, bits: int) -> Target:
     """One file in blocks of 32 weights, or without blocks. Codes of 5 bits are chosen by llama.cpp's rule alone."""
     is_solved = bits in (4, 8)
+    chosen: tuple[Algorithm, ...] = ("gptq", "awq+gptq", "awq", "ggml") if is_solved else ("ggml",)
     return Target(
         name=f"gguf-{kind}",
         format=f"gguf-{kind}",
-        algorithms=("gptq", "awq+gptq", "awq", "ggml") if is_solved else ("ggml",),
+        algorithms=(*chosen, "zeros") if kind == "q4_1" else chosen,
         bits=(bits,),
         symmetric=None,
         readers=GGUF_READERS,
@@ -53,7 +61,7 @@ TARGETS: Mapping[str, Target] = {
     "gptq": Target(
         name="gptq",
         format="gptq",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=("gptq", "awq+gptq", "awq", "rtn", "zeros"),
         bits=(4, 2, 3, 8),
         symmetric=True,
         readers="vLLM, SGLang, transformers + gptqmodel",
@@ -62,7 +70,7 @@ TARGETS: Mapping[str, Target] = {
     "gptq_v2": Target(
         name="gptq_v2",
         format="gptq_v2",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=("gptq", "awq+gptq", "awq", "rtn", "zeros"),
         bits=(4, 2, 3, 8),
         symmetric=True,
         readers="transformers + gptqmodel, vLLM",
@@ -71,7 +79,7 @@ TARGETS: Mapping[str, Target] = {
     "awq": Target(
         name="awq",
         format="awq",
-        algorithms=("awq", "awq+gptq", "gptq", "rtn"),
+        algorithms=("awq", "awq+gptq", "gptq", "rtn", "zeros"),
         bits=(4,),
         symmetric=False,
         readers="vLLM, SGLang, transformers + gptqmodel",
@@ -79,7 +87,7 @@ TARGETS: Mapping[str, Target] = {
     "w4a16": Target(
         name="w4a16",
         format="pack-quantized",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=("gptq", "awq+gptq", "awq", "rtn", "zeros"),
         bits=(4,),
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",
@@ -88,7 +96,7 @@ TARGETS: Mapping[str, Target] = {
     "w8a16": Target(
         name="w8a16",
         format="pack-quantized",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=("gptq", "awq+gptq", "awq", "rtn", "zeros"),
         bits=(8,),
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",

@@ -164,7 +164,8 @@ class QuantizedLinear:
         scales_NG: ``[N, G]`` float32, holding values that are exact in both float16 and bfloat16
             (see `quantize/grid.py`), so that no reader's cast changes them. With ``scheme.block_rows`` above 1
             ``[ceil(N / block_rows), G]``, any float32 values: such formats store float32.
-        zeros_NG: ``[N, G]`` uint8 zero points, or None when the scheme is symmetric.
+        zeros_NG: ``[N, G]`` uint8 zero points, or None when the scheme is symmetric; float32 for a format that stores
+            any numbers (ggml's q4_1).
         group_index_K: ``[K]`` int32, the group of each input feature, or None for ``k // group_size``.
         scheme: what the codes mean.
         input_scale: ``[1]`` float32, exact in both float16 and bfloat16, what inputs are divided by before they are

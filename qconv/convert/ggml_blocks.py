@@ -50,7 +50,9 @@ class GgmlBlocks:
             raise SchemeError(f"{module}: {self.name} holds {self.scheme}, got {q.scheme}")
         if q.group_index_K is not None:
             raise SchemeError(f"{module}: {self.name} has blocks of neighbours and stores no group index")
-        check_values(q, module, torch.float16)
+        # A zero point of this layout need not be a code: what is stored is the minimum.
+        floats = q.zeros_NG is not None and q.zeros_NG.is_floating_point()
+        check_values(replace(q, zeros_NG=None) if floats else q, module, torch.float16)
         minima = self._minima(q)
         if minima is not None and not bool(torch.isfinite(minima).all()):
             raise NumericsError(f"{module}: a minimum does not fit float16; leave this linear out with --ignore")

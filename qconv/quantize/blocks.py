@@ -14,7 +14,7 @@ depends on what else is made beside it or in which order. What that costs is in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,8 +30,10 @@ from qconv.quantize.gather import gather
 from qconv.quantize.memory import ModelShape, free_memory, plan_memory, solving_order
 from qconv.quantize.rtn import rtn
 from qconv.quantize.solve import solve
+from qconv.quantize.zeros import ZeroMoves, moved_zeros
 from qconv.skeleton import StoredBlocks
 from qconv.streaming import StreamedModel
+from qconv.targets import TARGETS
 from qconv.timeline import TIMELINE
 from qconv.types import QuantizedLinear, Scheme
 
@@ -67,6 +69,8 @@ class QuantizeRequest:
         counts: what happened.
         expert_tokens: is filled with the calibration tokens that chose each expert, by the module of a layer's experts.
         gpu_memory_limit: bytes that the process may take on a GPU; None = what is free there.
+        kept: for an algorithm that keeps the base's codes, reads them by full name on a device; and what became of
+            their zero points, `zero_moves`.
     """
 
     config: QuantizationConfig
@@ -79,6 +83,12 @@ class QuantizeRequest:
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     head: str | None = None
+    kept: Callable[[str, str], QuantizedLinear] | None = None
+    zero_moves: ZeroMoves = field(default_factory=ZeroMoves)
+
+    @property
+    def has_float_zeros(self) -> bool:
+        return TARGETS[self.config.target].has_float_zeros
 
     def scheme_of(self, weight: str) -> Scheme:
         return self.schemes.get(weight, self.scheme)
@@ -229,7 +239,9 @@ def _answer(
         where = f"{model.view.location}: {prefix}"
         solved: dict[str, QuantizedLinear] = {}
         # Linears with an equal scheme together: those that share an input are solved as one.
-        for scheme in dict.fromkeys(request.scheme_of(prefix + name) for name in names):
+        if request.kept is not None:
+            solved = {n: _moved(model, prefix + n, tensors.pop(n), request) for n in names}
+        for scheme in dict.fromkeys(request.scheme_of(prefix + name) for name in names if name not in solved):
             weights = {n: tensors.pop(n).float() for n in names if request.scheme_of(prefix + n) == scheme}
             solved |= solve(weights, statistics, where, request.config, scheme, request.counts, progress)
         linears = {name: solved[name] for name in names}
@@ -243,6 +255,13 @@ def _answer(
         linears={prefix + name: linear for name, linear in linears.items()},
         plain={prefix + name: tensor for name, tensor in tensors.items()},
     )
+
+
+def _moved(model: StreamedModel | StoredBlocks, name: str, w_NK: Tensor, request: QuantizeRequest) -> QuantizedLinear:
+    assert request.kept is not None
+    stored, scheme = request.kept(name, str(w_NK.device)), request.scheme_of(name)
+    where = f"{model.view.location}: {name}"
+    return moved_zeros(w_NK, stored, scheme, request.has_float_zeros, where, request.zero_moves)
 
 
 def _count_tokens(

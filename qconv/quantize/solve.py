@@ -55,8 +55,8 @@ def solve(
                 name: quantize(weights.pop(name), scheme, where + name, num_candidates=FP8_CANDIDATES)
                 for name in list(weights)
             }
-        case "bnb" | "ggml":
-            raise AssertionError("weights without a choice are encoded as they are written")
+        case "bnb" | "ggml" | "zeros":
+            raise AssertionError("weights without a choice are encoded as they are written, and kept codes not solved")
         case "int8" | "smoothquant":
             return {name: int8.quantize_per_channel(weights.pop(name), scheme, where + name) for name in list(weights)}
         case "rtn":
