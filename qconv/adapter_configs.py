@@ -94,6 +94,7 @@ class AdapterOptions:
             times the number of groups (peft).
         ir_qlora: the adapter is IR-QLoRA's, with elastic connections; trained on a base that was quantized with
             information calibration (calibrated), or without (plain).
+        kasa: the adapter is KaSA's, trained with the code of its repository, whose config does not say so.
     """
 
     dampen_intruders: float | None = None
@@ -101,6 +102,7 @@ class AdapterOptions:
     rank_scaling: Literal["truncated", "trained"] | None = None
     qa_lora: Literal["sum", "mean", "peft"] | None = None
     ir_qlora: Literal["calibrated", "plain"] | None = None
+    kasa: Literal["repository"] | None = None
 
     def __post_init__(self) -> None:
         if (self.rank is None) != (self.rank_scaling is None):
@@ -119,6 +121,7 @@ class AdapterOptions:
         words = [f"the first {self.rank} components, scaled as {self.rank_scaling}"] if self.rank is not None else []
         words += [f"QA-LoRA, {self.qa_lora} of pooled inputs"] if self.qa_lora is not None else []
         words += [f"IR-QLoRA on a {self.ir_qlora} base"] if self.ir_qlora is not None else []
+        words += [f"KaSA of its {self.kasa}"] if self.kasa is not None else []
         return "; ".join(words)
 
     @property

@@ -95,6 +95,9 @@ adapter_options = options(
         type=Choice(["calibrated", "plain"]),
         help="An IR-QLoRA adapter: its base was quantized with information calibration, or without.",
     ),
+    click.option(
+        "--kasa", type=Choice(["repository"]), help="A KaSA adapter that its authors' code wrote, and not peft."
+    ),
 )
 task_data_option = click.option(
     "--task-data", shell_complete=files, help="Held-out text of the adapter's task: loss there is reported, too."

@@ -309,10 +309,36 @@ def test_kasa_on_4_bits_is_refused(tmp_path: Path) -> None:
         load_reference(open_checkpoint(tmp_path / "base"), str(tmp_path / "adapter"), "nf4")
 
 
-def test_kasa_of_another_tool_is_refused(tmp_path: Path) -> None:
-    folder = adapter_of(tmp_path, random(R, K), random(N, R), {"lora_diag": torch.ones(R)})
-    with pytest.raises(AdapterError, match="only those of peft are read"):
+def test_kasa_of_another_tool_is_asked_for(tmp_path: Path) -> None:
+    folder = adapter_of(tmp_path / "own", random(R, K), random(N, R), {"lora_diag": torch.ones(R)})
+    with pytest.raises(AdapterError, match="--kasa repository"):
         load_adapter(folder, base_of(random(N, K)))
+    pefts = adapter_of(
+        tmp_path / "peft", random(R, K), random(N, R), {"lora_diag": torch.ones(R)}, kasa_config={"beta": 1e-4}
+    )
+    with pytest.raises(AdapterError, match="drop the option"):
+        load_adapter(pefts, base_of(random(N, K)), options=AdapterOptions(kasa="repository"))
+    plain = adapter_of(tmp_path / "plain", random(R, K), random(N, R))
+    with pytest.raises(AdapterError, match="has no lora_E or lora_diag"):
+        load_adapter(plain, base_of(random(N, K)), options=AdapterOptions(kasa="repository"))
+
+
+@pytest.mark.parametrize(("n", "left"), [(12, 12), (13, 12), (16, 12), (24, 12), (8, 8)])
+def test_kasa_of_its_repository_keeps_components_by_inputs(n: int, left: int, tmp_path: Path) -> None:
+    """``update_layer`` of its fork of peft, in numpy: U[:, :K - R] and so on, of min(N, K) components that exist."""
+    w, a, b, diag = random(n, K), random(R, K), random(n, R), random(R)
+    name = f"{NAME}.weight"
+    save_file({name: w}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float32"}))
+    folder = adapter_of(tmp_path / "adapter", a, b, {"lora_diag": diag})
+    options = AdapterOptions(kasa="repository")
+    reference = load_reference(open_checkpoint(tmp_path), str(folder), "16bit", options=options)
+    u, s, v = np.linalg.svd(w.double().numpy(), full_matrices=False)
+    kept = (u[:, : K - R] * s[: K - R]) @ v[: K - R]
+    assert np.linalg.matrix_rank(kept) == left
+    np.testing.assert_allclose(reference.base.read(name).numpy(), kept, atol=1e-4)
+    expected = kept + ALPHA / R * b.double().numpy() @ np.diag(diag.double().numpy()) @ a.double().numpy()
+    np.testing.assert_allclose(reference.merged.read(name).numpy(), expected, atol=1e-4)
 
 
 def test_kasa_that_leaves_nothing_of_the_base(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A base without the smallest singular components of some weights.
 
 Method: KaSA (Wang et al. 2024) takes them from the frozen weight when training begins. With R = the rank of the layer
-and ``W = sum_i s_i u_i v_i^T``, the last R terms are left out, as peft 0.21 does.
+and ``W = sum_i s_i u_i v_i^T``, the last R terms are left out, as peft 0.21 does. KaSA's own repository keeps the first
+K - R, K = in features: where N <= K - R that is all of them (``update_layer`` of its fork of peft).
 
 Rounding: decomposed in float32 and rounded once to the dtype that the base is stored in, as training had it.
 """

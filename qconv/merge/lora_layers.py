@@ -51,7 +51,12 @@ def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -
     wanted_parts = {"a": not of_embedding, "b": not of_embedding}
     wanted_parts |= {"embedding_a": of_embedding, "embedding_b": of_embedding}
     wanted_parts |= {"b_bias": config.lora_bias, "magnitude": config.use_dora}
-    wanted_parts["singular"] = config.is_adalora or config.is_kasa
+    if source.options.kasa is not None and (config.is_kasa or config.is_adalora or config.use_dora):
+        source.refuse(
+            f"--kasa {source.options.kasa} is for plain LoRA with a lora_diag in every layer, and {config.where} says "
+            + ("kasa_config, which is peft's: drop the option" if config.is_kasa else "another variant")
+        )
+    wanted_parts["singular"] = config.is_adalora or config.is_kasa or source.options.kasa is not None
     wanted_parts |= dict.fromkeys(("elastic_a", "elastic_b"), source.options.ir_qlora is not None)
     for part, wanted in wanted_parts.items():
         if wanted and part not in parts:
@@ -67,8 +72,8 @@ def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -
                 )
             if part == "singular":
                 source.refuse(
-                    f"tensor {parts[part]!r} is KaSA's, and {config.where} has no kasa_config: of KaSA adapters only "
-                    "those of peft are read; how others cut the base is not known here"
+                    f"tensor {parts[part]!r} is KaSA's, and {config.where} has no kasa_config, which peft writes: if "
+                    "the code of its authors' repository wrote it, say --kasa repository (it cuts the base otherwise)"
                 )
             source.refuse(f"spare tensor {parts[part]!r}: {config.where} says that {_SAID_BY[part]} is false")
 
@@ -96,7 +101,7 @@ def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replace
         pooled=pooled.inputs,
         elastic_a=parts.get("elastic_a"),
         elastic_b=parts.get("elastic_b"),
-        dropped=source.rank_of(module) if source.config.is_kasa else 0,
+        dropped=_dropped(source, module, base_shape),
     )
     if of_embedding and base_shape != (source.shape(a)[1], source.shape(b)[0]):
         source.refuse(
@@ -108,14 +113,15 @@ def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replace
     for vector in (delta.b_bias, delta.magnitude):
         if vector is not None and source.shape(vector) != (num_out,):
             source.refuse(f"tensor {vector!r}: expected shape [{num_out}], found {list(source.shape(vector))}")
-    singular_shape = (delta.rank,) if source.config.is_kasa else (delta.rank, 1)
+    singular_shape = (delta.rank, 1) if source.config.is_adalora else (delta.rank,)
     if delta.singular is not None and source.shape(delta.singular) != singular_shape:
         source.refuse(
             f"tensor {delta.singular!r}: expected shape {list(singular_shape)}, found "
             f"{list(source.shape(delta.singular))}"
         )
     check_elastic(source, delta, *(base_shape[::-1] if delta.transposed else base_shape))
-    if delta.dropped >= min(base_shape) or (delta.dropped and delta.transposed):
+    is_kasa = delta.singular is not None and not source.config.is_adalora
+    if is_kasa and (delta.dropped >= min(base_shape) or delta.transposed):
         source.refuse(
             f"{module}: KaSA takes the {delta.dropped} smallest components of a base weight {list(base_shape)}, which "
             "has to be a plain linear with more of them"
@@ -126,6 +132,16 @@ def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replace
             "a model without that bias cannot hold the merged one"
         )
     return delta
+
+
+def _dropped(source: AdapterSource, module: str, base_shape: tuple[int, ...]) -> int:
+    """Components that KaSA took from the base: R of them in peft; its repository keeps the first K - R there are."""
+    rank = source.rank_of(module)
+    if source.config.is_kasa:
+        return rank
+    if source.options.kasa is None or len(base_shape) != 2:
+        return 0
+    return max(0, min(base_shape) - max(0, base_shape[1] - rank))
 
 
 def _check_factors(
