@@ -265,8 +265,8 @@ class ValidateJob:
             raise UsageError("--rank auto chooses a rank to merge; a candidate has one already: give its number")
         if self.reference_cache is not None and self.options not in (AdapterOptions(), _dampening_alone(self.options)):
             raise UsageError(
-                "--rank, --qa-lora, --ir-qlora and --kasa with --reference-cache: a cache does not know how its adapter "
-                "was read; compare without it"
+                "--rank, --qa-lora, --ir-qlora and --kasa with --reference-cache: a cache does not know how its "
+                "adapter was read; compare without it"
             )
         asked = self.validation
         if asked.task_data is not None:

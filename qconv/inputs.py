@@ -51,7 +51,7 @@ def load_reference(
         return Reference(source=source, base=base, adapter=None, kind=_stored_kind(base))
     adapter = load_adapter(adapter_source, base, options=options)
     kind = _training_kind(base, adapter, trained_on)
-    _check_base_of(adapter, kind, options)
+    _check_base_of(base, adapter, kind, options)
     if isinstance(options.rank, int) and options.rank_scaling is not None:
         adapter = truncated(adapter, options.rank, options.rank_scaling)
     dropped = {name: delta.dropped for name, delta in adapter.deltas.items() if delta.dropped}
@@ -60,22 +60,26 @@ def load_reference(
     return Reference(source=source, base=seen, adapter=adapter, kind=kind, dampening=dampening)
 
 
-def _check_base_of(adapter: Adapter, kind: BnbKind, options: AdapterOptions) -> None:
+def _check_base_of(base: DequantizedCheckpoint, adapter: Adapter, kind: BnbKind, options: AdapterOptions) -> None:
     """Refuses kinds of LoRA on a base that they were not trained on.
 
     Raises:
-        AdapterError: KaSA on 4 bits; information calibration, which is not re-created here.
+        AdapterError: KaSA on 4 bits; information calibration on a base without it, or none on one that has it.
     """
     if kind != "16bit" and any(delta.dropped for delta in adapter.deltas.values()):
         raise AdapterError(
             f"{adapter.location}: KaSA takes components out of 16-bit weights, and the base was quantized as {kind}; "
             "peft has no KaSA on 4-bit layers: is this the adapter's base?"
         )
-    if kind != "16bit" and options.ir_qlora == "calibrated":
+    if kind != "16bit" and base.has_tau != (options.ir_qlora == "calibrated"):
         raise AdapterError(
-            f"{adapter.location}: --ir-qlora calibrated was trained on 4-bit codes of W - tau, tau of each block added "
-            "again, which the base here is not. Save the weights that its quantizer gives in 16 bits and pass those "
-            "with --trained-on 16bit"
+            f"{adapter.location}: --ir-qlora calibrated was trained on 4-bit codes of W - tau, with tau of each block "
+            f"(tau_quant and tau_absmax), and {base.location} "
+            + (
+                "is such a base: give that option"
+                if base.has_tau
+                else "has no tau. docs/adapters.md says how to save it"
+            )
         )
 
 
@@ -106,6 +110,8 @@ def _combined_reference(
     source: FileCheckpoint, base: DequantizedCheckpoint, config: CombinationConfig, trained_on: BnbKind | None
 ) -> Reference:
     adapters = tuple(load_adapter(name, base) for name in config.adapters)
+    if base.has_tau:
+        raise AdapterError(f"{base.location}: has IR-QLoRA's tau, and its adapters are merged one by one, not combined")
     kinds = [(_training_kind(base, adapter, trained_on), adapter) for adapter in adapters]
     first, one = kinds[0]
     for kind, other in kinds[1:]:

@@ -165,6 +165,8 @@ def _residence(reference: Reference, is_quantized: bool, device: str) -> tuple[i
     """Bytes of the base in 4 bits, and why it does not run whole on the device; None = it does."""
     num_bytes = sum(spec.num_bytes for spec in reference.source.specs().values()) // (1 if is_quantized else 3)
     reason = why_not_resident(device, reference.kind, num_bytes)
+    if reason is None and is_quantized and dequantize(reference.source).has_tau:
+        reason = "bitsandbytes knows no tau of IR-QLoRA"
     if reason is None and reference.resizes_vocabulary:
         reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
     if reason is None and reference.combination is not None:

@@ -15,6 +15,11 @@ product and sum each rounded in float32. This equals the library's own dequantiz
 0.50 on an AVX512 CPU takes the wrong absmax for rows that are no multiple of the block size; blocks
 run over the flattened tensor here, as its quantizer and its CUDA kernels have it.
 
+IR-QLoRA (Qin et al. 2024, section 3.2; ``utils.py`` of its repository) quantizes ``W - tau``, tau of each block of 64,
+and quantizes tau itself: ``dynamic_map[u8] * absmax`` of 256 blocks. Its layers have both as ``tau_quant`` uint8
+``[B, 256]`` and ``tau_absmax`` ``[B, 1]``, read here as tensors of those names beside the weight. tau is added in
+float32 to the decoded weight, and the sum rounded once more to its dtype, as the layer's forward pass does.
+
 The arithmetic of both directions, and where the library's CPU and CUDA kernels differ, is in
 `bnb_kernels.py`. Left out: blocks of 8-bit weights (LLM.int8), the AVX512 repacked layout that lives only in memory.
 """
@@ -23,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,6 +40,7 @@ from qconv.convert.bnb_kernels import (
     DTYPES,
     decode_absmax,
     decode_codes,
+    dynamic_map,
     encode,
     quant_map,
     simulate,
@@ -47,6 +53,7 @@ __all__ = ["BnbState", "decode", "encode", "packed_weights", "read_state", "simu
 
 STATE_INFIX = ".quant_state.bitsandbytes__"
 TABLE_TOLERANCE = 1e-5
+TAU_BLOCKS = 256  # that share an absmax of tau
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,7 @@ class BnbState:
         shape: shape that the weight had.
         nested_block_size: absmax values that share a nested absmax, or None without double quantization.
         nested_offset: added to every decoded absmax.
+        has_tau: codes are those of W - tau (IR-QLoRA).
     """
 
     name: str
@@ -70,6 +78,7 @@ class BnbState:
     shape: tuple[int, ...]
     nested_block_size: int | None
     nested_offset: float
+    has_tau: bool = False
 
     @property
     def kind(self) -> BnbKind:
@@ -86,7 +95,13 @@ class BnbState:
     def companions(self) -> tuple[str, ...]:
         """The tensors that belong to the weight, all but the JSON state."""
         nested = () if self.nested_block_size is None else (".nested_absmax", ".nested_quant_map")
-        return tuple(self.name + suffix for suffix in (".absmax", ".quant_map", *nested))
+        tau = self.tau_names if self.has_tau else ()
+        return (*(self.name + suffix for suffix in (".absmax", ".quant_map", *nested)), *tau)
+
+    @property
+    def tau_names(self) -> tuple[str, str]:
+        module = self.name.removesuffix(".weight")
+        return module + ".tau_quant", module + ".tau_absmax"
 
 
 def packed_weights(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
@@ -132,8 +147,33 @@ def read_state(checkpoint: Checkpoint, weight: str, state_name: str) -> BnbState
         nested_block_size=fields["nested_blocksize"] if nested else None,
         nested_offset=float(fields["nested_offset"]) if nested else 0.0,
     )
+    state = replace(state, has_tau=any(name in checkpoint.specs() for name in state.tau_names))
     _check_companions(checkpoint, state)
+    if state.has_tau:
+        _check_tau(checkpoint, state)
     return state
+
+
+def _check_tau(checkpoint: Checkpoint, state: BnbState) -> None:
+    specs, numel = checkpoint.specs(), math.prod(state.shape)
+    for name in state.tau_names:
+        if name not in specs:
+            raise CheckpointError(
+                f"{checkpoint.location}: weight {state.name!r} has no tensor {name!r} beside its other"
+            )
+    codes, absmax = (specs[name] for name in state.tau_names)
+    runs = numel // (TAU_BLOCKS * state.block_size)
+    if (
+        state.block_size * TAU_BLOCKS * runs != numel
+        or (codes.shape, codes.dtype) != ((runs, TAU_BLOCKS), torch.uint8)
+        or absmax.shape != (runs, 1)
+        or not absmax.dtype.is_floating_point
+    ):
+        raise CheckpointError(
+            f"{checkpoint.location}: tensors {codes.name!r} {codes.dtype} {list(codes.shape)} and {absmax.name!r} "
+            f"{absmax.dtype} {list(absmax.shape)}: expected uint8 [B, {TAU_BLOCKS}] and floats [B, 1] for {numel} "
+            f"weights in B runs of {TAU_BLOCKS} blocks of {state.block_size}"
+        )
 
 
 def _check_nested_fields(where: str, fields: Mapping[str, object]) -> None:
@@ -206,4 +246,14 @@ def decode(checkpoint: Checkpoint, state: BnbState, device: str = "cpu") -> Tens
         absmax = decode_absmax(absmax, nested_map, nested_absmax, state.nested_offset, state.nested_block_size)
     packed = checkpoint.read(state.name, device).reshape(-1).view(torch.uint8)
     table = table.to(device, non_blocking=True)
-    return decode_codes(packed, absmax, table, state.block_size, state.shape, state.dtype)
+    w = decode_codes(packed, absmax, table, state.block_size, state.shape, state.dtype)
+    return _plus_tau(checkpoint, w, state) if state.has_tau else w
+
+
+def _plus_tau(checkpoint: Checkpoint, w: Tensor, state: BnbState) -> Tensor:
+    codes_BT, absmax_B1 = (checkpoint.read(name, str(w.device)) for name in state.tau_names)
+    if not all_finite(absmax_B1):
+        raise NumericsError(f"{checkpoint.location}: tensor {state.tau_names[1]!r} holds NaN or infinity")
+    tau_BT = dynamic_map(w.device)[codes_BT.long()] * absmax_B1
+    blocks = w.reshape(-1, state.block_size) + tau_BT.reshape(-1, 1)
+    return blocks.to(state.dtype).view(state.shape)

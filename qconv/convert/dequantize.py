@@ -64,6 +64,7 @@ SIGNS: Mapping[str, str] = {
     ".weight_zero_point": "compressed-tensors",
     ".input_scale": "compressed-tensors or fp8",
     ".codebooks": "AQLM",
+    ".tau_quant": "IR-QLoRA without the weight's quant_state",
 }
 CODE_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
@@ -169,6 +170,11 @@ class DequantizedCheckpoint:
         name = module + INPUT_SCALE
         tensors = {name: self.source.read(name)} if name in self.source.specs() else {}
         return float(fmt.read_input_scale(tensors, module, self.location))
+
+    @property
+    def has_tau(self) -> bool:
+        """Whether weights were quantized with information calibration (IR-QLoRA)."""
+        return any(state.has_tau for state in self._states.values())
 
     def bnb_state(self, weight: str) -> bnb.BnbState | None:
         """How bitsandbytes quantized one weight, or None when it is not bitsandbytes 4-bit."""
