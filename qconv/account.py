@@ -63,6 +63,11 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> lis
         notes.append("asymmetric pack-quantized weights load in vLLM, and not in every transformers release")
         if scheme.bits == 8:
             notes.append("vLLM's and SGLang's Marlin kernels take zero points with 4 bits only")
+    if quantization.target in ("w4a16", "w8a16") and scheme.bits not in (4, 8):
+        notes.append(
+            f"{scheme.bits} bits: read by compressed-tensors since 0.18 (and transformers with it), by vLLM since "
+            "summer 2026 on GPUs with its humming kernels, and not by SGLang or TGI"
+        )
     if scheme.kind == "int" and scheme.group_size not in (-1, 32, 64, 128):
         notes.append(f"Marlin kernels know group sizes -1, 32, 64 and 128, not {scheme.group_size}")
     return notes

@@ -91,7 +91,7 @@ TARGETS: Mapping[str, Target] = {
         bits=(4,),
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",
-        mixed_bits=(4, 8),
+        mixed_bits=(3, 4, 5, 6, 8),
     ),
     "w8a16": Target(
         name="w8a16",
@@ -100,7 +100,7 @@ TARGETS: Mapping[str, Target] = {
         bits=(8,),
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",
-        mixed_bits=(4, 8),
+        mixed_bits=(3, 4, 5, 6, 8),
     ),
     "fp8": Target(
         name="fp8",

@@ -15,6 +15,7 @@ Left out: pipeline and expert parallelism, and linears whose names say nothing o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -264,14 +265,15 @@ def _misfit_groups(linear: Linear, scheme: Scheme, share: _Share, num_gpus: int)
 
 def _misfit_words(linear: Linear, scheme: Scheme, share: _Share) -> Iterator[tuple[bool, str]]:
     """Codes and zero points lie several in a word, which goes to one GPU."""
-    per_word = 32 // scheme.bits
+    filling = 32 // math.gcd(32, scheme.bits)
+    words = "a word" if 32 % scheme.bits == 0 else "whole words"
     if linear.layout != "awq" and share.columns * scheme.bits % 32:
         yield True, f"{share.columns} inputs on each GPU do not fill words of 32 bits with {scheme.bits}-bit codes"
     has_rows = linear.layout in ("awq", "gptq", "gptq_v2") or not scheme.symmetric
     uneven = next((rows for rows in share.parts if rows * scheme.bits % 32), None)
     if has_rows and uneven is not None:
         what = "codes" if linear.layout == "awq" else "zero points"
-        yield True, f"{uneven} outputs on each GPU are no multiple of {per_word}, the {what} in a word"
+        yield True, f"{uneven} outputs on each GPU are no multiple of {filling}, the {what} in {words}"
 
 
 def _misfit_tiles(scheme: Scheme, share: _Share) -> Iterator[tuple[bool, str]]:

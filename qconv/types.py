@@ -114,8 +114,8 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.kind == "float" and (self.bits != 8 or not self.symmetric):
             raise SchemeError(f"float schemes are 8-bit symmetric, got bits={self.bits} symmetric={self.symmetric}")
-        if self.kind == "int" and self.bits not in (2, 3, 4, 8):
-            raise SchemeError(f"integer schemes have 2, 3, 4 or 8 bits, got {self.bits}")
+        if self.kind == "int" and self.bits not in (2, 3, 4, 5, 6, 8):
+            raise SchemeError(f"integer schemes have 2, 3, 4, 5, 6 or 8 bits, got {self.bits}")
         if self.group_size != -1 and self.group_size <= 0:
             raise SchemeError(f"group size must be positive, or -1 for one group per row, got {self.group_size}")
         if self.block_rows != 1 and (self.block_rows < 1 or self.kind != "float" or self.group_size == -1):

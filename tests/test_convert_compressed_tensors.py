@@ -20,7 +20,7 @@ from tests.test_convert_formats import FP8, random_linear
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 SCHEMES = [
     Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
-    for bits in (4, 8)
+    for bits in (3, 4, 5, 6, 8)
     for group_size in (-1, 32)
     for symmetric in (True, False)
 ]

@@ -14,7 +14,7 @@ from qconv.errors import CheckpointError, NumericsError, QconvError, SchemeError
 from qconv.types import QuantizedLinear, Scheme
 
 INT_FORMATS = ("gptq", "gptq_v2", "awq", "pack-quantized")
-BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "awq": (4,), "pack-quantized": (4, 8)}
+BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "awq": (4,), "pack-quantized": (3, 4, 5, 6, 8)}
 FP8 = Scheme(kind="float", bits=8, group_size=-1, dynamic_activations=True)
 INT8 = Scheme(bits=8, group_size=-1, dynamic_activations=True)
 STATIC = Scheme(kind="float", bits=8, group_size=-1, static_activations=True)
@@ -273,7 +273,7 @@ def test_symmetric_zero_words():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from((2, 3, 4, 8)), st.integers(1, 100), st.integers(0, 2**31))
+@given(st.sampled_from((2, 3, 4, 5, 6, 8)), st.integers(1, 100), st.integers(0, 2**31))
 def test_bits_of_any_count(bits, count, seed):
     values = torch.randint(0, 2**bits, (3, count), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     words = pack_last(values, bits)
@@ -299,7 +299,8 @@ def test_bits_of_any_count(bits, count, seed):
         ("pack-quantized", 16, 100, Scheme(group_size=64), r"got 100 and 64; use -1 \(per channel\)"),
         ("awq", 16, 64, Scheme(bits=8), "awq holds 4-bit"),
         ("gptq", 16, 64, FP8, "integer codes only"),
-        ("pack-quantized", 16, 64, Scheme(bits=3), "4-bit and 8-bit"),
+        ("pack-quantized", 16, 64, Scheme(bits=2), "3, 4, 5, 6 or 8"),
+        ("gptq", 32, 64, Scheme(bits=5), "2, 3, 4 or 8"),
         ("float-quantized", 16, 64, Scheme(bits=8), "float8 weights with one scale per channel"),
         ("float-quantized", 16, 64, Scheme(kind="float", bits=8, group_size=-1), "dynamic activations False"),
     ],

@@ -133,6 +133,18 @@ def test_transformers_computes_our_logits_from_config_groups(tmp_path: Path, tin
     assert 0 < report["fidelity"]["total"]["kl"]["mean"] < 0.02
 
 
+def test_transformers_computes_our_logits_from_odd_widths(tmp_path: Path, tiny_llama: Path) -> None:
+    overrides = (
+        OverrideConfig(pattern="*.down_proj", bits=5),
+        OverrideConfig(pattern="re:.*(gate|up)_proj$", bits=3),
+        OverrideConfig(pattern="*.o_proj", bits=6, group_size=-1),
+    )
+    report = quantize(tiny_llama, tmp_path / "out", "w4a16", overrides=overrides)
+    check_logits(tmp_path / "out")
+    assert {scheme.bits for scheme in reopened(tmp_path / "out").schemes.values()} == {3, 4, 5, 6}
+    assert any(note.startswith("5 bits: ") for note in report["stages"]["quantization"]["notes on readers"])
+
+
 def check_logits(folder: Path) -> None:
     """transformers with compressed-tensors against plain float32 weights that our reader gave."""
     config = config_of(folder)
@@ -316,7 +328,7 @@ def settings(*overrides: OverrideConfig, target: str = "w4a16", **options: Any) 
 REFUSED: dict[str, tuple[Callable[[], QuantizationConfig], str]] = {
     "awq": (settings(DOWN, target="awq"), "--override: awq has one scheme .*--requant w4a16 --algorithm awq"),
     "fp8": (settings(DOWN, target="fp8"), "--override: fp8 has one scheme for all linears"),
-    "bits": (settings(OverrideConfig(pattern="*", bits=3)), "w4a16 has bits 4 or 8, got 3"),
+    "bits": (settings(OverrideConfig(pattern="*", bits=2)), "w4a16 has bits 3 or 4 or 5 or 6 or 8, got 2"),
     "head of awq": (settings(target="awq", lm_head=True), "readers of awq expect the output head in 16 bits"),
     "no linear": (settings(OverrideConfig(pattern="*.down_prj", bits=8)), r"matches no linear; did you mean \*\.down_"),
     "nothing near": (settings(ignore=("zzz",)), r"--ignore 'zzz' matches no linear; there are \*\.q_proj"),

@@ -8,6 +8,7 @@ There are no data-dependent branches: everything runs on meta tensors, and on an
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
@@ -18,8 +19,8 @@ if sys.byteorder != "little":
 
 
 def elements_per_unit(bits: int) -> int:
-    """The fewest elements that fill whole int32 words: 16, 32, 8, 4 for 2, 3, 4, 8 bits."""
-    return {2: 16, 3: 32, 4: 8, 8: 4}[bits]
+    """The fewest elements that fill whole int32 words: 16, 32, 8, 32, 16, 4 for 2, 3, 4, 5, 6, 8 bits."""
+    return 32 // math.gcd(32, bits)
 
 
 def num_words(count: int, bits: int) -> int:
@@ -36,12 +37,12 @@ def pack_last(values: Tensor, bits: int) -> Tensor:
     padded = torch.nn.functional.pad(values, (0, -count % elements_per_unit(bits))).contiguous()
     if bits == 8:
         stream = padded
-    elif bits == 3:
-        groups = padded.reshape(*padded.shape[:-1], -1, 8)
-        low = groups[..., 0] | (groups[..., 1] << 3) | (groups[..., 2] << 6)
-        mid = (groups[..., 2] >> 2) | (groups[..., 3] << 1) | (groups[..., 4] << 4) | (groups[..., 5] << 7)
-        high = (groups[..., 5] >> 1) | (groups[..., 6] << 2) | (groups[..., 7] << 5)
-        stream = torch.stack((low, mid, high), dim=-1).flatten(-2)
+    elif bits in (3, 5, 6):  # eight elements lie in as many bytes as they have bits
+        eights = padded.reshape(*padded.shape[:-1], -1, 8)
+        joined = eights[..., 0].to(torch.int64)
+        for i in range(1, 8):
+            joined |= eights[..., i].to(torch.int64) << (i * bits)
+        stream = joined.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
     else:
         groups = padded.reshape(*padded.shape[:-1], -1, 8 // bits)
         stream = groups[..., 0]
@@ -55,18 +56,15 @@ def pack_last(values: Tensor, bits: int) -> Tensor:
 def unpack_last(words: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack_last`: int32 [..., words] -> uint8 [..., count]."""
     stream = words.reshape(-1).contiguous().view(torch.uint8).view(*words.shape[:-1], -1)
+    mask = 2**bits - 1
     if bits == 8:
         values = stream
-    elif bits == 3:
-        # A row may end inside a group of three bytes; the missing bytes hold no element.
-        padded = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 3))
-        low, mid, high = padded.reshape(*padded.shape[:-1], -1, 3).unbind(-1)
-        parts = (
-            low, low >> 3, (low >> 6) | (mid << 2), mid >> 1,
-            mid >> 4, (mid >> 7) | (high << 1), high >> 2, high >> 5,
-        )  # fmt: skip
-        values = torch.stack(parts, dim=-1).flatten(-2) & 7
+    elif bits in (3, 5, 6):
+        # A row may end inside a run of so many bytes; the missing ones hold no element.
+        padded = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % bits))
+        eights = torch.nn.functional.pad(padded.reshape(*padded.shape[:-1], -1, bits), (0, 8 - bits))
+        joined = eights.contiguous().view(torch.int64)[..., 0]
+        values = torch.stack([((joined >> (i * bits)) & mask).to(torch.uint8) for i in range(8)], dim=-1).flatten(-2)
     else:
-        mask = 2**bits - 1
         values = torch.stack([(stream >> shift) & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)
     return values[..., :count].contiguous()

@@ -34,20 +34,21 @@ from qconv.errors import CheckpointError, NumericsError, SchemeError
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
 
 INPUT_SCALE = ".input_scale"
+PACKED_BITS = (3, 4, 5, 6, 8)
+"""Of pack-quantized. The package packs widths that divide no word densely since release 0.18, and otherwise before."""
 
 
 @dataclass(frozen=True)
 class PackQuantized:
-    """Integer codes of 4 or 8 bits, by group or by channel."""
+    """Integer codes of 3, 4, 5, 6 or 8 bits, by group or by channel."""
 
     name = "pack-quantized"
     suffixes = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
 
     def check_scheme(self, scheme: Scheme) -> None:
-        if scheme.kind != "int" or scheme.bits not in (4, 8):
+        if scheme.kind != "int" or scheme.bits not in PACKED_BITS:
             raise SchemeError(
-                f"pack-quantized holds 4-bit and 8-bit integer codes (serving engines read no others), "
-                f"got {scheme.bits}-bit {scheme.kind}"
+                f"pack-quantized holds integer codes of {_words(PACKED_BITS)} bits, got {scheme.bits}-bit {scheme.kind}"
             )
         if scheme.dynamic_activations:
             raise SchemeError(
@@ -125,10 +126,10 @@ class PackQuantized:
         if activations is not None:
             raise CheckpointError(f"{location}: pack-quantized weights with quantized activations are not read")
         strategy, bits = weights.get("strategy"), weights.get("num_bits")
-        if weights.get("type", "int") != "int" or strategy not in ("group", "channel") or bits not in (4, 8):
+        if weights.get("type", "int") != "int" or strategy not in ("group", "channel") or bits not in PACKED_BITS:
             raise CheckpointError(
-                f"{location}: quantization_config: read are 4-bit and 8-bit integer weights by group or channel, "
-                f"found num_bits {bits!r}, type {weights.get('type')!r}, strategy {strategy!r}"
+                f"{location}: quantization_config: read are integer weights of {_words(PACKED_BITS)} bits by group or "
+                f"channel, found num_bits {bits!r}, type {weights.get('type')!r}, strategy {strategy!r}"
             )
         group_size = weights.get("group_size") if strategy == "group" else -1
         if type(group_size) is not int:
@@ -259,6 +260,11 @@ class FloatQuantized:
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
+
+
+def _words(numbers: Collection[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}"
 
 
 def weight_args(scheme: Scheme) -> dict[str, Any]:

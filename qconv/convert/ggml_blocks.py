@@ -6,8 +6,8 @@ Layout: see `qconv.gguf.blocks`. ``(code - 8) * d`` and ``(code - 128) * d`` are
 Rounding points: d is exact in float16 as all scales are. m is rounded to float16, by at most 2^-11 of itself, which is
 0.008 of a step: codes were chosen before, and validation measures what is stored. A reader gets the zero point back.
 
-Left out: the fifth bit (no scheme has 5 bits), group indices (the format has no place for one), reading (the view
-decodes every kind with the gguf package).
+Left out: the fifth bit (llama.cpp's rule alone chooses such codes), group indices (the format has no place for one),
+reading (the view decodes every kind with the gguf package).
 """
 
 from __future__ import annotations

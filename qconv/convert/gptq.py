@@ -50,6 +50,8 @@ class Gptq:
     def check_scheme(self, scheme: Scheme) -> None:
         if scheme.kind != "int":
             raise SchemeError(f"{self.name} holds integer codes only; float8 weights fit float-quantized")
+        if scheme.bits not in (2, 3, 4, 8):
+            raise SchemeError(f"{self.name} holds codes of 2, 3, 4 or 8 bits, got {scheme.bits}; w4a16 holds others")
 
     def check_shapes(self, module: str, n: int, k: int, scheme: Scheme) -> None:
         self.check_scheme(scheme)

@@ -69,6 +69,11 @@ class Served:
         return max((adapter.rank for adapter in self.adapters), default=0)
 
     @property
+    def odd_bits(self) -> int | None:
+        """A width of integer codes that most kernels do not know."""
+        return next((s.bits for s in self.schemes if s.kind == "int" and s.bits not in (4, 8)), None)
+
+    @property
     def has_group_index(self) -> bool:
         """GPTQ with groups that follow a stored index (``desc_act``)."""
         return bool(self.quantization.get("desc_act")) and any(scheme.group_size != -1 for scheme in self.schemes)

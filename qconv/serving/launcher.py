@@ -57,6 +57,8 @@ def _old_layouts(served: Served) -> str | None:
 
 def _tgi_refusal(served: Served) -> str | None:
     reason = _old_layouts(served)
+    if reason is None and served.layout == "pack-quantized" and served.odd_bits is not None:
+        return f"it loads pack-quantized of 4 or 8 bits, and this has {served.odd_bits}; " + instead("w4a16", served)
     if reason is None and served.layout == "pack-quantized" and any(not s.symmetric for s in served.schemes):
         return "its loader of pack-quantized weights does not unpack their zero points; " + instead("awq", served)
     return reason

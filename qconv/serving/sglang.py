@@ -12,6 +12,10 @@ from qconv.serving.engine import Engine, Request, Served, ServedAdapter, instead
 
 def refusal(served: Served) -> str | None:
     for layout in served.layouts:
+        if layout == "pack-quantized" and served.odd_bits is not None:
+            return f"it loads pack-quantized of 4 or 8 bits, and this has {served.odd_bits}; " + instead(
+                "w4a16", served
+            )
         if layout == "gptq_v2":
             return "it reads no checkpoint_format, so zero points of version 2 as those of version 1; " + instead(
                 "gptq, which holds the same numbers when symmetric", served

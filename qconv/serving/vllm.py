@@ -43,6 +43,10 @@ def notes(served: Served) -> list[str]:
         found.append("its Marlin kernels take zero points with 4 bits only; 8-bit ones need another kernel")
     if any(s.kind == "float" for s in served.schemes):
         found.append("GPUs before Ada (compute capability 8.9) have no float8: weights are then decoded to 16 bits")
+    if "pack-quantized" in served.layouts and served.odd_bits is not None:
+        found.append(
+            f"{served.odd_bits} bits run on a GPU with the humming package alone, since summer 2026 (from its source)"
+        )
     if served.layout == "gptq_v2":
         found.append("releases before autumn 2025 do not know gptq_v2, and add 1 to every zero point")
     if served.dtype == "float32":
