@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from scripts.engines import exchange
 from scripts.engines.agreement import LIMIT, Check, Reading
 from scripts.engines.page import Found, render
-from scripts.engines.plan import NOTES, READERS, REQUIRED, ROWS, TARGETS, TRIED
+from scripts.engines.plan import NOTES, READERS, REQUIRED, ROWS, SAME_TEXT, TARGETS, TRIED
 
 ROOT = Path(__file__).parents[1]
 OURS = Reading(logprobs=[-1.0, -2.0, -3.0, -4.0], text="and went in")
@@ -58,6 +59,14 @@ def test_what_is_read_must_agree_also_where_a_refusal_is_allowed(required: bool)
     assert check(reading(math.nan), required).failure is not None
     assert "scored 3 tokens, expected 4" in str(check(Reading(logprobs=[-1.0, -2.0, -3.0]), required).failure)
     assert check(reading(0), required).failure is None
+
+
+def test_where_both_compute_alike_the_text_must_be_the_same() -> None:
+    other = Check(target="gguf-f32", engine="llama.cpp", ours=OURS, theirs=reading(0, "and left"), required=True)
+    assert other.failure is None
+    alike = dataclasses.replace(other, same_text=True)
+    assert alike.failure == "continues with 'and left', expected 'and went in'"
+    assert dataclasses.replace(alike, theirs=reading(0, " and went in")).failure is None
 
 
 def test_a_refusal_fails_only_where_the_engine_is_known_to_read() -> None:
@@ -107,7 +116,7 @@ def test_the_plan_names_what_exists() -> None:
     for engine, script in READERS.items():
         assert (ROOT / "scripts" / "engines" / script).is_file()
         assert set(REQUIRED[engine] + TRIED[engine]) <= set(TARGETS)
-    assert set(ROWS) <= set(TARGETS)
+    assert set(ROWS) | set(SAME_TEXT) <= set(TARGETS)
     assert {engine for engine, _ in NOTES} == set(READERS)
 
 

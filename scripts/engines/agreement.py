@@ -41,6 +41,7 @@ class Check:
 
     Attributes:
         required: the engine is known to read this target here, so a refusal is a failure, too.
+        same_text: nothing rounds differently enough for another greedy continuation, so one is a failure, too.
     """
 
     target: str
@@ -48,6 +49,7 @@ class Check:
     ours: Reading
     theirs: Reading
     required: bool
+    same_text: bool = False
 
     @property
     def difference(self) -> float:
@@ -84,4 +86,6 @@ class Check:
         # Written so that NaN fails.
         if not abs(self.difference) <= LIMIT:
             return f"the perplexity is off by {self.difference:+.2%}, more than {LIMIT:.1%}"
+        if self.same_text and self.theirs.text.strip() != self.ours.text.strip():
+            return f"continues with {self.theirs.text!r}, expected {self.ours.text!r}"
         return None

@@ -24,12 +24,14 @@ from typing import Any
 from scripts.engines.agreement import Check, Reading
 from scripts.engines.page import Found, render
 from scripts.engines.plan import (
+    LLAMA_CPP,
     NOT_RUN,
     NOTES,
     READERS,
     REQUIRED,
     ROWS,
     ROWS_ELSE,
+    SAME_TEXT,
     TARGETS,
     TRANSFORMERS,
     TRIED,
@@ -134,13 +136,21 @@ def check_all(run: Run, targets: Sequence[str], pythons: Mapping[str, Path]) -> 
         rows = held_out_rows(run.artifact(target), ROWS.get(target, ROWS_ELSE))
         request: dict[str, Any] = {"rows": rows, "prompt": PROMPT, "new_tokens": NEW_TOKENS, "onednn": True}
         ours = run.read("qconv", Path(sys.executable), target, request)
-        for engine in (VLLM, TRANSFORMERS):
+        for engine in (VLLM, TRANSFORMERS, LLAMA_CPP):
             if target not in REQUIRED[engine] + TRIED[engine]:
                 continue
             request["onednn"] = (engine, target) not in WITHOUT_ONEDNN
             theirs = run.read(engine, pythons[engine], target, request)
-            required = target in REQUIRED[engine]
-            checks.append(Check(target=target, engine=engine, ours=ours, theirs=theirs, required=required))
+            checks.append(
+                Check(
+                    target=target,
+                    engine=engine,
+                    ours=ours,
+                    theirs=theirs,
+                    required=target in REQUIRED[engine],
+                    same_text=target in SAME_TEXT,
+                )
+            )
     return checks
 
 
@@ -162,6 +172,7 @@ def main() -> int:
     parser.add_argument("--adapter", type=Path, help="one that was trained on it")
     parser.add_argument("--vllm", type=Path, default=Path(".venv-vllm/bin/python"), help="its environment's python")
     parser.add_argument("--gptqmodel", type=Path, default=Path(".venv-gptqmodel/bin/python"))
+    parser.add_argument("--llama-cpp", type=Path, default=Path(".venv-llama-cpp/bin/python"))
     parser.add_argument("--only", help=f"targets, separated by commas [default: all, {','.join(TARGETS)}]")
     parser.add_argument("--resume", action="store_true", help="keep the artifacts and readings that are there")
     parser.add_argument("--page", type=Path, default=Path("docs/engines.md"))
@@ -169,7 +180,7 @@ def main() -> int:
     targets = arguments.only.split(",") if arguments.only else list(TARGETS)
     if unknown := [target for target in targets if target not in TARGETS]:
         parser.error(f"unknown targets {', '.join(unknown)}; there are {', '.join(TARGETS)}")
-    pythons = {VLLM: arguments.vllm, TRANSFORMERS: arguments.gptqmodel}
+    pythons = {VLLM: arguments.vllm, TRANSFORMERS: arguments.gptqmodel, LLAMA_CPP: arguments.llama_cpp}
     if missing := [str(path) for path in pythons.values() if not path.exists()]:
         parser.error(f"no {' and no '.join(missing)}; `make test-engines` sets the environments up")
     run = Run(arguments.out, arguments.base, arguments.adapter, arguments.resume)
