@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -158,6 +158,7 @@ class NormaliseConfig:
         out: adapter folder; it must not exist, unless it may be overwritten.
         base: the adapter's, folder or hub id; None = what the adapter itself says of it.
         dtype: of the factors.
+        options: what its config does not say of it.
         overwrite: an existing adapter folder is replaced.
         revision: branch, tag or commit, when the adapter is a hub id.
     """
@@ -166,12 +167,17 @@ class NormaliseConfig:
     out: Path
     base: str | None = None
     dtype: str = "fp32"
+    options: AdapterOptions = field(default_factory=AdapterOptions)
     overwrite: bool = False
     revision: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in PLAIN_DTYPES:
             raise UsageError(f"--dtype takes {', '.join(PLAIN_DTYPES)}, got {self.dtype}")
+        if self.options.rank == "auto":
+            raise UsageError("--rank auto goes by a loss, which qconv merge measures; give the rank's number")
+        if self.options.qa_lora is not None and self.base is None:
+            raise UsageError("--qa-lora: only the base's shapes tell how many inputs are pooled; give it with --base")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from qconv.cli_options import (
     output_options,
     push_options,
     quantize_options,
+    reading_options,
     run_options,
     task_data_option,
     train_options,
@@ -155,6 +156,7 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
     "--base", shell_complete=folders, help="lora: the adapter's base, where the adapter stores tensors of it."
 )
 @click.option("--dtype", type=Choice(PLAIN_DTYPES), help="lora: dtype of the factors [default: fp32]")
+@reading_options
 @click.option("--revision", help="Branch, tag or commit, when the model or adapter is a hub id.")
 @push_options
 @dry_run_option

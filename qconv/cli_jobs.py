@@ -221,8 +221,9 @@ def check_conversion(source: str, target: str, options: dict[str, Any]) -> None:
             f"{source} is no adapter (it has no adapter_config.json), and --to {target} is for adapters; "
             "qconv extract makes a LoRA of two models"
         )
-    strange = ["max_shard_size"] if of_adapter else ["base", "dtype"]
-    strange += ["base", "dtype", "revision"] if target == "safetensors" else []
+    of_lora = ["base", "dtype", "rank", "rank_scaling", "qa_lora", "ir_qlora"]
+    strange = ["max_shard_size"] if of_adapter else of_lora
+    strange += [*of_lora, "revision"] if target == "safetensors" else []
     given = [f"--{name.replace('_', '-')}" for name in strange if options[name] is not None]
     if given:
         what = "--to safetensors" if target == "safetensors" else "adapters" if of_adapter else "models"
@@ -254,6 +255,7 @@ def normalise_config(adapter: str, options: dict[str, Any]) -> NormaliseConfig:
         out=options["out"],
         base=options["base"],
         dtype=options["dtype"] or "fp32",
+        options=_adapter_options(options),
         overwrite=options["overwrite"],
         revision=options["revision"],
     )

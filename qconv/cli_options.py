@@ -72,13 +72,7 @@ combine_options = options(
         help="ties, dare-ties: signs by the sum of updates or by their number [default: total]",
     ),
 )
-adapter_options = options(
-    click.option(
-        "--dampen-intruders",
-        type=float,
-        metavar="L",
-        help="Scale singular vectors of merged weights that are foreign to the base by L, 0 to 1; needs --task-data.",
-    ),
+reading_options = options(
     click.option(
         "--rank", metavar="B|auto", help="Merge the first B components (DyLoRA, QDyLoRA); auto: by --task-data."
     ),
@@ -95,6 +89,15 @@ adapter_options = options(
         type=Choice(["calibrated", "plain"]),
         help="An IR-QLoRA adapter: its base was quantized with information calibration, or without.",
     ),
+)
+adapter_options = options(
+    click.option(
+        "--dampen-intruders",
+        type=float,
+        metavar="L",
+        help="Scale singular vectors of merged weights that are foreign to the base by L, 0 to 1; needs --task-data.",
+    ),
+    reading_options,
     click.option(
         "--kasa", type=Choice(["repository"]), help="A KaSA adapter that its authors' code wrote, and not peft."
     ),

@@ -78,8 +78,30 @@ def comparison_stage(
         reads=read + (candidate_bytes or sum(spec.num_bytes for spec in stored.values())),
         host=host,
         gpu=steps if on_gpu else {},
-        units={"compare": 2.0 * (elements + contest.vocabulary * shape.hidden_size) * rows * config.seq_len},
+        units={
+            "compare": 2.0 * (elements + contest.vocabulary * shape.hidden_size) * rows * config.seq_len,
+            **decompositions(reference),
+        },
     )
+
+
+def decompositions(reference: Reference, looks_for_intruders: bool = False) -> dict[str, float]:
+    """The unit ``svd`` (N K min(N, K) of each decomposition) where weights are read once; nothing without any.
+
+    Args:
+        looks_for_intruders: scaled intruders are looked for, which is done once in a run: before and after the merge.
+    """
+    adapter = reference.adapter
+    if adapter is None:
+        return {}
+    times = {name: 1 for name, delta in adapter.deltas.items() if delta.dropped}  # KaSA
+    times |= {name: 1 for name, transform in adapter.transforms.items() if transform.kind == "OSF"}
+    if looks_for_intruders and reference.dampening is not None:
+        for name in [*adapter.deltas, *adapter.transforms]:
+            times[name] = times.get(name, 0) + 2
+    specs = reference.base.specs()
+    work = [count * prod(specs[name].shape) * min(specs[name].shape) for name, count in times.items() if name in specs]
+    return {"svd": float(sum(work))} if work else {}
 
 
 def largest_stored_block(specs: Mapping[str, TensorSpec]) -> int:

@@ -12,7 +12,7 @@ import torch
 from qconv.config import MergeJob, OutputConfig
 from qconv.errors import CapacityError
 from qconv.estimate import Estimate, Stage
-from qconv.estimate_compare import comparison_stage
+from qconv.estimate_compare import comparison_stage, decompositions
 from qconv.estimate_machine import file_bytes, machine_of, notes_of, replaced, tokenizer_bytes, usable_on_gpu
 from qconv.estimate_memory import (
     Steps,
@@ -85,7 +85,9 @@ def estimate_merge(
     running = job.validation is not None or any(map(is_calibrated, job.outputs))
     tokenizer = tokenizer_folder(reference.source.folder, plan.adapter_folder)
     stages = [Stage(name="prepare", units={"start running" if running else "start": 1.0})]
-    stages += _making_stages(making)
+    for number, stage in enumerate(_making_stages(making)):
+        units = {**stage.units, **decompositions(reference, looks_for_intruders=number == 0)}
+        stages.append(replace(stage, units=units))
     problems: list[str] = []
     gpu_usable = usable_on_gpu(device)  # --gpu-memory is for quantizing, whose plan keeps to it
     if job.validation is not None:

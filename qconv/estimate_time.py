@@ -3,7 +3,8 @@
 Units: ``start`` (processes that import torch alone), ``start running`` (transformers too), ``merge`` (weights decoded
 and merged), ``write`` (bytes to the disk), ``forward`` (floating-point operations of forward passes and Gram matrices),
 ``gptq`` (N K^2 of each solve), ``awq``, ``fp8``, ``round`` (weights that each algorithm goes through), ``compare``
-(floating-point operations of a comparison, its statistics and audits included), ``train`` (operations of training).
+(floating-point operations of a comparison, its statistics and audits included), ``svd`` (N K min(N, K) of each singular
+value decomposition), ``train`` (operations of training).
 
 What is written goes to the disk beside the work, so a stage takes the longer of the two. A unit that a machine's row
 does not have gives no estimate: nothing is guessed from another machine.
@@ -65,6 +66,7 @@ CPU = Machine(
         "fp8": 4.5e6,
         "round": 2.0e7,
         "compare": 8.0e10,
+        "svd": 8.0e8,
         "train": 3.3e10,
     },
     spread=2.5,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from qconv.cached_fidelity import check_place, open_cache
@@ -9,7 +11,7 @@ from qconv.checkpoint import open_checkpoint
 from qconv.config import ValidateJob, ValidationConfig
 from qconv.disk_room import rooms_for
 from qconv.estimate import Estimate, Stage
-from qconv.estimate_compare import comparison_stage
+from qconv.estimate_compare import comparison_stage, decompositions
 from qconv.estimate_machine import file_bytes, machine_of, notes_of, tokenizer_bytes, usable_on_gpu
 from qconv.estimate_memory import process
 from qconv.evaluation import check_alike, check_vocabulary, evaluation_rows, reference_tokenizer
@@ -86,4 +88,4 @@ def _stage(
         merges=reference.adapter is not None,
         candidate_bytes=0 if candidate is None else file_bytes(candidate.source),
     )
-    return Stage(name=stage.name, reads=stage.reads, writes=written, host=stage.host, gpu=stage.gpu, units=stage.units)
+    return replace(stage, writes=written, units={**stage.units, **decompositions(reference, looks_for_intruders=True)})

@@ -1,8 +1,9 @@
 """An adapter as a product: any LoRA that one low-rank update per linear can express, as plain LoRA that engines load.
 
 Method: rsLoRA and both patterns are scalings and ranks of single modules, so they fold into B and zero rows exactly
-(see `merge/plain_lora.py`). Refused, since no low-rank update of a linear equals them: DoRA (its magnitude rescales the
-whole base weight), trained biases, whole trained tensors.
+(see `merge/plain_lora.py`); AdaLoRA's singular values, QA-LoRA's pooling and IR-QLoRA's connections fold into A and B.
+Refused, since no low-rank update of a linear equals them: DoRA (its magnitude rescales the whole base weight), trained
+biases, whole trained tensors.
 
 Rounding: B times its scaling in float32, then once to the dtype of the file; the default float32 keeps what was stored.
 """
@@ -22,7 +23,7 @@ from qconv.adapter_configs import NormaliseConfig
 from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint
 from qconv.convert import dequantize
 from qconv.errors import AdapterError
-from qconv.merge import load_adapter
+from qconv.merge import load_adapter, truncated
 from qconv.merge.delta import factors
 from qconv.merge.implied_base import ImpliedBase
 from qconv.merge.plain_lora import SERVED_RANKS, Factors, served_rank, write_plain_lora
@@ -68,7 +69,10 @@ def normalise(config: NormaliseConfig, progress: Progress = QUIET) -> Normalised
     check_inputs(config.out, [config.adapter, config.base])
     files = open_adapter_files(config.adapter, config.revision)
     base = ImpliedBase(files) if config.base is None else dequantize(open_checkpoint(config.base))
-    adapter = load_adapter(files.folder, base)
+    options = config.options
+    adapter = load_adapter(files.folder, base, options=options)
+    if isinstance(options.rank, int) and options.rank_scaling is not None:
+        adapter = truncated(adapter, options.rank, options.rank_scaling)
     _refuse_what_is_no_lora(adapter)
     ranks = tuple(sorted({delta.rank for delta in adapter.deltas.values()}))
     rank = served_rank(ranks[-1])
@@ -114,9 +118,8 @@ def _refuse_what_is_no_lora(adapter: Adapter) -> None:
     for transform in adapter.transforms.values():
         _refuse(adapter, next(iter(transform.tensors.values())), f"peft_type {adapter.kind} is no low-rank product")
     for delta in adapter.deltas.values():
-        if delta.singular is not None:
-            what = "KaSA changed the base" if delta.dropped else "AdaLoRA's singular values are not folded in yet"
-            _refuse(adapter, delta.singular, what)
+        if delta.singular is not None and adapter.kind != "ADALORA":
+            _refuse(adapter, delta.singular, "KaSA changed the base")
     for delta in adapter.deltas.values():
         if delta.magnitude is not None:
             _refuse(adapter, delta.magnitude, "DoRA rescales the rows of the whole base weight, which has full rank")

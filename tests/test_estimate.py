@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qconv import estimate, estimate_jobs, pipeline
+from qconv.checkpoint import open_checkpoint
 from qconv.cli import main
 from qconv.errors import CapacityError
 from qconv.estimate import Estimate, Stage
@@ -21,6 +22,7 @@ from qconv.estimate_time import CPU, H100, machine_for, seconds
 from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.memory import ModelShape, plan_memory
 from tests.cli_cases import job as make_job
+from tests.merge_cases import TINY_LLAMA
 
 CALIBRATION = ["--samples", "4", "--seq-len", "64"]
 VALIDATION = ["--eval-tokens", "256", "--eval-seq-len", "64", "--no-default-gates", "--attribution", "never"]
@@ -404,3 +406,17 @@ def test_validation_on_a_gpu_stays_within_its_plan(
     torch.cuda.reset_peak_memory_stats()
     assert ended(*words, "--device", "cuda", "--quiet") == 0
     assert torch.cuda.max_memory_allocated() <= document["gpu"]["peak_bytes"]
+
+
+def test_decompositions_are_planned(plan: Plan, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    """Two for each changed weight, before and after, and once for all outputs and the comparison."""
+    job = ["merge", tiny_nf4, tiny_adapter, "-o", tmp_path / "out", "--device", "cpu"]
+    (code, before), (again, after) = plan(*job, "--no-validate"), plan(*job, "--no-validate", "--dampen-intruders", 0.5)
+    assert code == again == 0
+    work = 0
+    for name, spec in open_checkpoint(TINY_LLAMA).specs().items():
+        if "_proj" in name:
+            work += 2 * spec.shape[0] * spec.shape[1] * min(spec.shape)
+    low = after["time"]["seconds"][0] - before["time"]["seconds"][0]
+    expected = work / CPU.per_second["svd"] / torch.get_num_threads() / CPU.spread
+    assert low == pytest.approx(expected, rel=0.2)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qconv.checkpoint import open_checkpoint
+from qconv.cli import main
 from qconv.errors import AdapterError
 from qconv.merge import load_adapter, merge
 from qconv.streaming import StreamedModel
@@ -117,7 +118,9 @@ def test_converted_when_saved_it_is_plain_lora_of_the_untouched_base(
 
 
 @pytest.mark.parametrize("make", [*CONVERTED, loftq])
-def test_with_the_base_that_its_initialisation_left(make: Callable[[nn.Module], Any], tmp_path: Path) -> None:
+def test_with_the_base_that_its_initialisation_left(
+    make: Callable[[nn.Module], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Refused as it was saved, since the base is another; merged when base and config say that it is not."""
     adapted = initialised(make, tmp_path)
     before = logits(adapted)
@@ -127,6 +130,10 @@ def test_with_the_base_that_its_initialisation_left(make: Callable[[nn.Module], 
     config = json.loads(file.read_text())
     with pytest.raises(AdapterError, match="merging into the untouched base is wrong"):
         load_adapter(tmp_path / "adapter", open_checkpoint(tmp_path / "base"))
+    words = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "--trained-on", "16bit", "--dry-run"]
+    with pytest.raises(SystemExit):
+        main([*words, "-o", str(tmp_path / "out"), "--device", "cpu"])
+    assert "ass the base as that initialisation left it" in capsys.readouterr().err
     file.write_text(json.dumps({**config, "init_lora_weights": True}))
     own = type(qwen2())(qwen2().config)
     state = {name.replace(".base_layer.", "."): value for name, value in adapted.base_model.model.state_dict().items()}

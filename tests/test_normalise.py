@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qconv.adapter_configs import NormaliseConfig
+from qconv.adapter_configs import AdapterOptions, NormaliseConfig
 from qconv.cli import main
 from qconv.errors import AdapterError, CheckpointError
 from qconv.normalise import Normalised, normalise
 from qconv.records import read_train_record, write_train_record
 from qconv.side_files import is_adapter
-from tests.merge_cases import TINY_LLAMA, edit_adapter, gpt2, llama, logits, qwen2, save_model, trained
+from tests.merge_cases import TINY_LLAMA, edit_adapter, gpt2, llama, logits, qwen2, save_model, trained, write_adapter
 
 pytest.importorskip("peft")
 
@@ -69,6 +69,84 @@ def test_peft_reloads_it_with_equal_logits(name: str, tmp_path: Path) -> None:
         t.shape[0 if "lora_A" in n else 1] for n, t in load_file(tmp_path / "out/adapter_model.safetensors").items()
     }
     assert shapes == {rank}
+
+
+def written_updates(folder: Path) -> dict[str, torch.Tensor]:
+    """By module, in double precision; the written config scales by 1."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"]
+    tensors = {name: tensor.double() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    sides = {n.removesuffix(".lora_A.weight"): tensor for n, tensor in tensors.items() if n.endswith("lora_A.weight")}
+    return {n.removeprefix("base_model.model."): tensors[f"{n}.lora_B.weight"] @ a for n, a in sides.items()}
+
+
+def test_adalora_is_plain_lora(tmp_path: Path) -> None:
+    """Against peft's own update, `get_delta_weight`."""
+    config = {"init_r": 6, "target_r": 4, "total_step": 10, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]}
+    adapted = trained(llama(), config_class="AdaLoraConfig", **config)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    base = str(save_model(llama(), tmp_path / "base"))
+    run(tmp_path / "adapter", tmp_path / "out", base=base)
+    found = written_updates(tmp_path / "out")
+    assert len(found) == 8
+    for module, update in found.items():
+        expected = adapted.get_submodule(f"base_model.model.{module}").get_delta_weight("default")
+        torch.testing.assert_close(update.float(), expected.detach(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"), [({"qa_lora": "sum"}, 1.0), ({"qa_lora": "mean"}, 1 / 64), ({}, 4 / 64)]
+)
+def test_pooled_inputs_are_repeated(options: dict[str, Any], factor: float, tmp_path: Path) -> None:
+    """QA-LoRA, by its formula: A counts for every input of a group. Of peft's own the config tells the group."""
+    made = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 4, generator=made), torch.randn(256, 4, generator=made)
+    name = "model.layers.2.self_attn.q_proj"
+    tensors = {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    config: dict[str, Any] = {} if options else {"use_qalora": True, "qalora_group_size": 64}
+    adapter = write_adapter(tmp_path / "adapter", tensors, r=4, lora_alpha=6, **config)
+    base = str(TINY_LLAMA) if options else None
+    run(adapter, tmp_path / "out", options=AdapterOptions(**options), base=base)
+    (found,) = written_updates(tmp_path / "out").values()
+    expected = 6 / 4 * factor * (b.double() @ a.double()).repeat_interleave(64, 1)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_elastic_connections_and_a_smaller_rank(tmp_path: Path) -> None:
+    made = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 256, generator=made), torch.randn(256, 4, generator=made)
+    name = "base_model.model.model.layers.2.self_attn.q_proj."
+    tensors = {f"{name}lora_A.weight": a, f"{name}lora_B.weight": b}
+    plain = write_adapter(tmp_path / "plain", tensors, r=4, lora_alpha=6)
+    scales = {f"{name}lora_default_{side}_scale": torch.tensor([scale]) for side, scale in (("A", 0.7), ("B", -0.3))}
+    elastic = write_adapter(tmp_path / "elastic", tensors | scales, r=4, lora_alpha=6)
+    run(elastic, tmp_path / "one", options=AdapterOptions(ir_qlora="plain"))
+    (found,) = written_updates(tmp_path / "one").values()
+    means = torch.eye(4).repeat_interleave(64, 1).double()
+    expected = 6 / 4 * (b.double() - 0.3 * means.T) @ (a.double() + 0.7 * means / 64)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    run(plain, tmp_path / "two", options=AdapterOptions(rank=3, rank_scaling="truncated"))
+    (found,) = written_updates(tmp_path / "two").values()
+    torch.testing.assert_close(found, 6 / 3 * b[:, :3].double() @ a[:3].double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--qa-lora", "sum"], "give it with --base"),
+        (["--rank", "auto", "--rank-scaling", "trained"], "give the rank's number"),
+        (["--rank", "3"], "--rank and --rank-scaling go together"),
+    ],
+)
+def test_options_that_a_conversion_cannot_follow(
+    words: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", str(saved(tmp_path)), "--to", "lora", "-o", str(tmp_path / "out"), *words])
+    assert text in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["convert", str(TINY_LLAMA), "--to", "bf16", "-o", str(tmp_path / "out"), *words])
+    assert f"{words[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["some-layers", "regex"])

@@ -47,7 +47,8 @@ class ImpliedBase:
         shapes: dict[str, tuple[int, ...]] = {}
         for module, parts in names.layers.items():
             if "a" in parts and "b" in parts:
-                update = (*adapter.specs()[parts["b"]].shape[:1], *adapter.specs()[parts["a"]].shape[1:])
+                columns = [k * (config.qalora_group or 1) for k in adapter.specs()[parts["a"]].shape[1:]]
+                update = (*adapter.specs()[parts["b"]].shape[:1], *columns)
                 shapes[module + ".weight"] = update[::-1] if config.fan_in_fan_out else update
                 shapes[module + ".bias"] = update[:1]
             if "embedding_a" in parts and "embedding_b" in parts:
