@@ -103,8 +103,10 @@ def _mixture(layout: Layout) -> list[str]:
     ]
 
 
-def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout]) -> Iterator[str]:
+def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout], device: str) -> Iterator[str]:
     """What is about to happen, for the terminal."""
+    if job.gpu_memory_limit is not None and device == "cpu":
+        yield "note: --gpu-memory limits what is taken of a GPU, and this runs on the CPU"
     if reference.adapter is not None:
         adapter = reference.adapter
         updates = (

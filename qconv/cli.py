@@ -42,7 +42,7 @@ from qconv.cli_options import (
     trained_on_option,
     validate_options,
 )
-from qconv.cli_parsing import COMPLETE_VARIABLE, Choice, Group, files, folders
+from qconv.cli_parsing import COMPLETE_VARIABLE, Choice, Group, files, folders, given_options
 from qconv.cli_plans import planned_merge, planned_training, planned_validation
 from qconv.cli_publish import push_config, pushed, refuse_push
 from qconv.cli_recipe import run, schema
@@ -52,6 +52,7 @@ from qconv.own_process import begin, expand_segments, keep_freed_memory, without
 from qconv.progress import as_json_lines
 from qconv.targets import GGUF_TARGETS, PLAIN_DTYPES, TARGETS
 from qconv.timeline import TIMELINE
+from qconv.unused import refuse_unused
 
 # OpenMP threads that spin while they wait ruin every run on a busy machine; must be set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -295,6 +296,7 @@ for _command in (extract, pack, run, schema, report, inspect, doctor, completion
 
 
 def _run_job(job: MergeJob, options: dict[str, Any], command: str) -> Answer:
+    refuse_unused(job, given_options())
     push, progress = push_config(options, [output.out for output in job.outputs]), cli_jobs.progress_of(options)
     if options["dry_run"]:
         return planned_merge(job, command, progress)

@@ -35,13 +35,6 @@ def merge_job(
             "--algorithm, --bits, --group-size, --sym/--asym, --activations, --damping, --desc-act, --ignore, "
             "--override and --lm-head belong to --requant"
         )
-    names = ("gates", "max_kl", "min_effect", "policy", "prompts", "tasks", "task_data")
-    asked = [name for name in names if options.get(name) not in (None, ())]
-    if not validate_it and asked:
-        raise errors.UsageError(
-            "--no-validate leaves nothing to gate: drop it, or drop "
-            + ", ".join("--gate" if name == "gates" else f"--{name.replace('_', '-')}" for name in asked)
-        )
     return MergeJob(
         base=base,
         adapter=adapters[0] if len(adapters) == 1 else None,

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from qconv.gate_rules import METRICS, TASK_PATTERN
@@ -60,6 +61,15 @@ class Group(click.Group):
             hint = did_you_mean(name, self.list_commands(ctx)) or f"; there are {', '.join(self.list_commands(ctx))}"
             raise click.UsageError(f"No such command {name!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
+
+
+def given_options() -> set[str]:
+    """Those that were typed for the command that runs, each by its long name without dashes."""
+    ctx = click.get_current_context()
+    typed = [
+        p for p in ctx.command.params if p.name and ctx.get_parameter_source(p.name) is ParameterSource.COMMANDLINE
+    ]
+    return {max(p.opts, key=len).lstrip("-") for p in typed}
 
 
 def _options_of(command: click.Command, ctx: click.Context) -> list[str]:

@@ -18,6 +18,7 @@ from qconv.types import BnbKind
 
 BNB_KINDS: tuple[BnbKind, ...] = ("nf4", "nf4-dq", "fp4", "fp4-dq", "16bit")
 MAX_SHARD_BYTES = 5_000_000_000
+NEW_TOKENS = 64
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -80,7 +81,7 @@ class ValidationConfig:
     attribution: Literal["auto", "always", "never"] = "auto"
     engine: Literal["qconv", "transformers"] = "qconv"
     prompts: str | None = None
-    new_tokens: int = 64
+    new_tokens: int = NEW_TOKENS
     tasks: tuple[str, ...] = ()
     task_folder: Path | None = None
     task_limit: int | None = None
@@ -97,6 +98,10 @@ class ValidationConfig:
             raise UsageError(f"--new-tokens and --task-limit are at least 1, got {self.new_tokens}, {self.task_limit}")
         if self.task_folder is not None and not self.tasks:
             raise UsageError("--task-folder says where --tasks are defined, and no task is asked for")
+        if self.task_limit is not None and not self.tasks:
+            raise UsageError("--task-limit is of the samples of --tasks, and no task is asked for")
+        if self.new_tokens != NEW_TOKENS and self.prompts is None:
+            raise UsageError("--new-tokens is of answers to --prompts, and none is asked for")
         combine((), self.policy.rules, self.rules)  # refuses two gates on one metric
 
     @property
@@ -134,6 +139,10 @@ class OutputConfig:
                 raise UsageError(f"--dtype: {target.name} says the dtype itself; drop it, or choose another target")
         if self.max_shard_bytes < 1_000_000:
             raise UsageError(f"--max-shard-size must be at least 1MB, got {self.max_shard_bytes} bytes")
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.quantization is not None and self.quantization.needs_calibration
 
 
 @dataclass(frozen=True, kw_only=True)

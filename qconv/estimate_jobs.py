@@ -26,7 +26,7 @@ from qconv.estimate_memory import (
     writing_plain_on_gpu,
 )
 from qconv.layout import BNB_FORMATS, Layout, block_number, config_dtype, in_order
-from qconv.plan import Plan, is_calibrated
+from qconv.plan import Plan
 from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.memory import LIBRARIES, MemoryPlan, ModelShape, free_memory, plan_memory
 from qconv.side_files import side_files, tokenizer_folder
@@ -82,7 +82,7 @@ def estimate_merge(
         changed=changed,
         sources=[file_bytes(reference.source), *adapters],
     )
-    running = job.validation is not None or any(map(is_calibrated, job.outputs))
+    running = job.validation is not None or any(output.is_calibrated for output in job.outputs)
     tokenizer = tokenizer_folder(reference.source.folder, plan.adapter_folder)
     stages = [Stage(name="prepare", units={"start running" if running else "start": 1.0})]
     for number, stage in enumerate(_making_stages(making)):

@@ -68,7 +68,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             progress.say(f"warning: {line}")
         make_report_folder(job.report_dir)
         reference, merged, calibration = plan.reference, plan.reference.merged, plan.calibration
-    for line in describe_plan(job, reference, plan.layouts):
+    for line in describe_plan(job, reference, plan.layouts, device):
         progress.say(line)
     with TIMELINE.stage("interference"):
         combined = combination_facts(reference, device, progress)

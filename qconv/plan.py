@@ -199,18 +199,14 @@ def _check_before_work(
 
 def stored_blocks(outputs: Iterable[OutputConfig], view: Checkpoint, device: str) -> StoredBlocks | None:
     """Blocks for outputs that look at their weights alone; None where one has to run them, or to ask transformers."""
-    return None if any(is_calibrated(output) for output in outputs) else StoredBlocks.of(view, device)
-
-
-def is_calibrated(output: OutputConfig) -> bool:
-    return output.quantization is not None and output.quantization.needs_calibration
+    return None if any(output.is_calibrated for output in outputs) else StoredBlocks.of(view, device)
 
 
 def _calibration_rows(
     job: MergeJob, view: Checkpoint, folder: Path, progress: Progress
 ) -> tuple[torch.Tensor | None, str]:
     """Token rows, and in words what they were cut from; None where none are needed."""
-    if not any(is_calibrated(output) for output in job.outputs):
+    if not any(output.is_calibrated for output in job.outputs):
         return None, ""
     config = job.calibration
     tokenizer = corpus.load_tokenizer(folder)

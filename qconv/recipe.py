@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from qconv.recipe_fields import (
 )
 from qconv.recipe_values import FILE, SWITCH, WHOLE
 from qconv.training_config import TrainConfig
+from qconv.unused import refuse_unused
 from qconv.work_folder import check_beside, check_inputs, check_output, check_place
 
 RECIPE_FORMAT = 1
@@ -137,7 +138,25 @@ def _recipe(path: Path, top: Node) -> Recipe:
     calibration = CALIBRATION.read(keyed["calibration"]) if "calibration" in keyed else CalibrationConfig()
     validation = _validation(keyed)
     values = {**job, "outputs": outputs, "calibration": calibration, "validation": validation}
-    return Recipe(path=path, train=training, job=built(MergeJob, top, values, otherwise=keyed["outputs"]), top=top)
+    made = built(MergeJob, top, values, otherwise=keyed["outputs"])
+    try:
+        refuse_unused(made, _given(made))
+    except UsageError as error:
+        raise at_key(top, error) from None
+    return Recipe(path=path, train=training, job=made, top=top)
+
+
+def _given(job: MergeJob) -> set[str]:
+    """Options that differ from their defaults: a recipe may spell these out, as ``--check`` does."""
+    calibration = replace(job.calibration, seed=CalibrationConfig.seed)
+    return {
+        name
+        for name, is_given in (
+            ("calibration", calibration != CalibrationConfig()),
+            ("gpu-memory", job.gpu_memory_limit is not None),
+        )
+        if is_given
+    }
 
 
 def _check_version(top: Node, keyed: Mapping[str, Node]) -> None:

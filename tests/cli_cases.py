@@ -5,11 +5,12 @@ The decoders follow the published layouts element by element, in numpy, and shar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from qconv import corpus, pipeline
 from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationConfig
+from qconv.errors import UsageError
 from qconv.quantization_config import QuantizationConfig
 from qconv.report.document import JSON_NAME
 from qconv.targets import TARGETS
@@ -51,6 +53,19 @@ class Variant:
     @property
     def config(self) -> QuantizationConfig:
         return QuantizationConfig(**dataclasses.asdict(self))  # type: ignore[arg-type]
+
+
+def calibrates(arguments: Iterable[str | Path]) -> bool:
+    """Whether a command line asks for an output whose numbers are chosen by calibration."""
+    words = list(map(str, arguments))
+    pairs = list(itertools.pairwise(words))
+    chosen = {option.removeprefix("--"): value for option, value in pairs if option in ("--algorithm", "--activations")}
+    targets = [value for option, value in pairs if option in ("--requant", "--to")]
+    for target in targets:
+        with contextlib.suppress(UsageError):  # the command says so itself
+            if QuantizationConfig(target=target, **chosen).needs_calibration:  # type: ignore[arg-type]
+                return True
+    return False
 
 
 def all_variants() -> Iterator[Variant]:

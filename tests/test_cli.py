@@ -41,6 +41,7 @@ from tests.cli_cases import (
     SEQ_LEN,
     Variant,
     bitsandbytes_weights,
+    calibrates,
     damaged,
     made,
     report_of,
@@ -68,11 +69,15 @@ class Run:
         self._capsys = capsys
         self.out = folder / "out"
         evaluation = ["--eval-data", str(texts[1]), "--eval-tokens", str(EVAL_TOKENS), "--eval-seq-len", str(SEQ_LEN)]
-        calibration = ["--calibration", str(texts[0]), "--samples", "8", "--seq-len", str(SEQ_LEN)]
-        self.small = {"validate": evaluation, "merge": evaluation + calibration, "quantize": evaluation + calibration}
+        self.calibration = ["--calibration", str(texts[0]), "--samples", "8", "--seq-len", str(SEQ_LEN)]
+        self.evaluation = evaluation
 
     def __call__(self, command: str, *arguments: str | Path) -> Result:
-        extra = [*self.small.get(command, []), *(["--device", "cpu"] if command != "inspect" else [])]
+        extra = ["--device", "cpu"] if command != "inspect" else []
+        if command in ("merge", "quantize", "validate") and "--no-validate" not in arguments:
+            extra += self.evaluation
+        if command in ("merge", "quantize") and calibrates(arguments):
+            extra += self.calibration
         if command in ("merge", "quantize", "convert"):
             extra += ["-o", str(self.out)]
         return self.exactly(command, *extra, *map(str, arguments))
@@ -418,7 +423,26 @@ USAGE: dict[str, tuple[list[str], list[str]]] = {
     "tokens": (["--eval-tokens", "8"], ["--eval-tokens >= --eval-seq-len"]),
     "limit": (["--max-kl", "-1"], ["kl_mean is never below 0"]),
     "effect": (["--min-effect", "1.5"], ["at most 1"]),
-    "gate without validation": (["--no-validate", "--max-kl", "0.1"], ["leaves nothing to gate"]),
+    "gate without validation": (
+        ["--no-validate", "--max-kl", "0.1", "--eval-tokens", "512", "--tasks", "t"],
+        ["--max-kl, --tasks, --eval-tokens: --no-validate leaves nothing to compare; drop them"],
+    ),
+    "calibration of plain weights": (["--samples", "8"], ["--samples: nothing is calibrated here (plain weights)"]),
+    "calibration by default values": (
+        ["--requant", "fp8", "--samples", "128", "--seq-len", "512"],
+        ["--samples, --seq-len: nothing is calibrated here (fp8 by fp8); drop them"],
+    ),
+    "calibration of several": (
+        ["--requant", "w4a16", "--requant", "nf4", "--algorithm", "rtn", "--calibration", "default"],
+        ["--calibration: nothing is calibrated here (w4a16 by rtn, nf4 by "],
+    ),
+    "memory without calibration": (
+        ["--requant", "fp8", "--gpu-memory", "5GB"],
+        ["--gpu-memory: it is for calibrating"],
+    ),
+    "memory of no GPU": (["--requant", "awq", "--gpu-memory", "5GB"], ["--gpu-memory: it limits", "--device is cpu"]),
+    "length of no answers": (["--new-tokens", "8"], ["--new-tokens is of answers to --prompts"]),
+    "limit of no tasks": (["--task-limit", "8"], ["--task-limit is of the samples of --tasks"]),
     "damping": (["--requant", "gptq", "--damping", "2"], ["between 0 and 1"]),
     "damping alone": (["--damping", "0.03"], ["--damping, --desc-act,", "belong to --requant"]),
     "damping of awq": (["--requant", "awq", "--damping", "0.03"], ["take --algorithm awq+gptq or gptq"]),
@@ -436,6 +460,13 @@ USAGE: dict[str, tuple[list[str], list[str]]] = {
 def test_impossible_requests_are_refused(run: Run, tiny_nf4: Path, tiny_adapter: Path, case: str) -> None:
     options, words = USAGE[case]
     run.refused(2, words, "merge", tiny_nf4, tiny_adapter, *options)
+
+
+def test_memory_of_a_gpu_is_named_where_auto_finds_none(run: Run, tiny_nf4: Path) -> None:
+    arguments = ["quantize", str(tiny_nf4), "--to", "gptq", "--no-validate", "--gpu-memory", "5GB", *run.calibration]
+    result = run.exactly(*arguments, "-o", str(run.out))
+    assert result.code == 0
+    assert "note: --gpu-memory limits what is taken of a GPU, and this runs on the CPU" in result.err
 
 
 def test_cuda_without_a_gpu_is_refused(
@@ -506,7 +537,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, tiny_nf4: Path, tiny_adapter: 
     out = tmp_path / "work" / "out"
     out.parent.mkdir()
     with started("merge", tiny_nf4, tiny_adapter, "--requant", "gptq", "--device", "cpu", "-o", out) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # on a busy machine imports alone take a minute
         while not out.with_name("out.partial").exists():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
@@ -524,7 +555,7 @@ def test_quiet_run_prints_its_summary_and_nothing_else(
     run: Run, tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path
 ) -> None:
     out = tmp_path / "work" / "out"
-    options = [*run.small["merge"], "--requant", "awq", "--device", "cpu", "-o", out, "-q"]
+    options = [*run.evaluation, *run.calibration, "--requant", "awq", "--device", "cpu", "-o", out, "-q"]
     with started("merge", tiny_nf4, tiny_adapter, *options) as process:
         stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stderr) == (0, "")

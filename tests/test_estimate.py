@@ -21,6 +21,7 @@ from qconv.estimate_memory import Contest, comparing, peak, quantizing
 from qconv.estimate_time import CPU, H100, machine_for, seconds
 from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.memory import ModelShape, plan_memory
+from tests.cli_cases import calibrates
 from tests.cli_cases import job as make_job
 from tests.merge_cases import TINY_LLAMA
 
@@ -79,7 +80,7 @@ def written(folder: Path) -> int:
 def test_bytes_are_those_of_the_real_job(
     plan: Plan, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path, target: list[str]
 ) -> None:
-    calibration = CALIBRATION if "--requant" in target else []
+    calibration = CALIBRATION if calibrates(target) else []
     words = ["merge", tiny_nf4, tiny_adapter, *target, *calibration, "-o", tmp_path / "out", "--no-validate"]
     before = everything(tmp_path)
     code, document = plan(*words)

@@ -25,6 +25,7 @@ from torch import Tensor
 from qconv import corpus
 from qconv.cli import main
 from qconv.report.document import JSON_NAME, MARKDOWN_NAME
+from tests.cli_cases import calibrates
 from tests.conftest import ALL_LINEARS, TINY_LLAMA, save_bnb
 
 Make = Callable[..., Path]
@@ -118,7 +119,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, texts: Mapping[str, Path]) ->
         out = tmp_path_factory.mktemp("out") / "model"
         options: list[str | Path] = ["-q", "--device", "cpu", "-o", out]
         if command != "convert":
-            options += ["--no-validate", "--calibration", texts["calibration"], "--samples", "8", "--seq-len", "128"]
+            options.append("--no-validate")
+            if calibrates((command, *arguments)):
+                options += ["--calibration", texts["calibration"], "--samples", "8", "--seq-len", "128"]
         result = qconv(command, *arguments, *options)
         assert result.code == 0, result.err
         return out

@@ -30,6 +30,7 @@ from qconv.recipe import TOP_KEYS, Recipe, load_recipe
 from qconv.recipe_schema import recipe_schema
 from qconv.recipe_show import as_document
 from qconv.training_config import TrainConfig
+from tests.cli_cases import calibrates
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples" / "recipes").glob("*.yaml"))
@@ -136,6 +137,18 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
     default = "awq" if target == "awq" else "gptq"
     if "gptq" not in chosen.get("outputs.0.algorithm", default):
         chosen.pop("outputs.0.damping", None)
+    for key, what in (("new-tokens", "prompts"), ("task-limit", "tasks")):
+        if not chosen.get(f"validation.{what}"):
+            chosen.pop(f"validation.{key}", None)
+    made = [
+        *as_flags({key: chosen[key] for key in chosen if key.startswith("outputs.")}, Path()),
+        "--requant",
+        str(target),
+    ]
+    if not calibrates(made) or chosen.get("device") == "cpu":
+        chosen.pop("gpu-memory", None)
+    if not calibrates(made):
+        chosen = {key: value for key, value in chosen.items() if not key.startswith("calibration.")}
     return chosen | ({} if target is None else {"outputs.0.target": target})
 
 
@@ -428,6 +441,15 @@ OTHER: dict[str, tuple[str, int, list[str]]] = {
     "few tokens": (HEAD + "validation:\n  tokens: 100\n", 7, ["validation.tokens", "tokens >= seq-len >= 8"]),
     "no steps": (TRAINED + "train: {out: a, steps: 0}\n", 4, ["train.steps", "steps must be positive"]),
     "no samples": (HEAD + "calibration: {samples: 0}\n", 6, ["calibration.samples", "samples >= 1"]),
+    "calibration of nothing": (
+        HEAD.replace("awq", "fp8") + "calibration: {samples: 16}\n",
+        6,
+        ["calibration", "nothing is calibrated here (fp8 by fp8); drop it"],
+    ),
+    "memory without calibration": (HEAD.replace("awq", "nf4") + "gpu-memory: 5GB\n", 6, ["gpu-memory", "nf4 by "]),
+    "memory of no GPU": (HEAD + "device: cpu\ngpu-memory: 5GB\n", 7, ["gpu-memory", "of a GPU, and device is cpu"]),
+    "length of no answers": (HEAD + "validation:\n  new-tokens: 8\n", 7, ["validation.new-tokens", "to prompts"]),
+    "limit of no tasks": (HEAD + "validation:\n  task-limit: 8\n", 7, ["validation.task-limit", "no task"]),
     "folder of tasks alone": (HEAD + "validation: {task-folder: base}\n", 6, ["validation.task-folder", "no task"]),
     "no such base": (HEAD.replace("base: base", "base: ./bass"), 2, ["base: ", "no such folder", "did you mean"]),
     "no such adapter": (HEAD.replace("adapter: adapter", "adapter: adaptor"), 3, ["adapter: ", "no such folder"]),

@@ -91,7 +91,11 @@ def test_release(runs: Runs, tiny_nf4: Path, tiny_adapter: Path) -> None:
 def test_a_missed_gate_of_one_output_is_exit_code_4(runs: Runs, tiny_nf4: Path, tiny_adapter: Path) -> None:
     values = (f"base={tiny_nf4}", f"adapter={tiny_adapter}", "gates={kl_mean: {max: 1e-3}}")
     outputs = f"outputs=[{{out: {runs.folder / 'a'}, target: fp8}}, {{out: {runs.folder / 'b'}}}]"
-    code, document = runs.example("release.yaml", *values, outputs, "validation.attribution=never")
+    asked = (*values, outputs, "validation.attribution=never")
+    code, document = runs.example("release.yaml", *asked)  # which has text to calibrate on
+    assert code == 3
+    assert "calibration: nothing is calibrated here (fp8 by fp8); drop it" in document["error"]["message"]
+    code, document = runs.example("release.yaml", *asked, "calibration={}")
     assert [output["verdict"] for output in document["outputs"]] == ["fail", "pass"]
     assert (code, document["exit_code"]) == (4, 4)
     assert [output["exit_code"] for output in document["outputs"]] == [4, 0]
