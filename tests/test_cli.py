@@ -753,7 +753,8 @@ TRAIN = {
     "--seq-len",
     "--steps",
 }
-ADAPTER = {"--dampen-intruders", "--rank", "--rank-scaling", "--qa-lora", "--ir-qlora"}
+READING = {"--rank", "--rank-scaling", "--qa-lora", "--ir-qlora"}
+ADAPTER = READING | {"--dampen-intruders", "--kasa"}
 SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "merge": (
         ["base", "adapters"],
@@ -777,7 +778,7 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
         | PUSH
         | {"--json", "--dry-run"},
     ),
-    "convert": (["source"], {"--to", "--base", "--dtype", "--json", "--dry-run"} | OUTPUT | PUSH | RUN),
+    "convert": (["source"], {"--to", "--base", "--dtype", "--json", "--dry-run"} | READING | OUTPUT | PUSH | RUN),
     "extract": (
         ["base", "tuned"],
         {"--rank", "--energy", "--others", "--json"} | (OUTPUT - {"--max-shard-size"}) | RUN,

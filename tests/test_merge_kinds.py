@@ -11,15 +11,26 @@ import torch
 from safetensors.torch import load_file
 
 from qconv.checkpoint import open_checkpoint
-from qconv.errors import AdapterError, UsageError
-from qconv.merge import load_adapter
+from qconv.errors import AdapterError
+from qconv.merge import load_adapter, merge
 from qconv.merge.adapter_config import KEYS_OF_ALL_KINDS
 from qconv.merge.kinds import KINDS, LOW_RANK, WHOLE
 from qconv.merge.kinds.refused import REFUSED
 from qconv.streaming import StreamedModel
 from qconv.validate.reference import unmerged
 from tests.kind_cases import KIND_CASES, LLAMA_LINEARS
-from tests.merge_cases import IDS, edit_adapter, gpt2, logits, qwen2, refused, save_model, trained, write_adapter
+from tests.merge_cases import (
+    IDS,
+    edit_adapter,
+    gpt2,
+    logits,
+    plain_model,
+    qwen2,
+    refused,
+    save_model,
+    trained,
+    write_adapter,
+)
 from tests.test_merge_oracle import assert_matches_peft_merge, assert_matches_unmerged, close, merged_view
 from tests.test_streaming import run
 
@@ -174,15 +185,24 @@ def test_tinylora_of_unknown_order_is_refused(tmp_path: Path) -> None:
         load_adapter(other, base)
 
 
-def test_validating_several_butterfly_factors_needs_what_peft_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["boft-factors", "boft-factors-blocks"])
+def test_several_butterfly_factors_without_pefts_extension(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base_folder, folder = small_adapter("boft-factors", tmp_path)
-    adapter = load_adapter(folder, open_checkpoint(base_folder))
-    assert unmerged(adapter)
+    """The unmerged reference has all factors where peft alone would take one."""
+    base_folder, folder = small_adapter(name, tmp_path)
+    base = open_checkpoint(base_folder)
+
+    def outputs() -> torch.Tensor:
+        adapter = load_adapter(folder, base)
+        found: torch.Tensor = run(StreamedModel(base, "cpu", torch.float32, unmerged(adapter)), [IDS])[0]
+        return found
+
+    expected = outputs()
+    close(expected, logits(plain_model(merge(base, [load_adapter(folder, base)]), tmp_path / "merged")))
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
-    with pytest.raises(UsageError, match=r"CUDA extension.*--no-validate"):
-        unmerged(adapter)
+    monkeypatch.setattr("peft.tuners.boft.layer.FastBlockDiag", None)
+    close(outputs(), expected)
 
 
 def test_indices_beyond_the_end_are_refused(tmp_path: Path) -> None:

@@ -27,21 +27,35 @@ def check_peft(adapter: Adapter) -> None:
     """Refuses before any work where the layers could not be built later.
 
     Raises:
-        UsageError: peft is not installed, or lacks what it needs for this adapter.
+        UsageError: peft is not installed.
     """
     if adapter.transforms and find_spec("peft") is None:
         raise UsageError(
             f"{adapter.location}: validating a merged {adapter.kind} adapter runs peft's own layers as the reference, "
             "and peft is not installed; pip install peft, or merge with --no-validate"
         )
-    if any(transform.settings.get("factors", 1) > 1 for transform in adapter.transforms.values()):
-        from peft.tuners.boft.layer import get_fbd_cuda
 
-        if not get_fbd_cuda():
-            raise UsageError(
-                f"{adapter.location}: peft runs BOFT of several butterfly factors with a CUDA extension of its own, "
-                "which it could not build here (it needs a GPU, nvcc and a compiler); merge with --no-validate"
-            )
+
+class _BlockDiagonal:
+    """What peft's CUDA extension for BOFT does: blocks ``[F, B, b, b]`` on the diagonals of F matrices."""
+
+    @staticmethod
+    def apply(blocks: Tensor) -> Tensor:
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+def _allow_butterfly_factors() -> None:
+    """Lets peft run several butterfly factors where it cannot build that extension, and would take one, with a warning.
+
+    For the rest of the process: its layers look the function up whenever they run.
+    """
+    from peft.tuners.boft import layer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not layer.get_fbd_cuda():
+            layer.get_fbd_cuda = lambda: True
+            layer.FastBlockDiag = _BlockDiagonal
 
 
 def attach_peft_layers(block: nn.Module, adapter: Adapter, transforms: Mapping[str, Transform]) -> None:
@@ -55,6 +69,8 @@ def attach_peft_layers(block: nn.Module, adapter: Adapter, transforms: Mapping[s
         AdapterError: this peft cannot build a layer, or has tensors in it that the adapter does not hold.
     """
     check_peft(adapter)
+    if any(transform.settings.get("factors", 1) > 1 for transform in transforms.values()):
+        _allow_butterfly_factors()
     config = _config(adapter, transforms)
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import cast_adapter_dtype
