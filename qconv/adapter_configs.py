@@ -30,7 +30,10 @@ class CombinationConfig:
         adapters: folders or hub ids, at least two.
         method: how their updates are combined.
         weights: of the adapters, in their order; empty = 1 each.
-        rank: of svd; None = the largest of the adapters.
+        rank: of the result: of svd (null = the largest of the adapters), or to which ties, dare, dare-ties and
+            magnitude-prune are truncated (null = not at all).
+        factors: A and B are combined apart, as peft does with linear, ties, dare and magnitude_prune, and not the
+            updates that they make.
         density: share of elements that ties, dare, dare-ties and magnitude-prune keep.
         majority_sign: what elects signs for ties and dare-ties: the sum of the updates, or of their signs;
             None = ``"total"``.
@@ -41,6 +44,7 @@ class CombinationConfig:
     method: CombineMethod
     weights: tuple[float, ...] = ()
     rank: int | None = None
+    factors: bool = False
     density: float | None = None
     majority_sign: Literal["total", "frequency"] | None = None
     seed: int = 0
@@ -54,8 +58,17 @@ class CombinationConfig:
             raise UsageError(f"--weights are finite numbers and not all 0, got {', '.join(map(str, self.weights))}")
         if self.weights and self.method == "sequential":
             raise UsageError("--weights is not for --combine sequential, which adds each adapter as it was trained")
-        if self.rank is not None and (self.method != "svd" or self.rank < 1):
-            raise UsageError(f"--combine-rank is for --combine svd and at least 1, got {self.rank} for {self.method}")
+        if self.rank is not None and (self.method not in ("svd", *SPARSE_METHODS) or self.rank < 1):
+            raise UsageError(
+                f"--combine-rank is for --combine svd, {', '.join(SPARSE_METHODS)} and at least 1, got {self.rank} for "
+                f"{self.method}"
+            )
+        if self.factors and (self.method not in ("linear", *SPARSE_METHODS) or self.rank is not None):
+            raise UsageError(
+                "--combine-factors is for --combine linear, "
+                f"{', '.join(SPARSE_METHODS)} without --combine-rank, got {self.method}"
+                + (f" with rank {self.rank}" if self.rank is not None else "")
+            )
         if (self.density is None) == (self.method in SPARSE_METHODS):
             what = "needs" if self.density is None else "does not take"
             raise UsageError(f"--combine {self.method} {what} --density, the share of elements that is kept")
@@ -63,6 +76,11 @@ class CombinationConfig:
             raise UsageError(f"--density is a share above 0 and up to 1, got {self.density}")
         if self.majority_sign is not None and self.method not in ("ties", "dare-ties"):
             raise UsageError(f"--majority-sign is for --combine ties and dare-ties, not {self.method}")
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the result is an adapter again, which can be left unmerged beside the base."""
+        return self.method in LOW_RANK_METHODS or self.rank is not None or self.factors
 
     @property
     def resolved_weights(self) -> tuple[float, ...]:
@@ -73,6 +91,7 @@ class CombinationConfig:
         """In words, for reports."""
         settings = [f"{weight:g} x {name}" for weight, name in zip(self.resolved_weights, self.adapters, strict=True)]
         settings += [f"rank {self.rank}"] if self.rank is not None else []
+        settings += ["A and B apart"] if self.factors else []
         settings += [f"density {self.density:g}"] if self.density is not None else []
         settings += [f"signs by {self.majority_sign or 'total'}"] if self.method in ("ties", "dare-ties") else []
         settings += [f"seed {self.seed}"] if self.method in ("dare", "dare-ties") else []
@@ -140,10 +159,10 @@ class AdapterOptions:
         given = ", ".join(self.flags[::2])
         if given and not has_adapter:
             raise UsageError(f"{given}: says how an adapter is merged, and there is no adapter")
-        if given and combination is not None and combination.method not in LOW_RANK_METHODS:
+        if given and combination is not None and not combination.is_low_rank:
             raise UsageError(
                 f"{given}: not with --combine {combination.method}, whose update is no adapter's; merge first, or "
-                f"combine by {', '.join(LOW_RANK_METHODS)}"
+                f"combine by {', '.join(LOW_RANK_METHODS)}, or with --combine-rank"
             )
         if combination is not None and replace(self, dampen_intruders=None) != AdapterOptions():
             raise UsageError(f"{given}: says how one adapter is read, and --combine takes several")

@@ -86,11 +86,13 @@ def _combination(adapters: Sequence[str], options: dict[str, Any]) -> Combinatio
     """
     names = {"weights": "weights", "combine_rank": "rank", "density": "density", "majority_sign": "majority_sign"}
     given = {field: options[name] for name, field in names.items() if options.get(name) is not None}
+    given |= {"factors": True} if options.get("combine_factors") else {}
     method = options.get("combine")
     if len(adapters) < 2:
         if method is not None or given:
             raise errors.UsageError(
-                "--combine, --weights, --combine-rank, --density and --majority-sign are for two adapters or more"
+                "--combine, --weights, --combine-rank, --combine-factors, --density and --majority-sign are for two "
+                "adapters or more"
             )
         return None
     if method is None:

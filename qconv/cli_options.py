@@ -64,7 +64,16 @@ combine_options = options(
         help="How several adapters become one change (docs/lora.md). --seed is of what dare drops.",
     ),
     click.option("--weights", help="Of the adapters, such as 0.7,0.3 [default: 1 each]"),
-    click.option("--combine-rank", type=int, help="svd: rank of the result [default: the largest of the adapters]"),
+    click.option(
+        "--combine-rank",
+        type=int,
+        help="Rank of the result: svd [default: the largest]; ties, dare and the like [default: not truncated]",
+    ),
+    click.option(
+        "--combine-factors",
+        is_flag=True,
+        help="linear, ties, dare, dare-ties, magnitude-prune: on A and B apart, as in peft without _svd.",
+    ),
     click.option("--density", type=float, help="ties, dare, dare-ties, magnitude-prune: share of elements kept."),
     click.option(
         "--majority-sign",

@@ -55,6 +55,7 @@ _KEY_OF_FLAG = {
     "eval-data": "data",
     "combine": "method",
     "combine-rank": "rank",
+    "combine-factors": "factors",
     "o": "out",
 }
 _FLAG = re.compile(r"(?<![\w-])--?([a-z][a-z-]*)")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from qconv.adapter_configs import LOW_RANK_METHODS, CombinationConfig
+from qconv.adapter_configs import CombinationConfig
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.errors import AdapterError
 from qconv.experts import expert_of
@@ -41,7 +41,7 @@ class Combination:
     @property
     def is_low_rank(self) -> bool:
         """Whether the result can be left unmerged beside the base."""
-        return self.config.method in LOW_RANK_METHODS
+        return self.config.is_low_rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

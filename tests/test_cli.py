@@ -758,7 +758,7 @@ ADAPTER = READING | {"--dampen-intruders", "--kasa"}
 SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "merge": (
         ["base", "adapters"],
-        {"--tp", "--combine", "--weights", "--combine-rank", "--density", "--majority-sign"}
+        {"--tp", "--combine", "--weights", "--combine-rank", "--combine-factors", "--density", "--majority-sign"}
         | {"--requant", "--trained-on", "--no-validate", "--dtype", "--task-data"}
         | ADAPTER
         | OUTPUT

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qconv.adapter_configs import CombinationConfig
 from qconv.checkpoint import open_checkpoint
+from qconv.convert import dequantize
 from qconv.errors import AdapterError, UsageError
 from qconv.inputs import load_reference
 from qconv.merge import delta_weight, load_adapter
@@ -78,14 +79,84 @@ def test_linear_and_cat_are_pefts_cat(method: str, weight: str, folders: tuple[P
         close(change(found, weight), -0.3 * updates(folders, weight)[0], 1e-5)
 
 
-def test_pefts_linear_is_something_else(tmp_path: Path) -> None:
-    """It sums A and B apart, and needs equal ranks; here updates are summed."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    trained(llama(), seed=1, target_modules=TARGETS).save_pretrained(str(one))
-    trained(llama(), seed=2, target_modules=TARGETS).save_pretrained(str(two))
-    theirs = pefts_change((one, two), Q_PROJ, weights=[0.7, 0.3], combination_type="linear")
-    ours = change(reference((one, two), "linear", weights=(0.7, 0.3)), Q_PROJ)
-    assert float((ours - theirs).norm() / theirs.norm()) > 0.1
+EVERY_TYPE: dict[str, tuple[str, dict[str, Any]]] = {
+    "cat": ("cat", {}),
+    "linear": ("linear", {"factors": True}),
+    "svd": ("svd", {}),
+    "ties": ("ties", {"density": 0.4, "factors": True}),
+    "ties_svd": ("ties", {"density": 0.4, "rank": 5}),
+    "dare_linear": ("dare", {"density": 0.6, "factors": True}),
+    "dare_linear_svd": ("dare", {"density": 0.6, "rank": 5}),
+    "dare_ties": ("dare-ties", {"density": 0.6, "factors": True}),
+    "dare_ties_svd": ("dare-ties", {"density": 0.6, "rank": 5}),
+    "magnitude_prune": ("magnitude-prune", {"density": 0.3, "factors": True}),
+    "magnitude_prune_svd": ("magnitude-prune", {"density": 0.3, "rank": 5}),
+}
+
+
+@pytest.fixture(scope="module")
+def equal_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("equal")
+    for seed, name in ((1, "one"), (2, "two")):
+        trained(llama(), seed=seed, target_modules=TARGETS, lora_alpha=5 + seed).save_pretrained(str(root / name))
+    return root / "one", root / "two"
+
+
+def alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dare drops, drawn alike on both sides: in turns for the two adapters."""
+    from qconv.merge import elementwise
+
+    counts = {"peft": 0, "qconv": 0}
+
+    def drop(who: str, tensor: Tensor, density: float) -> Tensor:
+        made = torch.Generator().manual_seed(counts[who] % 2)
+        counts[who] += 1
+        return tensor * (torch.rand(tensor.shape, generator=made) < density) / density
+
+    monkeypatch.setattr("peft.utils.merge_utils.random_pruning", lambda t, density, rescale: drop("peft", t, density))
+    monkeypatch.setattr(elementwise, "_drop", lambda t, density, generator: drop("qconv", t, density))
+
+
+def test_every_type_of_peft_is_there() -> None:
+    import inspect
+    from typing import get_args
+
+    from peft.tuners.lora.model import LoraModel
+
+    parameter = inspect.signature(LoraModel.add_weighted_adapter, eval_str=True).parameters["combination_type"]
+    assert set(EVERY_TYPE) == set(get_args(parameter.annotation))
+
+
+@pytest.mark.parametrize("kind", ["16bit", "nf4-dq"])
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (0.7, -0.3)])
+@pytest.mark.parametrize("theirs", EVERY_TYPE)
+def test_every_type_of_peft(
+    theirs: str,
+    weights: tuple[float, float],
+    kind: str,
+    equal_ranks: tuple[Path, Path],
+    tiny_nf4: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alike(monkeypatch)
+    method, options = EVERY_TYPE[theirs]
+    config = CombinationConfig(adapters=tuple(map(str, equal_ranks)), method=method, weights=weights, **options)  # type: ignore[arg-type]
+    source = open_checkpoint(TINY_LLAMA if kind == "16bit" else tiny_nf4)
+    found = load_reference(source, None, kind if kind == "16bit" else None, config)  # type: ignore[arg-type]
+    assert found.kind == kind
+    assert found.adapter is not None, "each can be left unmerged"
+    asked = {"density": options["density"]} if "density" in options else {}
+    asked |= {"svd_rank": options["rank"]} if "rank" in options else {}
+    expected = pefts_change(equal_ranks, Q_PROJ, weights=list(weights), combination_type=theirs, **asked)
+    base = dequantize(source)
+    close(found.merged.read(Q_PROJ) - base.read(Q_PROJ).float(), expected, 5e-4)
+    norm = "model.norm.weight"
+    assert found.merged.read(norm).equal(base.read(norm))
+
+
+def test_factors_of_other_ranks_are_no_sum(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(AdapterError, match="has ranks 4"):
+        reference(folders, "linear", factors=True)
 
 
 @pytest.mark.parametrize("rank", [3, None])
@@ -275,6 +346,8 @@ def test_adapters_of_other_bases_are_refused(folders: tuple[Path, Path], tmp_pat
         {"method": "linear", "weights": (1.0, float("nan"))},
         {"method": "sequential", "weights": (1.0, 1.0)},
         {"method": "cat", "rank": 4},
+        {"method": "cat", "factors": True},
+        {"method": "ties", "density": 0.5, "factors": True, "rank": 4},
         {"method": "dare", "density": 0.5, "majority_sign": "total"},
         {"method": "linear", "adapters": ("one",)},
     ],

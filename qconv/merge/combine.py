@@ -4,16 +4,20 @@ Method: ``linear``, ``cat``, ``svd`` and ``sequential`` give a low-rank update a
 another, B beside one another with weight and scaling in them, so ``B @ A`` is the weighted sum of the updates, exactly.
 ``svd`` truncates that sum (see `low_rank.py`). That makes an `Adapter` like any other, which can be left unmerged to be
 compared with. peft's own ``linear`` sums A and B apart, which adds products of one adapter's A with another's B; its
-``cat`` is what both names mean here. ``sequential`` is the sum with weights 1, where a later adapter was trained on
-what the earlier ones made, and a later one's whole tensors replace an earlier one's.
+``cat`` is what both names mean here, unless ``factors`` is set: then A and B are combined apart, each with the square
+root of weight and scaling, as peft does with ``linear``, ``ties``, ``dare_*`` and ``magnitude_prune``. ``sequential`` is
+the sum with weights 1, where a later adapter was trained on what the earlier ones made, and a later one's whole tensors
+replace an earlier one's.
 
-The others (see `elementwise.py`) give an update of full rank: a view of the base that has it.
+The others (see `elementwise.py`) give an update of full rank: a view of the base that has it; with a rank, its leading
+components (peft's ``*_svd``).
 
 Left out, and refused: DoRA (its magnitude is of one weight and one adapter) and lora_bias.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.adapter_configs import LOW_RANK_METHODS, CombinationConfig
+from qconv.adapter_configs import CombinationConfig
 from qconv.errors import AdapterError, CheckpointError, NumericsError
 from qconv.finite import all_finite
 from qconv.merge.delta import delta_weight, factors
@@ -41,9 +45,8 @@ def combine_adapters(adapters: Sequence[Adapter], config: CombinationConfig) -> 
         AdapterError: an adapter has what cannot be combined, or two replace one tensor.
     """
     parts = combined_parts(adapters, config)
-    is_low_rank = config.method in LOW_RANK_METHODS
     replaced = _replaced(adapters, config)
-    tensors = _CombinedTensors(adapters, parts if is_low_rank else {}, replaced, config)
+    tensors = _CombinedTensors(adapters, parts if config.is_low_rank else {}, replaced, config)
     return Adapter(
         tensors=tensors,
         deltas=tensors.deltas,
@@ -124,7 +127,7 @@ class _CombinedTensors:
         self.config: Mapping[str, Any] = adapters[0].tensors.config
         self._parts = parts
         self._replaced = replaced
-        self._method = config.method
+        self._config = config
         self._factors: tuple[str, Tensor, Tensor] | None = None  # of the weight that svd decomposed last
         self._decomposing = threading.Lock()  # weights are read by several threads
         self._specs: dict[str, TensorSpec] = {}
@@ -133,15 +136,23 @@ class _CombinedTensors:
             spec = adapter.tensors.specs()[tensor]
             self._specs[name] = TensorSpec(name=name, shape=spec.shape, dtype=spec.dtype)
         for weight, found in parts.items():
-            self._add_delta(weight, found, config.rank)
+            self._add_delta(weight, found)
 
-    def _add_delta(self, weight: str, found: list[Part], rank: int | None) -> None:
+    def _add_delta(self, weight: str, found: list[Part]) -> None:
         adapter, delta, _ = found[0]
         k, n = adapter.tensors.specs()[delta.a].shape[1], adapter.tensors.specs()[delta.b].shape[0]
         k *= delta.pooled
         total = sum(one.rank for _, one, _ in found)
-        if self._method == "svd":
-            total = min(rank or max(one.rank for _, one, _ in found), n, k)
+        if self._is_truncated:
+            total = min(self._config.rank or max(one.rank for _, one, _ in found), n, k)
+        if self._config.factors:
+            total = found[0][1].rank
+            if any(one.rank != total for _, one, _ in found):
+                ranks = ", ".join(f"{one.rank} ({adapter.location})" for adapter, one, _ in found)
+                raise AdapterError(
+                    f"--combine-factors puts A upon A and B upon B, and {weight} has ranks {ranks}; combine whole "
+                    "updates instead, with --combine-rank for a low-rank result"
+                )
         made = LoraDelta(
             weight=weight,
             a=weight + ":A",
@@ -154,6 +165,10 @@ class _CombinedTensors:
         self.deltas[weight] = made
         for name, shape in ((made.a, (total, k)), (made.b, (n, total))):
             self._specs[name] = TensorSpec(name=name, shape=shape, dtype=torch.float32)
+
+    @property
+    def _is_truncated(self) -> bool:
+        return self._config.method == "svd" or self._config.rank is not None
 
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._specs
@@ -170,13 +185,17 @@ class _CombinedTensors:
         weight, _, side = name.rpartition(":")
         if name not in self._specs:
             raise CheckpointError(f"{self.location}: no tensor {name!r}")
-        if self._method == "svd":
+        if self._is_truncated:
             with self._decomposing:
                 a_RK, b_NR = self._truncated(weight)
             return (a_RK if side == "A" else b_NR).to(device, copy=True)
         made = [
             (*factors(adapter, delta, device), delta.scaling * share) for adapter, delta, share in self._parts[weight]
         ]
+        if self._config.factors:
+            factors_of_side = [a_RK if side == "A" else b_NR for a_RK, b_NR, _ in made]
+            roots = [math.sqrt(abs(scale)) * (-1 if side == "A" and scale < 0 else 1) for *_, scale in made]
+            return combined_update(factors_of_side, roots, self._config, name)
         if side == "A":
             return torch.cat([a_RK for a_RK, _, _ in made])
         return torch.cat([b_NR * scaling for _, b_NR, scaling in made], dim=1)
@@ -186,10 +205,9 @@ class _CombinedTensors:
         if self._factors is None or self._factors[0] != weight:
             made = self.deltas[weight]
             shape_a, shape_b = self._specs[made.a].shape, self._specs[made.b].shape
-            d_NK = torch.zeros(shape_b[0], shape_a[1])
-            for adapter, delta, share in self._parts[weight]:
-                a_RK, b_NR = factors(adapter, delta)
-                d_NK += b_NR * (delta.scaling * share) @ a_RK
+            pairs = [(*factors(adapter, delta), delta.scaling) for adapter, delta, _ in self._parts[weight]]
+            updates = [b_NR * scaling @ a_RK for a_RK, b_NR, scaling in pairs]
+            d_NK = combined_update(updates, [share for *_, share in self._parts[weight]], self._config, weight)
             best = low_rank(d_NK, rank=made.rank).factors
             a_RK, b_NR = torch.zeros(shape_a), torch.zeros(shape_b)
             a_RK[: best.rank], b_NR[:, : best.rank] = best.a_RK, best.b_NR

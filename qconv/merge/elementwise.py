@@ -4,7 +4,7 @@ Method: TIES (Yadav et al. 2023, section 4: trim to the largest, elect a sign, a
 al. 2023, section 3: drop at random, rescale by 1 / density), both as task arithmetic (Ilharco et al. 2022) on updates.
 Definitions are those of peft's ``add_weighted_adapter``, so trimming is per weight, where the TIES paper trims over the
 whole model, and signs are elected before weights are applied. peft runs them on A and B apart unless the method ends in
-``_svd``; here they see ``scaling * (B @ A)``, the update itself, and no rank is lost.
+``_svd``; here they see ``scaling * (B @ A)``, the update itself, and no rank is lost, unless that is asked for.
 
 Rounding: float32 throughout.
 """

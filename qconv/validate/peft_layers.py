@@ -41,7 +41,7 @@ class _BlockDiagonal:
 
     @staticmethod
     def apply(blocks: Tensor) -> Tensor:
-        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])  # type: ignore[no-untyped-call]
 
 
 def _allow_butterfly_factors() -> None:
