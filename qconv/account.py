@@ -68,6 +68,10 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> lis
             f"{scheme.bits} bits: read by compressed-tensors since 0.18 (and transformers with it), by vLLM since "
             "summer 2026 on GPUs with its humming kernels, and not by SGLang or TGI"
         )
+    if scheme.is_fp4 or (scheme.bits == 4 and scheme.rounds_activations):
+        notes.append("vLLM has kernels for this on GPUs alone")
+    if quantization.target == "w4a8-fp8" and scheme.group_size != 128:
+        notes.append(f"vLLM's kernel for 4-bit weights beside float8 inputs takes groups of 128, not {scheme.group_size}")
     if scheme.kind == "int" and scheme.group_size not in (-1, 32, 64, 128):
         notes.append(f"Marlin kernels know group sizes -1, 32, 64 and 128, not {scheme.group_size}")
     return notes
@@ -162,7 +166,7 @@ def _describe_output(output: OutputConfig, layout: Layout) -> Iterator[str]:
         if scheme.block_rows > 1:
             group = f"{scheme.block_rows} x {group}"
         kind = (
-            "float8"
+            f"float{scheme.bits}"
             if scheme.kind == "float"
             else f"{scheme.bits}-bit {'symmetric' if scheme.symmetric else 'asymmetric'}"
         )

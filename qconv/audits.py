@@ -30,7 +30,8 @@ def _levels(reference: Reference, stored: DequantizedCheckpoint) -> Tensor | Non
 
 
 def _weights_of_4_bits(stored: DequantizedCheckpoint) -> set[str]:
-    """With fewer bits the candidate's own errors are too large to show the base's, with more there is no need."""
+    """With fewer bits the candidate's own errors are too large to show the base's, with more there is no need. 4-bit
+    floats have uneven cells themselves."""
     return {f"{module}.weight" for module, s in stored.schemes.items() if s.kind == "int" and s.bits == 4}
 
 

@@ -83,8 +83,9 @@ def default_rules(kinds: ArtifactKind | Mapping[ArtifactKind, int], has_adapter:
       rounded to 4 bits again 0.38, no adapter at all 0.39.
     - int8, 0.02: measures 0.0020 (llama.cpp reports 0.0014 for q8_0 of an 8B model).
     - fp8, 0.1: measures 0.021; its 3 bits of mantissa also round the activations.
-    - int4, 0.3: calibrated quantization measures 0.066 to 0.112 (llama.cpp's q4_K_M of an 8B model: 0.031),
-      asymmetric round-to-nearest 0.26, symmetric round-to-nearest 0.63, which is worse than no adapter.
+    - int4, 0.3, 4-bit floats too: calibrated quantization measures 0.066 to 0.112, of NVFP4 weights 0.039
+      (llama.cpp's q4_K_M of an 8B model: 0.031), asymmetric round-to-nearest 0.26, symmetric round-to-nearest 0.63,
+      which is worse than no adapter.
     - int3 and int2, 1.0: no evidence here; only that the output still resembles the reference.
     - merge.kl_mean, 0.01 with an adapter: that a 16-bit merge of this base and adapter is possible at all; it is
       made here, so it says nothing of the candidate. The limit is the plain one.

@@ -242,12 +242,13 @@ def _stored_spec(spec: TensorSpec, storage: torch.dtype) -> TensorSpec:
 
 def _meta_linear(n: int, k: int, scheme: Scheme, desc_act: bool) -> QuantizedLinear:
     scales_shape = scheme.scales_shape(n, k)
-    code_dtype = torch.float8_e4m3fn if scheme.kind == "float" else torch.uint8
+    code_dtype = torch.float8_e4m3fn if scheme.kind == "float" and scheme.bits == 8 else torch.uint8
     return QuantizedLinear(
         codes_NK=torch.empty(n, k, dtype=code_dtype, device="meta"),
         scales_NG=torch.empty(scales_shape, device="meta"),
         zeros_NG=None if scheme.symmetric else torch.empty(scales_shape, dtype=torch.uint8, device="meta"),
         group_index_K=torch.empty(k, dtype=torch.int32, device="meta") if desc_act else None,
         scheme=scheme,
-        input_scale=torch.empty(1, device="meta") if scheme.static_activations else None,
+        input_scale=torch.empty(1, device="meta") if scheme.stores_input_scale else None,
+        global_scale=torch.empty(1, device="meta") if scheme.has_global_scale else None,
     )

@@ -62,6 +62,8 @@ class QuantizationConfig:
             )
         if target.symmetric is None and (self.group_size is not None or self.symmetric is not None or self.desc_act):
             raise UsageError(f"{self.target} has one scheme: no --group-size, --sym/--asym or --desc-act")
+        if target.activations is not None and self.symmetric is False:
+            raise UsageError(f"{self.target}: kernels of rounded inputs take symmetric weights alone; drop --asym")
         if self.desc_act and not (target.format in ("gptq", "gptq_v2") and self.solves):
             raise UsageError(
                 "--desc-act belongs to --requant gptq or gptq_v2 with the gptq or awq+gptq algorithm (a stored group "
@@ -165,7 +167,8 @@ class QuantizationConfig:
             wanted |= {"gram", "mean_abs"}
         elif self.folding == "smoothquant":
             wanted |= {"sample"}
-        if self.activations == "static":
+        own = TARGETS[self.target].scheme
+        if self.activations == "static" or (own is not None and own.stores_input_scale):
             wanted |= {"sample"}
         return frozenset(wanted)
 
@@ -204,6 +207,8 @@ class QuantizationConfig:
             group_size=size,
             symmetric=bool(symmetric),
             activation_order=self.solves,
+            dynamic_activations=target.activations is not None,
+            float8_activations=target.activations == "float8",
             min_zero=self.min_zero(bool(symmetric)),
         )
 

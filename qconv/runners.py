@@ -20,6 +20,7 @@ from qconv.errors import AdapterError
 from qconv.experts import expert_of
 from qconv.layout import config_dtype
 from qconv.merge import DampenedCheckpoint, Dampening, MergedCheckpoint, merge, trained_experts
+from qconv.quantize.fp4_inputs import fake_quantize_fp4
 from qconv.quantize.fp8_static import fake_quantize_static
 from qconv.quantize.int8 import fake_quantize_inputs
 from qconv.side_files import tokenizer_files
@@ -221,7 +222,7 @@ def candidate_model(
     how = "decoded by qconv" + (", adapter unmerged" if candidate.adapter else "")
     inputs = _input_quantization(candidate.view)
     if inputs is not None:
-        kinds = {"int8" if s.kind == "int" else "float8" for s in _rounding_inputs(candidate.view).values()}
+        kinds = {s.input_words for s in _rounding_inputs(candidate.view).values()}
         how += f", inputs of quantized linears rounded to {' and '.join(sorted(kinds))} as engines do"
     return streamed(view, candidate.adapter, inputs, device, keep), how
 
@@ -255,12 +256,14 @@ def _resizes(view: Checkpoint, adapter: Adapter) -> bool:
 
 
 def _input_quantization(view: DequantizedCheckpoint) -> Decorate | None:
-    """Engines quantize the inputs of W8A8 linears; so does a model that is run here."""
+    """Engines quantize the inputs of W8A8, W4A8 and W4A4 linears; so does a model that is run here."""
     schemes = _rounding_inputs(view)
 
     def rounding(name: str, scheme: Scheme) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        if scheme.static_activations:
+        if scheme.stores_input_scale:
             scale = view.input_scale(name)
+            if scheme.is_fp4:
+                return lambda _, args: (fake_quantize_fp4(args[0], scheme, scale, name), *args[1:])
             return lambda _, args: (fake_quantize_static(args[0], scale, name), *args[1:])
         return lambda _, args: (fake_quantize_inputs(args[0], scheme, name), *args[1:])
 

@@ -45,7 +45,7 @@ class ServedModel:
 
     def linears(self) -> list[Linear]:
         """As `tensor_parallel` asks for them."""
-        layouts = {module: _layout_of(self.view, module) for module in self.view.quantized_modules}
+        layouts = {module: self.view.layout_of(module) for module in self.view.quantized_modules}
         is_transposed = self.view.config.get("model_type") in CONV1D_MODELS
         return parallel_linears(self.view.specs(), layouts, self.view.schemes, is_transposed)
 
@@ -128,16 +128,6 @@ def _plain_linears(view: DequantizedCheckpoint, quantized: Iterable[str]) -> Ite
     roles = COLUMN | ROW | REPLICATED
     found = [name for name in names if name not in set(quantized) and name.rpartition(".")[2] in roles]
     return dict.fromkeys([*found, *(["lm_head"] if "lm_head" not in set(quantized) else [])])
-
-
-def _layout_of(view: DequantizedCheckpoint, module: str) -> str:
-    """Of one module, where compressed-tensors has several."""
-    if "+" not in view.kind:
-        return view.kind
-    scheme = view.schemes[module]
-    if scheme.kind == "float":
-        return "float-quantized"
-    return "int-quantized" if scheme.dynamic_activations else "pack-quantized"
 
 
 def _served_adapter(named: AdapterSource, files: FileCheckpoint) -> ServedAdapter:

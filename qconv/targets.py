@@ -25,6 +25,7 @@ class Target:
     symmetric: bool | None  # the default; None where the choice does not exist
     readers: str
     scheme: Scheme | None = None  # the only one that the format holds
+    activations: Literal["int8", "float8"] | None = None  # what inputs are rounded to, where `scheme` does not say it
     mixed_bits: tuple[int, ...] = ()  # of single linears, the output head among them; () = one scheme for all
 
     @property
@@ -128,6 +129,60 @@ TARGETS: Mapping[str, Target] = {
         symmetric=None,
         readers="vLLM, SGLang, transformers + compressed-tensors",
         scheme=Scheme(bits=8, group_size=-1, dynamic_activations=True),
+    ),
+    "w4a8": Target(
+        name="w4a8",
+        format="pack-quantized",
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        bits=(4,),
+        symmetric=True,
+        readers="vLLM, transformers + compressed-tensors",
+        activations="int8",
+    ),
+    "w4a8-fp8": Target(
+        name="w4a8-fp8",
+        format="pack-quantized",
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        bits=(4,),
+        symmetric=True,
+        readers="vLLM, transformers + compressed-tensors",
+        activations="float8",
+    ),
+    "nvfp4": Target(
+        name="nvfp4",
+        format="nvfp4-pack-quantized",
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        bits=(4,),
+        symmetric=None,
+        readers="vLLM, SGLang, transformers + compressed-tensors",
+        scheme=Scheme(kind="float", bits=4, group_size=16, scale_format="e4m3", dynamic_activations=True),
+    ),
+    "nvfp4a16": Target(
+        name="nvfp4a16",
+        format="nvfp4-pack-quantized",
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        bits=(4,),
+        symmetric=None,
+        readers="vLLM, transformers + compressed-tensors",
+        scheme=Scheme(kind="float", bits=4, group_size=16, scale_format="e4m3"),
+    ),
+    "mxfp4": Target(
+        name="mxfp4",
+        format="mxfp4-pack-quantized",
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        bits=(4,),
+        symmetric=None,
+        readers="vLLM, transformers + compressed-tensors",
+        scheme=Scheme(kind="float", bits=4, group_size=32, scale_format="e8m0", dynamic_activations=True),
+    ),
+    "mxfp4a16": Target(
+        name="mxfp4a16",
+        format="mxfp4-pack-quantized",
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        bits=(4,),
+        symmetric=None,
+        readers="vLLM, transformers + compressed-tensors",
+        scheme=Scheme(kind="float", bits=4, group_size=32, scale_format="e8m0"),
     ),
     "nf4": Target(
         name="nf4",

@@ -233,10 +233,17 @@ def _misfits(
     if scheme is None:
         return
     share = _share(shape, linear, siblings, num_gpus)
-    if scheme.kind == "int" and not scheme.dynamic_activations:
+    if scheme.kind == "int" and (scheme.bits == 4 or not scheme.dynamic_activations):
         yield from _misfit_groups(linear, scheme, share, num_gpus)
         yield from _misfit_words(linear, scheme, share)
         yield from _misfit_tiles(scheme, share)
+    elif scheme.is_fp4:
+        if linear.role in ROW and share.columns % scheme.group_size:
+            yield (
+                True,
+                f"{linear.in_features} / {num_gpus} = {share.columns} inputs cut groups of {scheme.group_size}, "
+                "the only size of this layout",
+            )
     elif scheme.block_rows > 1:
         yield from _misfit_blocks(linear, scheme, share, siblings, num_gpus)
     elif share.fused_rows % CUTLASS or share.columns % CUTLASS:

@@ -86,19 +86,23 @@ class Scheme:
     """What the numbers of a quantized linear look like.
 
     Attributes:
-        kind: ``"int"`` (affine integer codes) or ``"float"`` (float8_e4m3fn).
-        bits: width of a code; 8 for ``"float"``.
+        kind: ``"int"`` (affine integer codes) or ``"float"`` (float8_e4m3fn, or e2m1 with 4 bits, see `e2m1.py`).
+        bits: width of a code; 8 or 4 for ``"float"``.
         group_size: input features that share a scale; -1 = the whole row (per output channel).
         symmetric: no stored zero point; integer codes are centred on ``2**(bits - 1)``.
         activation_order: columns were quantized in order of decreasing activation power
             (GPTQ "act-order"); groups are then either static or named by a group index.
-        dynamic_activations: the engine quantizes inputs at run time to 8 bits of the same kind, per token and
-            ``group_size`` features (-1 = all of a token).
+        dynamic_activations: the engine quantizes inputs at run time: beside integers to 8-bit ones per token, beside
+            floats to the same, per token and ``group_size`` features (-1 = all of a token). Beside a global scale of
+            the weight one of the inputs is stored.
+        float8_activations: dynamic activations become float8 per token, beside integers.
         static_activations: the engine quantizes inputs at run time to 8 bits of the same kind, by one scale that is
             stored with each linear; float8 only, and the rows of a weight share one scale, too.
         min_zero: smallest zero point of an asymmetric scheme; 1 for the GPTQ v1 layout, which stores
             zero - 1 and whose readers disagree on what a stored -1 means.
         block_rows: output features that share a scale; more than 1 for ``"float"`` blocks with a group size.
+        scale_format: what scales are stored in: ``"plain"`` (16 or 32 bits), ``"e4m3"`` (float8, divided by one number
+            for the whole weight, its global scale: NVFP4) or ``"e8m0"`` (powers of two: MXFP4).
     """
 
     kind: Literal["int", "float"] = "int"
@@ -107,13 +111,21 @@ class Scheme:
     symmetric: bool = True
     activation_order: bool = False
     dynamic_activations: bool = False
+    float8_activations: bool = False
     static_activations: bool = False
     min_zero: Literal[0, 1] = 0
     block_rows: int = 1
+    scale_format: Literal["plain", "e4m3", "e8m0"] = "plain"
 
     def __post_init__(self) -> None:
-        if self.kind == "float" and (self.bits != 8 or not self.symmetric):
-            raise SchemeError(f"float schemes are 8-bit symmetric, got bits={self.bits} symmetric={self.symmetric}")
+        if self.kind == "float" and (self.bits not in (4, 8) or not self.symmetric):
+            raise SchemeError(
+                f"float schemes have 4 or 8 bits and are symmetric, got bits={self.bits} symmetric={self.symmetric}"
+            )
+        if self.scale_format != "plain" and not self.is_fp4:
+            raise SchemeError(
+                f"scales in {self.scale_format} are those of 4-bit floats, got {self.bits}-bit {self.kind}"
+            )
         if self.kind == "int" and self.bits not in (2, 3, 4, 5, 6, 8):
             raise SchemeError(f"integer schemes have 2, 3, 4, 5, 6 or 8 bits, got {self.bits}")
         if self.group_size != -1 and self.group_size <= 0:
@@ -123,7 +135,8 @@ class Scheme:
                 f"rows share a scale in float8 blocks only, got block_rows={self.block_rows} kind={self.kind} "
                 f"group_size={self.group_size}"
             )
-
+        if self.float8_activations and (self.kind != "int" or not self.dynamic_activations):
+            raise SchemeError(f"float8 activations are dynamic ones beside integers, got kind={self.kind}")
         if self.static_activations and (self.dynamic_activations or self.kind != "float" or self.group_size != -1):
             raise SchemeError(
                 "static activations are those of float8 with group size -1, and not dynamic, got "
@@ -131,9 +144,29 @@ class Scheme:
             )
 
     @property
+    def is_fp4(self) -> bool:
+        """Whether codes are those of `e2m1.py`."""
+        return self.kind == "float" and self.bits == 4
+
+    @property
+    def has_global_scale(self) -> bool:
+        return self.scale_format == "e4m3"
+
+    @property
+    def stores_input_scale(self) -> bool:
+        return self.static_activations or (self.has_global_scale and self.dynamic_activations)
+
+    @property
     def rounds_activations(self) -> bool:
         """Whether the engine quantizes inputs."""
         return self.dynamic_activations or self.static_activations
+
+    @property
+    def input_words(self) -> str:
+        """What inputs are rounded to, where they are."""
+        if self.is_fp4:
+            return "4-bit floats"
+        return "int8" if self.kind == "int" and not self.float8_activations else "float8"
 
     @property
     def max_code(self) -> int:
@@ -160,16 +193,20 @@ class QuantizedLinear:
 
     Attributes:
         codes_NK: ``[N, K]``; uint8 in ``0 .. 2**bits - 1`` for integer schemes (always unsigned,
-            also when symmetric), float8_e4m3fn for float schemes.
+            also when symmetric) and 4-bit floats, float8_e4m3fn for 8-bit ones.
         scales_NG: ``[N, G]`` float32, holding values that are exact in both float16 and bfloat16
             (see `quantize/grid.py`), so that no reader's cast changes them. With ``scheme.block_rows`` above 1
-            ``[ceil(N / block_rows), G]``, any float32 values: such formats store float32.
+            ``[ceil(N / block_rows), G]``, any float32 values: such formats store float32. With a global scale the
+            float32 quotients of float8 numbers and it.
         zeros_NG: ``[N, G]`` uint8 zero points, or None when the scheme is symmetric; float32 for a format that stores
             any numbers (ggml's q4_1).
         group_index_K: ``[K]`` int32, the group of each input feature, or None for ``k // group_size``.
         scheme: what the codes mean.
         input_scale: ``[1]`` float32, exact in both float16 and bfloat16, what inputs are divided by before they are
-            rounded and clipped; with ``scheme.static_activations``, else None.
+            rounded and clipped, with ``scheme.static_activations``; their global scale (any positive float32) beside
+            one of the weight; else None: see ``scheme.stores_input_scale``.
+        global_scale: ``[1]`` float32, positive, what the stored float8 scales are divided by; with
+            ``scheme.has_global_scale``, else None.
     """
 
     codes_NK: Tensor
@@ -178,6 +215,7 @@ class QuantizedLinear:
     group_index_K: Tensor | None
     scheme: Scheme
     input_scale: Tensor | None = None
+    global_scale: Tensor | None = None
 
     def rows(self, rows: slice) -> QuantizedLinear:
         """Some rows, with a scale for each; where ``rows`` begins and ends need not fit blocks."""
@@ -193,11 +231,17 @@ class QuantizedLinear:
         return replace(self, codes_NK=self.codes_NK[rows], scales_NG=scales, zeros_NG=zeros, scheme=scheme)
 
     def dequantize(self) -> Tensor:
-        """The weight ``[N, K]`` in float32: ``(code - zero) * scale`` of the column's group."""
+        """The weight ``[N, K]`` in float32: ``(code - zero) * scale`` of the column's group, or of floats their number
+        times the scale."""
         import torch
 
+        from qconv import e2m1
+
         # The one large temporary; from here on in place.
-        w_NK = self.codes_NK.to(torch.float32, memory_format=torch.contiguous_format)
+        if self.scheme.is_fp4:
+            w_NK = e2m1.decode(self.codes_NK).contiguous()
+        else:
+            w_NK = self.codes_NK.to(torch.float32, memory_format=torch.contiguous_format)
         n, k = w_NK.shape
         scales, zeros = self.scales_NG.float(), None if self.zeros_NG is None else self.zeros_NG.float()
         if self.scheme.block_rows > 1:

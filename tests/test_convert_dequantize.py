@@ -8,14 +8,14 @@ from qconv.convert import FORMATS, DequantizedCheckpoint, dequantize
 from qconv.errors import CheckpointError
 from qconv.types import Scheme
 from tests.test_convert_bnb import TINY, save_folder, stored, uneven
-from tests.test_convert_formats import W8A8, assert_same, random_linear
+from tests.test_convert_formats import ONE_SCHEME, assert_same, random_linear
 
 MODULES = ("model.layers.0.up", "model.layers.0.down")
 
 
 def schemes(name):
-    if name in W8A8:
-        return [W8A8[name]]
+    if name in ONE_SCHEME:
+        return [ONE_SCHEME[name]]
     return [Scheme(bits=4, group_size=32, symmetric=symmetric) for symmetric in (True, False)]
 
 

@@ -12,6 +12,7 @@ from qconv.convert import FORMATS, mixed_config
 from qconv.convert.bitpack import num_words, pack_last, unpack_last
 from qconv.errors import CheckpointError, NumericsError, QconvError, SchemeError
 from qconv.types import QuantizedLinear, Scheme
+from tests import fp4_cases
 
 INT_FORMATS = ("gptq", "gptq_v2", "awq", "pack-quantized")
 BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "awq": (4,), "pack-quantized": (3, 4, 5, 6, 8)}
@@ -19,10 +20,18 @@ FP8 = Scheme(kind="float", bits=8, group_size=-1, dynamic_activations=True)
 INT8 = Scheme(bits=8, group_size=-1, dynamic_activations=True)
 STATIC = Scheme(kind="float", bits=8, group_size=-1, static_activations=True)
 BLOCKS = Scheme(kind="float", bits=8, group_size=128, block_rows=128, dynamic_activations=True)
-W8A8 = {"float-quantized": FP8, "int-quantized": INT8, "fp8-block": BLOCKS}
+ONE_SCHEME = {
+    "float-quantized": FP8,
+    "int-quantized": INT8,
+    "fp8-block": BLOCKS,
+    "nvfp4-pack-quantized": fp4_cases.NVFP4,
+    "mxfp4-pack-quantized": fp4_cases.MXFP4A16,
+}
 
 
 def random_linear(scheme, n, k, seed=0, group_index=False, lowest_zero=0):
+    if scheme.is_fp4:
+        return fp4_cases.random_linear(scheme, n, k, seed)
     generator = torch.Generator().manual_seed(seed)
     groups = scheme.num_groups(k)
     # Eight-bit mantissas within float16's normal range are exact in float16 and bfloat16.
@@ -50,7 +59,7 @@ def random_linear(scheme, n, k, seed=0, group_index=False, lowest_zero=0):
 
 def assert_same(left, right):
     assert left.scheme == right.scheme
-    for field in ("codes_NK", "scales_NG", "zeros_NG", "group_index_K", "input_scale"):
+    for field in ("codes_NK", "scales_NG", "zeros_NG", "group_index_K", "input_scale", "global_scale"):
         a, b = getattr(left, field), getattr(right, field)
         assert (a is None) == (b is None), field
         if a is not None:
@@ -358,7 +367,7 @@ def test_nan_float8_codes_are_refused():
 
 def stored(name, symmetric=True, group_index=False):
     scheme = Scheme(bits=4, group_size=32, symmetric=symmetric, activation_order=group_index)
-    scheme = W8A8.get(name, scheme)
+    scheme = ONE_SCHEME.get(name, scheme)
     n = 129 if name == "fp8-block" else 32  # one row less is one block less
     q = random_linear(scheme, n, 64, group_index=group_index, lowest_zero=1)
     return FORMATS[name].pack(q, "layer", torch.float16), scheme
@@ -389,7 +398,8 @@ def test_every_misshapen_tensor_is_named(name):
 def test_infinite_scales_are_refused(name):
     tensors, scheme = stored(name)
     scales = next(key for key in tensors if key.endswith(("scale", "scales", "scale_inv")))
-    tensors[scales] = torch.full_like(tensors[scales], float("inf"))
+    bad = {torch.uint8: 255, torch.float8_e4m3fn: float("nan")}.get(tensors[scales].dtype, float("inf"))
+    tensors[scales] = torch.full_like(tensors[scales], bad)
     with pytest.raises(NumericsError, match="a scale of module 'layer' is NaN or infinite"):
         FORMATS[name].unpack(tensors, "layer", scheme)
 

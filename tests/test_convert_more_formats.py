@@ -169,7 +169,8 @@ def test_transformers_loads_int_quantized_and_computes_our_logits(tmp_path, toke
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": {"num_bits": 4}}, r"\('int', 4, 'channel', True\)"),
+        ({"weights": {"num_bits": 3}}, r"\('int', 3, 'channel', True\)"),
+        ({"weights": {"num_bits": 4, "strategy": "group"}}, "group_size is None"),
         ({"weights": {"strategy": "group", "group_size": 64}}, "'group'"),
         ({"weights": {"symmetric": False}}, r"8, 'channel', False"),
         ({"input_activations": {"symmetric": False}}, r"8, 'token', False"),

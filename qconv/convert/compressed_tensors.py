@@ -36,6 +36,7 @@ from qconv.types import QuantizedLinear, Scheme, TensorSpec
 INPUT_SCALE = ".input_scale"
 PACKED_BITS = (3, 4, 5, 6, 8)
 """Of pack-quantized. The package packs widths that divide no word densely since release 0.18, and otherwise before."""
+_TOKEN_KEYS = (("type", "int"), ("num_bits", 8), ("strategy", None), ("symmetric", True), ("dynamic", False))
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class PackQuantized:
             raise SchemeError(
                 f"pack-quantized holds integer codes of {_words(PACKED_BITS)} bits, got {scheme.bits}-bit {scheme.kind}"
             )
-        if scheme.dynamic_activations:
+        if scheme.dynamic_activations and (scheme.bits != 4 or not scheme.symmetric):
             raise SchemeError(
-                "pack-quantized has 16-bit activations; int-quantized and float-quantized have dynamic 8-bit ones"
+                "pack-quantized has dynamic activations beside symmetric 4-bit weights alone; int-quantized and "
+                "float-quantized have them beside 8-bit ones"
             )
 
     def check_shapes(self, module: str, n: int, k: int, scheme: Scheme) -> None:
@@ -119,12 +121,22 @@ class PackQuantized:
         weights = weight_args(scheme)
         if order is not None:
             weights["actorder"] = order
-        return config_of(self.name, weights, None, ignored_modules)
+        if not scheme.dynamic_activations:
+            return config_of(self.name, weights, None, ignored_modules)
+        kind = "float" if scheme.float8_activations else "int"
+        config = config_of(self.name, weights, per_token(kind), ignored_modules)
+        # The package takes integers beside rounded inputs for int-quantized unless the group itself says otherwise.
+        config["config_groups"]["group_0"]["format"] = self.name
+        return config
 
     def scheme_of(self, config: Mapping[str, Any], location: str) -> Scheme:
         weights, activations = only_group(config, location)
-        if activations is not None:
-            raise CheckpointError(f"{location}: pack-quantized weights with quantized activations are not read")
+        rounded = None if activations is None else tuple(activations.get(key, d) for key, d in _TOKEN_KEYS)
+        if rounded not in (None, ("int", 8, "token", True, True), ("float", 8, "token", True, True)):
+            raise CheckpointError(
+                f"{location}: quantization_config: beside pack-quantized weights are read activations of 8 bits that "
+                f"are symmetric and dynamic by token, found {activations}"
+            )
         strategy, bits = weights.get("strategy"), weights.get("num_bits")
         if weights.get("type", "int") != "int" or strategy not in ("group", "channel") or bits not in PACKED_BITS:
             raise CheckpointError(
@@ -139,6 +151,8 @@ class PackQuantized:
             group_size=group_size,
             symmetric=bool(weights.get("symmetric", True)),
             activation_order=bool(weights.get("actorder")),
+            dynamic_activations=rounded is not None,
+            float8_activations=activations is not None and activations.get("type") == "float",
         )
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -279,6 +293,11 @@ def weight_args(scheme: Scheme) -> dict[str, Any]:
     if scheme.group_size != -1:
         args["group_size"] = scheme.group_size
     return args
+
+
+def per_token(kind: str) -> dict[str, Any]:
+    """The package's ``QuantizationArgs`` of dynamic 8-bit inputs."""
+    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 def config_of(

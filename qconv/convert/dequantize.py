@@ -18,6 +18,7 @@ from qconv.convert import bnb, ggml
 from qconv.convert.awq import Awq
 from qconv.convert.compressed_tensors import INPUT_SCALE, FloatQuantized, PackQuantized
 from qconv.convert.format import Format
+from qconv.convert.fp4 import INPUT_GLOBAL_SCALE, MXFP4, NVFP4, Fp4Packed
 from qconv.convert.fp8_block import Fp8Block
 from qconv.convert.fused_experts import fused_experts, logical_specs, read_part
 from qconv.convert.ggml_blocks import GGML_FORMATS, GgmlBlocks
@@ -35,10 +36,12 @@ FORMATS: Mapping[str, Format] = {
     "pack-quantized": PackQuantized(),
     "float-quantized": FloatQuantized(),
     "int-quantized": IntQuantized(),
+    "nvfp4-pack-quantized": NVFP4,
+    "mxfp4-pack-quantized": MXFP4,
     "fp8-block": Fp8Block(),
 }
 
-COMPRESSED = ("pack-quantized", "float-quantized", "int-quantized")
+COMPRESSED = ("pack-quantized", "float-quantized", "int-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
 READ = (
     "bitsandbytes 4-bit (nf4, fp4), GPTQ, AWQ gemm, fp8 with block scales, "
     f"compressed-tensors {', '.join(COMPRESSED[:-1])} and {COMPRESSED[-1]}"
@@ -55,6 +58,7 @@ SIGNS: Mapping[str, str] = {
     "_blocks": "mxfp4",
     ".W_q": "HQQ",
     ".weight_global_scale": "nvfp4",
+    ".input_global_scale": "nvfp4",
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
     ".g_idx": "GPTQ",
@@ -114,6 +118,11 @@ class DequantizedCheckpoint:
         in_bnb = dict.fromkeys((weight.removesuffix(".weight") for weight in self._states), 4)
         return {module: scheme.bits for module, scheme in self.schemes.items()} | in_blocks | in_bnb
 
+    def layout_of(self, module: str) -> str:
+        """The key in `FORMATS` of a quantized module's layout; `kind` where all have one that is none of these."""
+        fmt = self._formats.get(module)
+        return self.kind if fmt is None else fmt.name
+
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._specs
 
@@ -160,14 +169,14 @@ class DequantizedCheckpoint:
         return self._formats[module].unpack(tensors, module, self.schemes[module], self.location)
 
     def input_scale(self, module: str) -> float:
-        """What a module's inputs are divided by before they are rounded, where that is stored (static activations).
+        """What is stored of a module's inputs: what they are divided by (static activations), or their global scale.
 
         Raises:
             CheckpointError: it is missing, or no such scale can be.
         """
         fmt = self._formats[module]
-        assert isinstance(fmt, FloatQuantized)
-        name = module + INPUT_SCALE
+        assert isinstance(fmt, FloatQuantized | Fp4Packed)
+        name = module + (INPUT_SCALE if isinstance(fmt, FloatQuantized) else INPUT_GLOBAL_SCALE)
         tensors = {name: self.source.read(name)} if name in self.source.specs() else {}
         return float(fmt.read_input_scale(tensors, module, self.location))
 

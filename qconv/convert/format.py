@@ -169,11 +169,15 @@ class TensorReader:
     def take_scales(self, suffix: str, shape: tuple[int | None, ...]) -> Tensor:
         """Scales as float32, checked to be finite (within `finite.putting_off`, maybe later)."""
         scales = self.take(suffix, SCALE_DTYPES, shape).to(torch.float32)
+        self.check_scales(scales)
+        return scales
+
+    def check_scales(self, scales: Tensor) -> None:
+        """Raises NumericsError where one is NaN or infinite (within `finite.putting_off`, maybe later)."""
         are_finite = torch.isfinite(scales).all()
         refuse = partial(_refuse_scales, self._module, self._location)
         if not put_off(are_finite, refuse) and not are_finite:
             refuse()
-        return scales
 
     def take_group_index(self, suffix: str, k: int, num_groups: int, scheme: Scheme) -> Tensor | None:
         """The stored group index, or None when it says ``k // group_size``."""

@@ -7,19 +7,22 @@ stored value is our unsigned code - 128. Activations are quantized to int8 per t
 Rounding points: none; scales must be exact in the model's dtype. Readers that decode to 16 bits multiply in that
 dtype, which rounds once more; kernels that stay in integers multiply sums of products, in float32.
 
-Left out: zero points of weights or activations, static activation scales, groups, one scale for a whole tensor.
+Read, but not written, are 4-bit codes in groups or rows, one to a byte: what llm-compressor makes of W4A8. Written they
+are pack-quantized, in half the bytes.
+
+Left out: zero points of weights or activations, static activation scales, one scale for a whole tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qconv.convert.compressed_tensors import config_of, only_group, weight_args
+from qconv.convert.compressed_tensors import config_of, only_group, per_token, weight_args
 from qconv.convert.format import TensorReader, check_values, shape_of_weight
 from qconv.errors import CheckpointError, SchemeError
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
@@ -65,8 +68,10 @@ class IntQuantized:
     ) -> QuantizedLinear:
         reader = TensorReader(tensors, module, location)
         signed = reader.take(".weight", (torch.int8,), (None, None))
-        scales = reader.take_scales(".weight_scale", (signed.shape[0], 1))
-        codes = signed.view(torch.uint8).bitwise_xor(SIGN_BIT)
+        scales = reader.take_scales(".weight_scale", scheme.scales_shape(*signed.shape))
+        codes = signed.view(torch.uint8).bitwise_xor(SIGN_BIT) - (SIGN_BIT - scheme.mid_code)
+        if codes.numel() and int(codes.max()) > scheme.max_code:  # below the smallest they wrap around
+            raise reader.error(".weight", f"holds a code outside of {scheme.bits} bits")
         return QuantizedLinear(codes_NK=codes, scales_NG=scales, zeros_NG=None, group_index_K=None, scheme=scheme)
 
     def logical_shape(self, specs: Mapping[str, TensorSpec], module: str, scheme: Scheme) -> tuple[int, int] | None:
@@ -80,24 +85,27 @@ class IntQuantized:
         has_group_index: bool = False,
     ) -> dict[str, Any]:
         self.check_scheme(scheme)
-        activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-        return config_of(self.name, weight_args(scheme), activations, ignored_modules)
+        return config_of(self.name, weight_args(scheme), per_token("int"), ignored_modules)
 
     def scheme_of(self, config: Mapping[str, Any], location: str) -> Scheme:
         weights, activations = only_group(config, location)
         activations = activations or {}
-        if _described(weights) != ("int", 8, "channel", True) or _described(activations) != ("int", 8, "token", True):
+        known = [("int", bits, by, True) for bits, by in ((8, "channel"), (4, "channel"), (4, "group"))]
+        if _described(weights) not in known or _described(activations) != ("int", 8, "token", True):
             raise CheckpointError(
-                f"{location}: quantization_config: of int-quantized, read are symmetric 8-bit integer weights by "
-                "channel with symmetric 8-bit integer activations by token, found (type, bits, strategy, symmetric) "
-                f"{_described(weights)} and {_described(activations)}"
+                f"{location}: quantization_config: of int-quantized, read are symmetric integer weights, 8-bit by "
+                "channel and 4-bit by channel or group, with symmetric 8-bit integer activations by token, found (type, "
+                f"bits, strategy, symmetric) {_described(weights)} and {_described(activations)}"
             )
         if activations.get("dynamic") is not True:
             raise CheckpointError(
                 f"{location}: quantization_config: read are dynamic activations, found dynamic: "
                 f"{activations.get('dynamic')!r}; static input scales are not read"
             )
-        return SCHEME
+        size = weights.get("group_size") if weights["strategy"] == "group" else -1
+        if type(size) is not int:
+            raise CheckpointError(f"{location}: quantization_config: group_size is {size!r}")
+        return replace(SCHEME, bits=weights.get("num_bits", 8), group_size=size)
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

@@ -18,6 +18,7 @@ Legend: N = out features, K = in features, G = groups, g = features of a group.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import NamedTuple
 
@@ -85,7 +86,8 @@ def search_scale(
         weights: float32 ``[N_i, K]`` each.
         gram_KK: ``[K, K]`` float32, mean of ``x x^T``.
         mean_abs_K: ``[K]`` float32, mean of ``|x|``. Channels with 0 keep scale 1.
-        scheme: the integer scheme that the weights will get; min-max grids are used in the search.
+        scheme: that the weights will get; min-max grids are used in the search, and scales that a global scale moves
+            into the range of float8 count as exact.
         name: for messages.
         share: applied to the best scale, ``[K]`` to ``[K]``, whose loss is ``loss_after`` then and may exceed
             ``loss_before``.
@@ -93,6 +95,8 @@ def search_scale(
     Raises:
         NumericsError: NaN or infinity in an argument.
     """
+    if scheme.has_global_scale:
+        scheme = replace(scheme, scale_format="plain")
     w_NK = sample_rows(weights)
     w_mean_K = _mean_relative_magnitude(w_NK, scheme)
     s_CK = torch.cat([torch.ones_like(mean_abs_K).unsqueeze(0), _candidates(mean_abs_K, w_mean_K)])
@@ -197,7 +201,7 @@ def search_block_grid(w_NK: Tensor, gram_KK: Tensor, scheme: Scheme, signed: boo
         signed: as for `search_grid`.
     """
     blocks_Ggg = _diagonal_blocks(gram_KK, scheme)
-    if available(w_NK) and fused.fits(w_NK, scheme):
+    if available(w_NK) and scheme.kind == "int" and fused.fits(w_NK, scheme):
         return fused.search_grid(w_NK.float(), scheme, gram_Ggg=blocks_Ggg, signed=signed)
     return search_grid_by(
         groups_of(w_NK.float(), scheme.group_size), scheme, lambda error_NGg: _block_loss(error_NGg, blocks_Ggg), signed

@@ -7,7 +7,7 @@ CPU, which is for tests. Triton is imported at the first call.
 Rounding points: see `kernels.py`. Grids and codes are those of the reference but where sums taken in another order, or
 in TF32, decide between candidates that are equal to within that rounding.
 
-Left out: float schemes; group sizes other than `GROUP_SIZES` in `search_grid` and `normal_equations`.
+Left out: floats of 4 or 8 bits; group sizes other than `GROUP_SIZES` in `search_grid` and `normal_equations`.
 
 Legend: N = out features, K = in features (of `sweep`: in the order of processing), G = groups, g = features of a group.
 """

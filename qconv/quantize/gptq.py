@@ -33,7 +33,7 @@ from qconv.quantize.gram import output_error
 from qconv.quantize.grid import Grid, check_finite, check_scale, grid_of_range, groups_of, range_of
 from qconv.quantize.precision import tf32
 from qconv.quantize.refine import descend, refit_scales
-from qconv.quantize.rtn import as_linear, check_integer
+from qconv.quantize.rtn import as_linear, check_grid
 from qconv.quantize.sweep import Kernels
 from qconv.timeline import TIMELINE
 from qconv.types import QuantizedLinear, Scheme
@@ -97,7 +97,7 @@ def gptq(
     Args:
         w_NK: ``[N, K]`` float32.
         gram_KK: ``[K, K]`` float32, symmetric positive semi-definite, mean of ``x x^T``.
-        scheme: an integer scheme; ``activation_order`` sets the order of the columns.
+        scheme: of integers or 4-bit floats; ``activation_order`` sets the order of the columns.
         name: the weight, for messages.
         damping: fraction of the mean diagonal of live channels that is added to the diagonal.
         mse: search each group's grid (else min-max).
@@ -110,10 +110,10 @@ def gptq(
     Raises:
         NumericsError: NaN or infinity in weights or Gram matrix, a Gram matrix that is not positive semi-definite,
             or weights too large for a float16 scale.
-        SchemeError: a float scheme.
+        SchemeError: a float8 scheme.
         UsageError: damping is not positive.
     """
-    check_integer(scheme, name)
+    check_grid(scheme, name)
     kernels = Kernels.of(w_NK, fuse)
     w_NK = w_NK.float()
     diagonal_K = gram_KK.diagonal()

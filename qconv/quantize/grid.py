@@ -7,10 +7,15 @@ importance of each column as its weight). A searched symmetric scale may be nega
 2^(b-1) - 1, so the sign decides which side of zero gets the extra code, and readers only multiply by it (the
 reference quantizer of llama.cpp's q4_0 and AutoRound's full-range mode use this).
 
-Rounding points: the scale is rounded once, to a number that bfloat16 and float16 both hold exactly, so that no
-reader's cast changes it; codes are chosen after that, against the rounded scale.
+4-bit floats (`e2m1.py`) take the same way: their grid is not uniform, scale = absmax / 6, and there is no sign to
+choose.
 
-Left out: scales shared between groups (double quantization), non-uniform grids.
+Rounding points: the scale is rounded once, to a number that bfloat16 and float16 both hold exactly, so that no
+reader's cast changes it, or to one that the format's scales can be (float8, powers of two); codes are chosen after
+that, against the rounded scale.
+
+Left out: scales shared between groups (double quantization). The global scale of NVFP4 is taken out of the weights
+before (`global_scale.py`).
 
 Legend: N = out features, K = in features, G = groups, g = features of a group (the last axis, padded with zeros).
 """
@@ -23,16 +28,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qconv import e2m1
 from qconv.errors import NumericsError
 from qconv.types import Scheme
 
 MIN_SCALE = 2.0**-24  # smallest positive float16
 MAX_SCALE = 65280.0  # largest number that float16 and bfloat16 both hold
+MIN_E4M3, MAX_E4M3 = 2.0**-9, 448.0
+E8M0_BORDER = 7 / 6  # relative to a power of two; above it the next: a group's largest weight is 3.5 to 7 scales
 
 # Range factors that the search tries. 1.0 comes first: a group without any importance keeps it. Factors above 1 pay
 # for symmetric grids, whose positive side ends at 7/7.5 of the largest weight.
 SHRINK_FACTORS = (1.0, *(1.1 - 0.5 * i / 19 for i in range(20)))
 SIDE_FACTORS = tuple(1.0 - 0.05 * i for i in range(1, 7))  # then one end of an asymmetric range alone
+FP4_FACTORS = (1.0, *(1.6 - 0.8 * i / 19 for i in range(20)))  # up to where the largest weight becomes 4 instead of 6
+E8M0_FACTORS = (1.0, 0.5, 2.0)
 CPU_CHUNK = 1 << 18  # elements worked on at a time: stays in the cache of a CPU core
 GPU_CHUNK = 1 << 26
 MIN_CHUNK_ROWS = 256
@@ -42,8 +52,8 @@ class Grid(NamedTuple):
     """Scale and zero point per group; the zero of a symmetric scheme is its middle code.
 
     Attributes:
-        scale: float32 ``[..., G]``, exact in bfloat16 and float16, never zero.
-        zero: float32 ``[..., G]``, whole numbers in ``0 .. 2**bits - 1``.
+        scale: float32 ``[..., G]``, never zero; see `round_scale`.
+        zero: float32 ``[..., G]``, whole numbers in ``0 .. 2**bits - 1``; 0 for floats.
     """
 
     scale: Tensor
@@ -67,13 +77,20 @@ def check_finite(tensor: Tensor, name: str) -> None:
         )
 
 
-def round_scale(scale: Tensor) -> Tensor:
-    """Rounds scales to numbers that bfloat16 and float16 both hold exactly.
+def round_scale(scale: Tensor, scheme: Scheme | None = None) -> Tensor:
+    """Rounds scales to numbers that the scheme's format holds exactly.
 
-    First to bfloat16, then to float16: the second step only drops low bits (float16 subnormals), so the result
-    still fits bfloat16. The sign is kept; magnitudes under 2^-24 become 2^-24. Overflow becomes infinity, which
-    `check_scale` reports.
+    Plain scales (``scheme`` None): to numbers that bfloat16 and float16 both hold, first to bfloat16, then to float16:
+    the second step only drops low bits (float16 subnormals), so the result still fits bfloat16. The sign is kept;
+    magnitudes under 2^-24 become 2^-24. Overflow becomes infinity, which `check_scale` reports.
+
+    ``e4m3``: the nearest positive float8, 448 at most. ``e8m0``: a power of two.
     """
+    if scheme is not None and scheme.scale_format == "e4m3":
+        return scale.clamp(MIN_E4M3, MAX_E4M3).to(torch.float8_e4m3fn).float()
+    if scheme is not None and scheme.scale_format == "e8m0":
+        mantissa, exponent = torch.frexp(scale.clamp(MIN_SCALE, MAX_SCALE))  # mantissa in [0.5, 1)
+        return torch.ldexp(torch.ones_like(scale), exponent - (2 * mantissa <= E8M0_BORDER).to(exponent.dtype))
     magnitude = scale.abs().bfloat16().half().float().clamp_min(MIN_SCALE)
     return torch.where(scale < 0, -magnitude, magnitude)
 
@@ -110,6 +127,10 @@ def range_of(w_NGg: Tensor) -> Range:
 
 def grid_of_range(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
     """The grid that covers ``low <= 0 <= high`` (any shape, float32). A range of zero width gets scale 1."""
+    if scheme.kind == "float":
+        scale = torch.maximum(-low, high) / e2m1.MAX
+        scale = torch.where(scale == 0, 1.0, round_scale(scale, scheme))
+        return Grid(scale, torch.zeros_like(scale))
     if scheme.symmetric:
         scale = torch.maximum(-low, high) / (scheme.max_code / 2)
         scale = torch.where(scale == 0, 1.0, round_scale(scale))
@@ -124,11 +145,20 @@ def grid_of_range(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
 
 def encode(w: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     """Nearest codes as whole float32 numbers in ``0 .. 2**bits - 1``; ``scale`` and ``zero`` broadcast."""
+    if scheme.kind == "float":
+        return e2m1.encode(w.div(scale))
     return w.div(scale).round_().add_(zero).clamp_(0, scheme.max_code)
+
+
+def decode(codes: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """What codes (whole float32 numbers) multiply their scale by, a new tensor."""
+    return e2m1.decode(codes) if scheme.kind == "float" else codes - zero
 
 
 def quantize_dequantize(w: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     """What a reader gets back after `encode`."""
+    if scheme.kind == "float":
+        return e2m1.nearest(w.div(scale)).mul_(scale)
     return encode(w, scale, zero, scheme).sub_(zero).mul_(scale)
 
 
@@ -165,7 +195,8 @@ def search_grid_by(w_NGg: Tensor, scheme: Scheme, loss: Callable[[Tensor], Tenso
 def _search_rows(w_NGg: Tensor, scheme: Scheme, loss_of: Callable[[Tensor], Tensor], signed: bool) -> Grid:
     low, high = range_of(w_NGg)
     # The end of the range that is farther from zero is given the extra (negative) code.
-    sign = torch.where(high > -low, -1.0, 1.0) if scheme.symmetric and signed else None
+    has_sign = signed and scheme.symmetric and scheme.kind == "int"
+    sign = torch.where(high > -low, -1.0, 1.0) if has_sign else None
     best = grid_of_range(low, high, scheme)
     best_low, best_high = low, high
     loss = loss_of(_grid_error(w_NGg, best, scheme))
@@ -181,7 +212,7 @@ def _search_rows(w_NGg: Tensor, scheme: Scheme, loss_of: Callable[[Tensor], Tens
         best_low, best_high = torch.where(better, new_low, best_low), torch.where(better, new_high, best_high)
         loss = torch.where(better, new_loss, loss)
 
-    for factor in SHRINK_FACTORS:
+    for factor in factors_of(scheme):
         consider(low * factor, high * factor)
     if not scheme.symmetric:
         base_low, base_high = best_low, best_high
@@ -189,6 +220,13 @@ def _search_rows(w_NGg: Tensor, scheme: Scheme, loss_of: Callable[[Tensor], Tens
             consider(base_low * factor, base_high)
             consider(base_low, base_high * factor)
     return best
+
+
+def factors_of(scheme: Scheme) -> tuple[float, ...]:
+    """What the search multiplies ranges by."""
+    if not scheme.is_fp4:
+        return SHRINK_FACTORS
+    return E8M0_FACTORS if scheme.scale_format == "e8m0" else FP4_FACTORS
 
 
 def _grid_error(w_NGg: Tensor, grid: Grid, scheme: Scheme) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qconv.errors import SchemeError
+from qconv.quantize.fp4_inputs import fake_quantize_fp4
 from qconv.quantize.fp8 import fake_quantize_per_token as fake_quantize_to_fp8
 from qconv.quantize.grid import check_finite
 from qconv.quantize.rtn import rtn
@@ -76,11 +77,17 @@ def fake_quantize_per_token(x: Tensor, name: str = "activation") -> Tensor:
 def fake_quantize_inputs(x: Tensor, scheme: Scheme, name: str = "activation") -> Tensor:
     """What an engine's matmul sees of its input beside weights of ``scheme``: see the functions for each kind.
 
+    Not where a scale of the inputs is stored.
+
     Raises:
         NumericsError: NaN or infinity in the input.
     """
     if not scheme.dynamic_activations:
         return x
+    if scheme.float8_activations:
+        return fake_quantize_to_fp8(x, name)
+    if scheme.is_fp4:
+        return fake_quantize_fp4(x, scheme, name=name)
     if scheme.kind == "int":
         return fake_quantize_per_token(x, name)
     return fake_quantize_to_fp8(x, name, scheme.group_size)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconv.quantize.grid import Grid, groups_of, round_scale, ungroup
+from qconv.quantize.grid import Grid, decode, groups_of, round_scale, ungroup
 from qconv.quantize.precision import tf32
 from qconv.quantize.sweep import Kernels
 from qconv.types import Scheme
@@ -53,8 +53,9 @@ def refit_scales(
 ) -> Grid:
     """Least squares scales for fixed codes: per row, the normal equations ``(C^T H C) ds = C^T H e`` over its groups.
 
-    ``C`` holds the row's centred codes, one column per group; ds is added to the scales, which are rounded again.
-    A row keeps its old scales where the rounded new ones are no better: by ``ds (C^T H C) ds - 2 ds C^T H e < 0``.
+    ``C`` holds the row's centred codes (of floats their numbers), one column per group; ds is added to the scales,
+    which are rounded again. A row keeps its old scales where the rounded new ones are no better: by
+    ``ds (C^T H C) ds - 2 ds C^T H e < 0``.
     """
     num_columns = w_NK.shape[1]
     num_groups = grid.scale.shape[1]
@@ -64,7 +65,7 @@ def refit_scales(
     for start in range(0, len(w_NK), step):
         rows = slice(start, start + step)
         old = Grid(grid.scale[rows], grid.zero[rows])
-        centred_NGg = groups_of(codes_NK[rows].float(), scheme.group_size) - old.zero.unsqueeze(-1)
+        centred_NGg = decode(groups_of(codes_NK[rows].float(), scheme.group_size), old.zero.unsqueeze(-1), scheme)
         error_NK = w_NK[rows] - ungroup(centred_NGg * old.scale.unsqueeze(-1), num_columns)
         centred_NK = ungroup(centred_NGg, num_columns)
         del centred_NGg
@@ -75,7 +76,8 @@ def refit_scales(
         del pull_NK
         normal_NGG = kernels.normal_equations(centred_NK, gram_KK, shift, scheme)
         del centred_NK
-        new_scale = torch.where(_is_unused(normal_NGG), old.scale, round_scale(old.scale + _solve(normal_NGG, rhs_NG)))
+        new_scale = round_scale(old.scale + _solve(normal_NGG, rhs_NG), scheme)
+        new_scale = torch.where(_is_unused(normal_NGG), old.scale, new_scale)
         change_NG = new_scale - old.scale
         gain_N = (change_NG * (2 * rhs_NG - torch.einsum("ngh,nh->ng", normal_NGG, change_NG))).sum(1)
         scales.append(torch.where((gain_N > 0).unsqueeze(1), new_scale, old.scale))
@@ -98,4 +100,5 @@ def _solve(normal_NGG: Tensor, rhs_NG: Tensor) -> Tensor:
 def _dequantize(codes_NK: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     codes_NGg = groups_of(codes_NK.float(), scheme.group_size)
     # Padding dequantizes to some number, which `ungroup` drops.
-    return ungroup((codes_NGg - grid.zero.unsqueeze(-1)).mul_(grid.scale.unsqueeze(-1)), codes_NK.shape[1])
+    centred_NGg = decode(codes_NGg, grid.zero.unsqueeze(-1), scheme)
+    return ungroup(centred_NGg.mul_(grid.scale.unsqueeze(-1)), codes_NK.shape[1])

@@ -45,7 +45,7 @@ def rtn(
     """Round-to-nearest codes of a weight ``[N, K]`` (float32).
 
     Args:
-        scheme: an integer scheme.
+        scheme: of integers, or of 4-bit floats.
         name: the weight, for messages.
         mse: search each group's grid for the smallest squared error instead of covering its range.
         column_importance_K: ``[K]`` non-negative weights of that squared error; needs ``mse``.
@@ -54,9 +54,9 @@ def rtn(
 
     Raises:
         NumericsError: NaN or infinity in the weights, or weights too large for a float16 scale.
-        SchemeError: a float scheme.
+        SchemeError: a float8 scheme.
     """
-    check_integer(scheme, name)
+    check_grid(scheme, name)
     check_finite(w_NK, name)
     if mse and grid is not None:
         raise ValueError("a grid is searched (mse) or given (grid), not both")
@@ -91,7 +91,9 @@ def as_linear(codes_NK: Tensor, grid: Grid, scheme: Scheme) -> QuantizedLinear:
     )
 
 
-def check_integer(scheme: Scheme, name: str) -> None:
-    """Raises SchemeError unless the scheme has integer codes."""
-    if scheme.kind != "int":
-        raise SchemeError(f"{name}: expected an integer scheme, got {scheme.kind!r}; use the fp8 algorithm for it")
+def check_grid(scheme: Scheme, name: str) -> None:
+    """Raises SchemeError unless the scheme has integer codes, or 4-bit floats."""
+    if scheme.kind != "int" and not scheme.is_fp4:
+        raise SchemeError(
+            f"{name}: expected integers or 4-bit floats, got {scheme.kind!r}; use the fp8 algorithm for it"
+        )

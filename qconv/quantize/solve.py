@@ -21,10 +21,13 @@ from qconv.quantization_config import QuantizationConfig
 from qconv.quantize import int8
 from qconv.quantize.awq import search_block_grid
 from qconv.quantize.fold_block import Statistics
+from qconv.quantize.fp4_inputs import input_global_scales
 from qconv.quantize.fp8 import quantize_per_block, quantize_per_channel
 from qconv.quantize.fp8_static import choose_input_scale, quantize_per_tensor
+from qconv.quantize.global_scale import divided, global_scales
 from qconv.quantize.gptq import DAMPING, gptq
 from qconv.quantize.rtn import rtn
+from qconv.quantize.sample import InputSample
 from qconv.types import QuantizedLinear, Scheme
 
 FP8_CANDIDATES = 16  # scales tried per channel: 8% less KL on SmolLM2-135M than the largest magnitude alone
@@ -46,6 +49,34 @@ def solve(
     Raises:
         NumericsError: NaN or infinity, or a Gram matrix that no damping makes positive definite.
     """
+    if not scheme.has_global_scale:
+        return _solve(weights, statistics, where, config, scheme, counts, progress)
+    order = list(weights)
+    scales = global_scales(weights, where)
+    input_scales = {}
+    if scheme.stores_input_scale:
+        input_scales = input_global_scales({name: _sample_of(statistics, name, where) for name in order})
+    multiplied = {name: weights.pop(name) * scales[name] for name in order}  # exact: powers of two
+    found = _solve(multiplied, statistics, where, config, scheme, counts, progress)
+    return {name: divided(found.pop(name), scales[name], input_scales.get(name)) for name in order}
+
+
+def _sample_of(statistics: Mapping[str, Statistics], name: str, where: str) -> InputSample:
+    sample = statistics[name].sample
+    if sample is None:
+        raise ValueError(f"{where}{name}: no tokens of the inputs were gathered")
+    return sample
+
+
+def _solve(
+    weights: dict[str, Tensor],
+    statistics: dict[str, Statistics],
+    where: str,
+    config: QuantizationConfig,
+    scheme: Scheme,
+    counts: Counter[str],
+    progress: Progress,
+) -> dict[str, QuantizedLinear]:
     match config.resolved_algorithm:
         case "fp8" if scheme.static_activations:
             return _static_fp8(weights, statistics, where, scheme)
@@ -60,7 +91,8 @@ def solve(
         case "int8" | "smoothquant":
             return {name: int8.quantize_per_channel(weights.pop(name), scheme, where + name) for name in list(weights)}
         case "rtn":
-            return {name: rtn(weights.pop(name), scheme, where + name) for name in list(weights)}
+            # 4-bit floats have no range that all writers agree on: their scales are always searched.
+            return {name: rtn(weights.pop(name), scheme, where + name, mse=scheme.is_fp4) for name in list(weights)}
         case "awq":
             return {
                 name: _clipped(weights.pop(name), statistics.pop(name), where + name, scheme) for name in list(weights)
@@ -77,10 +109,9 @@ def _static_fp8(
     result: dict[str, QuantizedLinear] = {}
     for names in _sharing(statistics, order):
         label = where + " + ".join(names)
-        sample, *_ = [statistics.pop(name).sample for name in names]
-        if sample is None:
-            raise ValueError(f"{label}: no tokens of the inputs were gathered")
-        input_scale = choose_input_scale(sample)
+        input_scale = choose_input_scale(_sample_of(statistics, names[0], where))
+        for name in names:
+            del statistics[name]
         linears = quantize_per_tensor(
             [weights.pop(name) for name in names], input_scale, scheme, label, num_candidates=FP8_CANDIDATES
         )
@@ -97,7 +128,8 @@ def _sharing(statistics: Mapping[str, Statistics], names: Iterable[str]) -> Coll
 
 
 def _clipped(w_NK: Tensor, statistics: Statistics, name: str, scheme: Scheme) -> QuantizedLinear:
-    return rtn(w_NK, scheme, name, grid=search_block_grid(w_NK, _gram_of(statistics, name), scheme))
+    signed = not scheme.dynamic_activations
+    return rtn(w_NK, scheme, name, grid=search_block_grid(w_NK, _gram_of(statistics, name), scheme, signed))
 
 
 def _gram_of(statistics: Statistics, name: str) -> Tensor:
@@ -134,6 +166,8 @@ def _gptq(
         progress.detail(
             f"{label}: relative output error {solved.stats.relative_error:.2e}, damping {solved.stats.damping:g}"
         )
+        if scheme.is_fp4 and stacked_NK.is_cuda:
+            counts["4-bit float solves without fused kernels"] += 1
         counts["gptq solves with damping raised"] += solved.stats.attempts > 1
         counts["dead input channels"] += solved.stats.dead_columns
         result |= dict(zip(names, split_rows(linear, rows), strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qconv.quantize import fused, grid
-from qconv.quantize.grid import Grid, encode, groups_of
+from qconv.quantize.grid import Grid, decode, encode, groups_of
 from qconv.triton_support import available
 from qconv.types import Scheme
 
@@ -24,7 +24,7 @@ class Kernels:
     """What computes the inner loops.
 
     Attributes:
-        is_fused: Triton kernels where they fit, and TF32 in the products between blocks.
+        is_fused: Triton kernels where they fit (of integer codes), and TF32 in the products between blocks.
     """
 
     is_fused: bool
@@ -46,18 +46,18 @@ class Kernels:
     ) -> Tensor:
         """See `sweep`."""
         arguments = (start_KN, pull_KN, coupling_KK, power_K, group_K, grid_GN.scale, grid_GN.zero, scheme)
-        return fused.sweep(*arguments, tf32=True) if self.is_fused else sweep(*arguments)
+        return fused.sweep(*arguments, tf32=True) if self.is_fused and scheme.kind == "int" else sweep(*arguments)
 
     def search_grid(self, w_NK: Tensor, scheme: Scheme, importance_K: Tensor, signed: bool) -> Grid:
         """`grid.search_grid` on the columns of a weight ``[N, K]``."""
-        if self.is_fused and fused.fits(w_NK, scheme, with_gram=False):
+        if self.is_fused and scheme.kind == "int" and fused.fits(w_NK, scheme, with_gram=False):
             return fused.search_grid(w_NK, scheme, importance_K=importance_K, signed=signed)
         importance_Gg = groups_of(importance_K, scheme.group_size)
         return grid.search_grid(groups_of(w_NK, scheme.group_size), scheme, importance_Gg, signed)
 
     def normal_equations(self, centred_NK: Tensor, gram_KK: Tensor, shift: Tensor, scheme: Scheme) -> Tensor:
         """See `normal_equations`."""
-        if self.is_fused and fused.fits(centred_NK, scheme):
+        if self.is_fused and scheme.kind == "int" and fused.fits(centred_NK, scheme):
             whole_NK = centred_NK.to(torch.int8 if scheme.bits < 8 else torch.int16)
             return fused.normal_equations(whole_NK, gram_KK, shift, scheme.group_size)
         return normal_equations(centred_NK, gram_KK, shift, scheme)
@@ -101,7 +101,7 @@ def sweep(
             pull_N = torch.addmv(pull_KN[k], error_BN[: k - start].t(), coupling_KK[start:k, k])
             code_N = encode(pull_N.div_(power[k]).add_(start_KN[k]), scale_N, zero_N, scheme)
             codes_KN[k] = code_N
-            error_BN[k - start] = start_KN[k] - (code_N - zero_N) * scale_N
+            error_BN[k - start] = start_KN[k] - decode(code_N, zero_N, scheme) * scale_N
         pull_KN[end:].addmm_(coupling_KK[start:end, end:].t(), error_BN)
     return codes_KN
 

@@ -24,6 +24,12 @@ _FORMATS = {
     "fp8": ("compressed-tensors float-quantized (FP8)", "compressed-tensors"),
     "fp8-block": ("FP8 with 128 x 128 blocks (DeepSeek-V3 layout)", ""),
     "nf4": ("bitsandbytes NF4 with double quantization", "bitsandbytes"),
+    "w4a8": ("compressed-tensors pack-quantized (INT8 activations)", "compressed-tensors"),
+    "w4a8-fp8": ("compressed-tensors pack-quantized (FP8 activations)", "compressed-tensors"),
+    "nvfp4": ("compressed-tensors nvfp4-pack-quantized", "compressed-tensors"),
+    "mxfp4": ("compressed-tensors mxfp4-pack-quantized", "compressed-tensors"),
+    "nvfp4a16": ("compressed-tensors nvfp4-pack-quantized (weights)", "compressed-tensors"),
+    "mxfp4a16": ("compressed-tensors mxfp4-pack-quantized (weights)", "compressed-tensors"),
     "int8": ("compressed-tensors int-quantized (W8A8 INT8)", "compressed-tensors"),
 }
 

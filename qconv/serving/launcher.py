@@ -34,6 +34,8 @@ def _old_layouts(served: Served) -> str | None:
         )
     if len(served.layouts) > 1:
         return "it loads one layout for all linears; " + instead("w4a16", served)
+    if any(s.is_fp4 or (s.bits == 4 and s.rounds_activations) for s in served.schemes):
+        return "it loads no 4-bit floats, and none of 4-bit weights beside rounded inputs; " + instead("w4a16", served)
     if served.layout.startswith("bnb-"):
         return "it quantizes 16-bit weights with bitsandbytes itself and reads none that are; decode with " + (
             "qconv convert --to bf16, or " + instead("awq", served)

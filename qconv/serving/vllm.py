@@ -12,6 +12,11 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def refusal(served: Served) -> str | None:
+    odd_groups = {s.group_size for s in served.schemes if s.float8_activations and s.group_size != 128}
+    if odd_groups:
+        return f"it takes 4-bit weights beside float8 inputs in groups of 128, not {odd_groups}; " + instead(
+            "w4a8, or w4a16", served
+        )
     for layout in served.layouts:
         if layout.startswith("bnb-"):
             return (
@@ -41,7 +46,9 @@ def notes(served: Served) -> list[str]:
     found = []
     if any(s.kind == "int" and s.bits == 8 and not s.symmetric for s in served.schemes):
         found.append("its Marlin kernels take zero points with 4 bits only; 8-bit ones need another kernel")
-    if any(s.kind == "float" for s in served.schemes):
+    if any(s.is_fp4 or (s.bits == 4 and s.rounds_activations) for s in served.schemes):
+        found.append("its CPU build has no kernel for these weights; nobody ran its GPU kernels here")
+    if any(s.kind == "float" and s.bits == 8 for s in served.schemes):
         found.append("GPUs before Ada (compute capability 8.9) have no float8: weights are then decoded to 16 bits")
     if "pack-quantized" in served.layouts and served.odd_bits is not None:
         found.append(

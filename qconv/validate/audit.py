@@ -237,7 +237,7 @@ class WeightAudit:
             values = self.candidate.read(name, device)
             return Stored(plain=_matrix(values), quantized=None, nearest_is_known=False), None, 4
         quantized = self.candidate.read_quantized(module, device)
-        bits = quantized.scheme.bits if quantized.scheme.kind == "int" else None
+        bits = quantized.scheme.bits if quantized.scheme.kind == "int" or quantized.scheme.is_fp4 else None
         return Stored(plain=None, quantized=quantized), None, bits
 
     def _base_of(self, own: str, device: str) -> Tensor | None:

@@ -13,7 +13,8 @@ dequantized weights GPTQ -1.12 to -0.18, asymmetric GPTQ -0.76 to 0.08, round to
 because values that share a level also share their place on the candidate's grid).
 
 The outermost three levels of each side are left out: there the candidate's grid clips, and errors grow for that
-reason. Left out: weights with scales folded into them, float8 (its error grows with the weight), other grids.
+reason. Left out: weights with scales folded into them, float8 and 4-bit floats (their errors grow with the weight),
+other grids.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qconv import e2m1
 from qconv.types import QuantizedLinear
 
 LEVEL_BLOCK, NUM_LEVELS = 64, 16
@@ -47,7 +48,7 @@ class Stored:
             assert self.plain is not None
             return torch.isfinite(self.plain.float() if self.plain.dtype.itemsize == 1 else self.plain).all()
         are_finite = torch.isfinite(self.quantized.scales_NG).all()
-        if self.quantized.scheme.kind == "float":
+        if self.quantized.scheme.kind == "float" and not self.quantized.scheme.is_fp4:
             are_finite = are_finite & torch.isfinite(self.quantized.codes_NK.float()).all()
         return are_finite
 
@@ -59,6 +60,8 @@ class Stored:
         part = self.quantized.rows(rows)
         scale = _spread(part.scales_NG, part, w_nK.shape[1])
         scale = torch.where(scale == 0, 1.0, scale)
+        if part.scheme.is_fp4:
+            return e2m1.nearest(w_nK / scale).mul_(scale)
         if part.scheme.kind == "float":
             limit = torch.finfo(torch.float8_e4m3fn).max
             return (w_nK / scale).clamp_(-limit, limit).to(torch.float8_e4m3fn).float().mul_(scale)
