@@ -16,7 +16,7 @@ from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidateJob,
 from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
 from qconv.overrides import parse_override
 from qconv.progress import Progress
-from qconv.quantization_config import QuantizationConfig
+from qconv.quantization_config import QuantizationConfig, parse_budget, parse_widths
 from qconv.side_files import is_adapter
 from qconv.targets import GGUF_TARGETS, TARGETS, gguf_file_name
 from qconv.training_config import TrainConfig
@@ -33,7 +33,7 @@ def merge_job(
     elif _given(options):
         raise errors.UsageError(
             "--algorithm, --bits, --group-size, --sym/--asym, --activations, --damping, --desc-act, --ignore, "
-            "--override and --lm-head belong to --requant"
+            "--override, --budget, --budget-bits and --lm-head belong to --requant"
         )
     return MergeJob(
         base=base,
@@ -131,6 +131,11 @@ def _given(options: dict[str, Any]) -> list[_Given]:
     found += [_Given(name, True, f"--{name.replace('_', '-')}") for name in ("desc_act", "lm_head") if options[name]]
     found += [_Given("ignore", (text,), f"--ignore {text!r}") for text in options["ignore"]]
     found += [_Given("overrides", (parse_override(text),), f"--override {text!r}") for text in options["overrides"]]
+    if options["budget"] is not None:
+        found.append(_Given("budget", parse_budget(options["budget"]), f"--budget {options['budget']}"))
+    if options["budget_bits"] is not None:
+        widths = parse_widths(options["budget_bits"])
+        found.append(_Given("budget_bits", widths, f"--budget-bits {options['budget_bits']}"))
     return found
 
 

@@ -158,6 +158,13 @@ quantize_options = options(
         "Repeatable; the first that matches a linear counts.",
     ),
     click.option(
+        "--budget",
+        metavar="Nbpw",
+        help="gptq, gptq_v2, w4a16, w8a16: bits per weight, such as 4.5bpw, scales included; the bits of each linear "
+        "are chosen by what they are measured to cost.",
+    ),
+    click.option("--budget-bits", metavar="N,N", help="Widths that --budget chooses from [default: 4,8]"),
+    click.option(
         "--lm-head", is_flag=True, help="gptq, gptq_v2, w4a16, w8a16: quantize the output head too, unless it is tied."
     ),
     click.option(

@@ -142,7 +142,7 @@ class OutputConfig:
 
     @property
     def is_calibrated(self) -> bool:
-        return self.quantization is not None and self.quantization.needs_calibration
+        return self.quantization is not None and self.quantization.needs_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,9 @@ from qconv.layout import BNB_FORMATS, Layout, block_number, config_dtype, in_ord
 from qconv.plan import Plan
 from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.memory import LIBRARIES, MemoryPlan, ModelShape, free_memory, plan_memory
+from qconv.sensitivity import split_rows
 from qconv.side_files import side_files, tokenizer_folder
+from qconv.size_budget import together
 from qconv.streaming import StreamedModel
 from qconv.types import Checkpoint, TensorSpec
 from qconv.writer import json_text, rooms_of
@@ -125,13 +127,16 @@ def estimate_merge(
 def _fitted(making: _Making, stage: Stage, problems: list[str]) -> Stage:
     """A stage with its GPU plan; why there is none goes to ``problems``."""
     plan = making.plan
-    if stage.name != "quantize" or not making.on_gpu or plan.calibration is None:
+    what = stage.name.partition(" ")[0]
+    if what not in ("quantize", "measure") or not making.on_gpu or plan.calibration is None:
         return stage
     try:
         found = _gpu_plan(making)
     except CapacityError as error:
         problems.append(str(error))
         return stage
+    if what == "measure":  # its plan leaves room for the blocks beside it
+        return replace(stage, gpu=quantizing_on_gpu(found))
     host = {"quantize": {**moving(making.sources, stage.writes, len(_in_blocks(making)), True)}}
     host["quantize"]["activations of the calibration, page-locked"] = found.host_bytes
     return replace(stage, gpu=quantizing_on_gpu(found), host=host)
@@ -155,6 +160,9 @@ def _making_stages(making: _Making) -> Iterator[Stage]:
     job, plan = making.job, making.plan
     pairs = list(zip(job.outputs, plan.layouts, strict=True))
     in_blocks = [(output, layout) for output, layout in pairs if layout.scheme is not None]
+    for output, layout in in_blocks:
+        if output.quantization is not None and output.quantization.budget is not None:
+            yield _measure_stage(making, output, layout)
     if in_blocks:
         yield _quantize_stage(making, in_blocks)
     for output, layout in pairs:
@@ -202,6 +210,33 @@ def _quantize_stage(making: _Making, pairs: Sequence[tuple[OutputConfig, Layout]
         host={name: {**through, **terms} for name, terms in host.items()},
         gpu=gpu,
         units=units,
+    )
+
+
+def _measure_stage(making: _Making, output: OutputConfig, layout: Layout) -> Stage:
+    """What each linear costs, for a budget: one more pass of quantizing, and blocks in float32 beside it."""
+    quantizing_it = _quantize_stage(making, [(output, layout)])
+    assert making.plan.calibration is not None
+    _, compared_BS = split_rows(making.plan.calibration)
+    num_units = len(together([name.removesuffix(".weight") for name in layout.quantized]))
+    parameters, _, _, linears = _largest_block(making)
+    weights, hidden = sum(n * k for n, k in linears.values()), _shape(making).hidden_size
+    vocabulary = int(making.merged.config.get("vocab_size", 0))
+    tokens = compared_BS.numel()
+    # A swapped unit runs through half of the blocks on average, and then through the head.
+    forward = tokens * num_units * (2.0 * weights / 2 + 2.0 * hidden * vocabulary)
+    own = {
+        "swapped hidden states": 4 * tokens * hidden * num_units,
+        "block in float32": 4 * parameters,
+        "logits": 3 * 4 * compared_BS.shape[1] * vocabulary,
+    }
+    units = {**quantizing_it.units, "write": 0.0}
+    return replace(
+        quantizing_it,
+        name=f"measure{_of(making.job, output)}",
+        writes=0,
+        host={name: {**terms, **own} for name, terms in quantizing_it.host.items()},
+        units={**units, "forward": units.get("forward", 0.0) + forward},
     )
 
 

@@ -19,9 +19,10 @@ from qconv.gguf import GgufPlan, plan_gguf
 from qconv.plain_tensors import is_plain_float
 from qconv.quantization_config import QuantizationConfig
 from qconv.selection import chosen_linears, kept_linears, schemes_of
+from qconv.size_budget import before_measuring, meta_quantized
 from qconv.skeleton import other_linears
 from qconv.targets import TARGETS
-from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
+from qconv.types import Checkpoint, Scheme, TensorSpec
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A dtype under its old name, the source's quantization, and code files that do not travel.
@@ -89,6 +90,7 @@ def plan_layout(
 
     Raises:
         SchemeError: the scheme fits not every linear; names the first and the sizes that would fit.
+        UsageError: a budget that is out of reach, or a pattern that matches nothing.
     """
     storage = PLAIN[dtype] if dtype else config_dtype(view.config)
     config = {key: value for key, value in view.config.items() if key not in _DROPPED}
@@ -133,6 +135,8 @@ def _plan_quantized(
             default, schemes = schemes_of(view, linears, quantization)
         return _plan_gguf(view, target.gguf_kind, linears, storage, config, default, schemes)
     format_ = FORMATS[target.format]
+    if quantization.budget is not None:
+        quantization = before_measuring(view, linears, quantization, format_, storage)
     if not quantization.keeps_codes:
         default, schemes = schemes_of(view, linears, quantization)
     for scheme in dict.fromkeys(schemes.values()):
@@ -141,7 +145,7 @@ def _plan_quantized(
     def packed(module: str, n: int, k: int) -> Mapping[str, Tensor]:
         scheme = schemes[f"{module}.weight"]
         format_.check_shapes(module, n, k, scheme)
-        return format_.pack(_meta_linear(n, k, scheme, quantization.desc_act), module, storage)
+        return format_.pack(meta_quantized(n, k, scheme, quantization.desc_act), module, storage)
 
     config["quantization_config"] = mixed_config(
         format_,
@@ -238,17 +242,3 @@ def _specs(
 def _stored_spec(spec: TensorSpec, storage: torch.dtype) -> TensorSpec:
     dtype = storage if is_plain_float(spec.dtype) else spec.dtype
     return TensorSpec(name=spec.name, shape=spec.shape, dtype=dtype)
-
-
-def _meta_linear(n: int, k: int, scheme: Scheme, desc_act: bool) -> QuantizedLinear:
-    scales_shape = scheme.scales_shape(n, k)
-    code_dtype = torch.float8_e4m3fn if scheme.kind == "float" and scheme.bits == 8 else torch.uint8
-    return QuantizedLinear(
-        codes_NK=torch.empty(n, k, dtype=code_dtype, device="meta"),
-        scales_NG=torch.empty(scales_shape, device="meta"),
-        zeros_NG=None if scheme.symmetric else torch.empty(scales_shape, dtype=torch.uint8, device="meta"),
-        group_index_K=torch.empty(k, dtype=torch.int32, device="meta") if desc_act else None,
-        scheme=scheme,
-        input_scale=torch.empty(1, device="meta") if scheme.stores_input_scale else None,
-        global_scale=torch.empty(1, device="meta") if scheme.has_global_scale else None,
-    )

@@ -35,6 +35,7 @@ from qconv.side_files import side_files
 from qconv.streaming import StreamedModel
 from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint, QuantizedLinear
+from qconv.width_choice import with_widths
 from qconv.writer import CheckpointWriter
 
 
@@ -62,6 +63,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
     """
     device = resolve_device(job.device)
     job, sweep = with_rank(job, device, progress)
+    job, choices = with_widths(job, device, progress)
     with TIMELINE.stage("prepare"):
         plan = make_plan(job, progress)
         for line in [*plan.warnings, *estimate_merge(job, plan, device, "").check()]:
@@ -96,7 +98,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
         write_tensors(makings, merged, blocks, progress, device)
         losses = _losses(job, reference, device, progress)
         documents = []
-        for making in makings:
+        for number, making in enumerate(makings):
             writer, output = making.writer, making.output
             writer.finish_tensors()
             digests.add("candidate", writer.partial, writer.digests)
@@ -108,6 +110,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             if making.zero_moves.groups:
                 facts["zero points"] = making.zero_moves.facts()
                 progress.say(f"{output.out}: {making.zero_moves.line()}")
+            if number in choices:
+                facts["budget"] = choices[number].facts()
             if combined:
                 facts["combination"] = combined
             if sweep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,6 +15,8 @@ from qconv.types import Scheme
 Folding = Literal["awq", "smoothquant"]
 Statistic = Literal["gram", "mean_abs", "sample"]
 GROUP_SIZES = (128, 64, 32)
+WIDTHS = (4, 8)
+"""That every reader of formats with several schemes takes; what a budget chooses from unless told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,9 @@ class QuantizationConfig:
         ignore: linears that stay unquantized: patterns of module names, as in ``overrides``.
         lm_head: quantize the output head too, by round-to-nearest on a searched grid.
         overrides: other settings for some linears; the first that matches one counts.
+        budget: bits per weight that the quantized linears may take on disk, scales included; the width of each is then
+            chosen by what it is measured to cost. What ``overrides`` are about keeps its settings.
+        budget_bits: widths to choose from; empty = 4 and 8.
     """
 
     target: str
@@ -48,6 +54,8 @@ class QuantizationConfig:
     ignore: tuple[str, ...] = ()
     lm_head: bool = False
     overrides: tuple[OverrideConfig, ...] = ()
+    budget: float | None = None
+    budget_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -78,6 +86,7 @@ class QuantizationConfig:
         for pattern in self.ignore:
             check_pattern(pattern)
         self._check_mixture()
+        self._check_budget()
 
     def _check_damping(self) -> None:
         if self.damping is None:
@@ -98,6 +107,7 @@ class QuantizationConfig:
             "--sym/--asym": self.symmetric is not None,
             "--ignore": self.ignore,
             "--override": self.overrides,
+            "--budget": self.budget,
             "--lm-head": self.lm_head,
         }
         if self.keeps_codes and any(given.values()):
@@ -131,6 +141,30 @@ class QuantizationConfig:
                     f"{' or '.join(map(str, target.mixed_bits))}, got {override.bits}"
                 )
 
+    def _check_budget(self) -> None:
+        if self.budget is None:
+            if self.budget_bits:
+                raise UsageError("--budget-bits are the widths that a --budget chooses from, and none is given")
+            return
+        target = TARGETS[self.target]
+        if not target.mixed_bits:
+            holding = [other.name for other in TARGETS.values() if other.mixed_bits]
+            raise UsageError(
+                f"--budget: {self.target} has one scheme for all linears; {', '.join(holding[:-1])} and {holding[-1]} "
+                "hold several"
+            )
+        if self.bits is not None:
+            raise UsageError(f"--budget chooses the bits of each linear, and --bits {self.bits} says them; drop one")
+        if not 0 < self.budget < 32:
+            raise UsageError(f"--budget is a number of bits per weight, such as 4.5bpw, got {self.budget:g}")
+        if len(set(self.widths)) < 2 or len(set(self.widths)) < len(self.widths):
+            raise UsageError(f"--budget-bits takes two widths or more, each once, got {self.budget_bits}")
+        odd = next((bits for bits in self.widths if bits not in target.mixed_bits), None)
+        if odd is not None:
+            raise UsageError(
+                f"--budget-bits: {self.target} has bits {' or '.join(map(str, target.mixed_bits))}, got {odd}"
+            )
+
     def _same_layout_with_these_bits(self) -> str:
         names = [t.name for t in TARGETS.values() if t.format == TARGETS[self.target].format and self.bits in t.bits]
         return f"; {' or '.join(names)} holds {self.bits} bits" if names else ""
@@ -138,6 +172,16 @@ class QuantizationConfig:
     @property
     def resolved_algorithm(self) -> Algorithm:
         return self.algorithm or TARGETS[self.target].algorithms[0]
+
+    @property
+    def default_bits(self) -> int:
+        """Of weights that no override is about."""
+        return self.bits or TARGETS[self.target].bits[0]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those that a budget chooses from, in ascending order."""
+        return tuple(sorted(self.budget_bits)) or WIDTHS
 
     @property
     def folding(self) -> Folding | None:
@@ -174,7 +218,13 @@ class QuantizationConfig:
 
     @property
     def needs_calibration(self) -> bool:
+        """Codes are chosen by what linears are given."""
         return bool(self.statistics)
+
+    @property
+    def needs_text(self) -> bool:
+        """Something is: codes, or the widths of a budget."""
+        return self.needs_calibration or self.budget is not None
 
     def scheme_for(self, in_features: Collection[int], location: str) -> Scheme:
         """The scheme for linears with these K.
@@ -203,7 +253,7 @@ class QuantizationConfig:
         symmetric = target.symmetric if self.symmetric is None else self.symmetric
         return Scheme(
             kind="int",
-            bits=self.bits or target.bits[0],
+            bits=self.default_bits,
             group_size=size,
             symmetric=bool(symmetric),
             activation_order=self.solves,
@@ -215,3 +265,26 @@ class QuantizationConfig:
     def min_zero(self, symmetric: bool) -> Literal[0, 1]:
         """The smallest zero point, see `Scheme`."""
         return 1 if TARGETS[self.target].format == "gptq" and not symmetric else 0
+
+
+def parse_budget(text: str) -> float:
+    """``"4.5bpw"``, or the number alone: bits per weight.
+
+    Raises:
+        UsageError: not of that form.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:bpw)?", text.strip())
+    if found is None:
+        raise UsageError(f"--budget takes bits per weight, such as 4.5bpw, got {text!r}")
+    return float(found[1])
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """``"4,5,8"``.
+
+    Raises:
+        UsageError: not of that form.
+    """
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UsageError(f"--budget-bits takes widths with commas between, such as 4,8, got {text!r}")
+    return tuple(map(int, text.split(",")))

@@ -24,6 +24,7 @@ from qconv.nodes import Node, PlaceError
 from qconv.overrides import OverrideConfig
 from qconv.quantization_config import QuantizationConfig
 from qconv.recipe_values import (
+    BUDGET,
     FOLDER,
     MODEL,
     NUMBER,
@@ -255,7 +256,9 @@ OUTPUT = _section(
     kinds={"max_shard_bytes": SIZE, "dtype": choice(PLAIN_DTYPES)},
 )
 OVERRIDE = _section(OverrideConfig, kinds={"pattern": PATTERN})
-QUANTIZATION = _section(QuantizationConfig, kinds={"target": choice(TARGETS), "ignore": PATTERN, "overrides": OVERRIDE})
+QUANTIZATION = _section(
+    QuantizationConfig, kinds={"target": choice(TARGETS), "ignore": PATTERN, "overrides": OVERRIDE, "budget": BUDGET}
+)
 VALIDATION = _section(
     ValidationConfig,
     without=("rules", "policy", "defaults", "engine"),  # gates stand at the top; only `qconv validate` has engines

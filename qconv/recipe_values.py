@@ -20,6 +20,7 @@ from qconv.config import HUB_ID, parse_size
 from qconv.mixture import split_weight
 from qconv.nodes import Node
 from qconv.overrides import check_pattern
+from qconv.quantization_config import parse_budget
 from qconv.suggest import did_you_mean, did_you_mean_path
 from qconv.text_sources import EMBEDDED, SUFFIXES
 
@@ -55,6 +56,13 @@ def _whole(node: Node) -> int:
 
 def _rank(node: Node) -> int | str:
     return "auto" if node.content == "auto" else _whole(node)
+
+
+def _budget(node: Node) -> float:
+    if isinstance(node.content, str) and node.content.endswith("bpw"):
+        with node.blamed():
+            return parse_budget(node.content)
+    return _number(node)
 
 
 def _number(node: Node) -> float:
@@ -157,6 +165,7 @@ TEXT = Kind(_text, _STRING)
 WHOLE = Kind(_whole, {"type": "integer"})
 RANK = Kind(_rank, {"type": ["integer", "string"], "pattern": "^auto$"})
 NUMBER = Kind(_number, {"type": "number"})
+BUDGET = Kind(_budget, {"type": ["number", "string"], "pattern": r"^\d+(\.\d*)?\s*bpw$"})
 SWITCH = Kind(_switch, {"type": "boolean"})
 SIZE = Kind(
     _size,

@@ -96,6 +96,22 @@ def test_bytes_are_those_of_the_real_job(
     assert document["reads_bytes"] == readings * size
 
 
+def test_a_budget_is_measured_first_and_written_nearly_full(
+    plan: Plan, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """Which linears get more bits is not known before; how many bytes there are is."""
+    words = ["merge", tiny_nf4, tiny_adapter, "--requant", "w4a16", *CALIBRATION, "-o", tmp_path / "out"]
+    code, document = plan(*words, "--no-validate", "--budget", "6bpw")
+    assert (code, [stage["stage"] for stage in document["stages"]]) == (0, ["prepare", "measure", "quantize"])
+    measure, quantize = document["stages"][1:]
+    assert (measure["writes_bytes"], measure["reads_bytes"]) == (0, quantize["reads_bytes"])
+    assert measure["host_bytes"] > quantize["host_bytes"]
+    _, four = plan(*words, "--no-validate")
+    budget, own = (stage["writes_bytes"] for stage in (quantize, four["stages"][1]))
+    num_weights = 4 * (3 * 256 * 768 + 2 * 256 * 256 + 2 * 128 * 256)
+    assert 0.95 * (6 - 4.125) / 8 * num_weights < budget - own < (6 - 4.125) / 8 * num_weights + 5000  # config.json
+
+
 def test_text_names_stages_terms_disk_and_time(
     tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +139,7 @@ def test_a_job_that_is_wrong_ends_as_the_real_one_does(
     wrong: list[list[object]] = [
         ["merge", tmp_path / "none", tiny_adapter, *out],
         ["merge", tiny_nf4, tiny_adapter, "--requant", "w4a16", "--group-size", "96", *out],
+        ["merge", tiny_nf4, tiny_adapter, "--requant", "w4a16", "--budget", "4.01bpw", *out],
         ["merge", tiny_nf4, tiny_adapter, "--trained-on", "fp4", *out],
         ["merge", tiny_nf4, tiny_adapter, "-o", tiny_nf4],
         ["merge", tiny_nf4, tiny_adapter, "--requant", "gptq", "--samples", "9999999", *out],

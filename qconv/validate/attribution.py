@@ -16,7 +16,7 @@ Dimension legend: B = rows, S = tokens per row, H = hidden size, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,7 @@ from qconv.experts import EXPERTS, RUNNING, expert_of
 from qconv.progress import QUIET, Progress
 from qconv.skeleton import block_linears
 from qconv.streaming import BlockModel
-from qconv.validate.distribution import Distribution
-from qconv.validate.logit_chunks import position_chunks
+from qconv.validate.divergences import divergences
 
 TOP_BLOCKS = 3  # whose linears are measured one by one
 _FOLDED = 2**-7  # relative difference of a norm's weight that no rounding to bfloat16 explains
@@ -160,31 +159,12 @@ class _Swaps:
 
     def _costs(self, plain_BSH: Tensor, streams: Mapping[str, Tensor], own_BSH: Tensor | None) -> dict[str, float]:
         head = self.reference.head()
-        costs = {name: self._kl(plain_BSH, head, h_BSH.to(plain_BSH.dtype), head) for name, h_BSH in streams.items()}
+        others = {name: (head, h_BSH.to(plain_BSH.dtype)) for name, h_BSH in streams.items()}
         if own_BSH is not None:
             own_head = self.candidate.head()
-            costs[HEAD] = self._kl(plain_BSH, head, plain_BSH.to(own_BSH.dtype), own_head)
-            costs["candidate"] = self._kl(plain_BSH, head, own_BSH, own_head)
-        return costs
-
-    def _kl(
-        self,
-        plain_BSH: Tensor,
-        head: Callable[[Tensor], Tensor],
-        other_BSH: Tensor,
-        other_head: Callable[[Tensor], Tensor],
-    ) -> float:
-        total, count = 0.0, 0
-        for row in range(len(plain_BSH)):
-            p_TV = head(plain_BSH[row : row + 1])[0, :-1]
-            q_TV = other_head(other_BSH[row : row + 1])[0, :-1]
-            for part in position_chunks(p_TV):
-                kl_T, _ = Distribution(p_TV[part], "reference").divergences(
-                    Distribution(q_TV[part].to(p_TV.device), "candidate")
-                )
-                total += float(kl_T.sum(dtype=torch.float64))
-            count += len(p_TV)
-        return total / count
+            others[HEAD] = own_head, plain_BSH.to(own_BSH.dtype)
+            others["candidate"] = own_head, own_BSH
+        return divergences(head, plain_BSH, others)
 
 
 def _run(model: BlockModel, index: int, block: nn.Module, h_BSH: Tensor) -> Tensor:

@@ -1,0 +1,172 @@
+"""What each linear costs when it alone is quantized: KL(16-bit model || that model with this one quantized).
+
+Method: measured, as attribution does it (`validate/attribution.py`): every unit (linears that get one width) in turn
+takes the numbers that the output's own algorithm chooses at the smallest width, the difference runs through the later
+blocks, and the next-token distributions are compared. Costs of single units add up to that of all of them: to 0.060 of
+0.063 nats on SmolLM2-135M. That is what lets a budget be spent by a sum (`allocation.py`).
+
+Why not something cheaper: weight or output errors (exllamav2, SliM-LLM, GPTQ's own) are not comparable between linears
+of different depth and role; the trace of the Hessian (HAWQ-V2, Dong et al. 2020) and gradient times error (LLM-MQ,
+AutoScheme's delta loss) need a backward pass through the whole model, which is never in memory here, and
+are the expansion of what is measured here in full.
+
+Other widths are not measured: with every bit the error of a grid falls to a quarter (Bennett 1948), and so
+does the KL, which is quadratic in it. Of SmolLM2-135M in 3, 4, 5, 6 and 8 bits: 0.291, 0.0634, 0.0170, 0.0044, 0.0004.
+
+Blocks compute in float32, since rounding to bfloat16 alone costs as much as a linear in 4 bits. AWQ's scales are not
+folded, since a folded linear cannot be swapped alone: what AWQ targets cost is measured with GPTQ.
+
+Dimension legend: R = calibration rows, B = rows that are compared, S = tokens per row, H = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from qconv.corpus import calibration_digest
+from qconv.progress import Progress
+from qconv.quantization_config import QuantizationConfig
+from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
+from qconv.quantize.memory import LIBRARIES, free_memory
+from qconv.size_budget import Unit
+from qconv.skeleton import block_linears
+from qconv.streaming import StreamedModel
+from qconv.timeline import TIMELINE
+from qconv.types import Checkpoint
+from qconv.validate.divergences import divergences
+
+COMPARED_ROWS, COMPARED_TOKENS = 4, 256
+"""Rows, and tokens of each: twice as few choose widths that are 2% worse on SmolLM2-135M."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """Attributes:
+    costs: in nats per token, by the unit's name, at the width that was measured.
+    bits: that width.
+    num_positions: that were compared.
+    tokens: SHA-256 of these rows.
+    algorithm: that chose the codes.
+    """
+
+    costs: Mapping[str, float]
+    bits: int
+    num_positions: int
+    tokens: str
+    algorithm: str
+
+    def at(self, unit: str, bits: int) -> float:
+        """The cost of a unit at another width."""
+        return self.costs[unit] * 4.0 ** (self.bits - bits)
+
+
+def measured_by(config: QuantizationConfig) -> QuantizationConfig:
+    """The same with an algorithm that folds no scales."""
+    return config if config.folding is None else replace(config, algorithm="gptq")
+
+
+def split_rows(rows_RS: Tensor) -> tuple[Tensor, Tensor]:
+    """Calibration rows, and others to compare on: codes fit those that they were chosen by better than text at large.
+
+    A single row is both.
+    """
+    num = min(COMPARED_ROWS, len(rows_RS) // 4) or min(1, len(rows_RS) - 1)
+    if num == 0:
+        return rows_RS, rows_RS[:, :COMPARED_TOKENS]
+    return rows_RS[:-num], rows_RS[-num:, :COMPARED_TOKENS]
+
+
+def measure_sensitivity(
+    view: Checkpoint,
+    units: Sequence[Unit],
+    bits: int,
+    request: QuantizeRequest,
+    rows_RS: Tensor,
+    device: str,
+    progress: Progress,
+) -> Sensitivity:
+    """Runs the model twice side by side: one is quantized as ``request`` says, the other lends its blocks.
+
+    Args:
+        units: what is swapped.
+        bits: of them in the request.
+        rows_RS: int64 token rows, split by `split_rows`.
+
+    Raises:
+        NumericsError: NaN or infinity in weights or activations; names the tensor.
+        CapacityError: the model does not fit the GPU, however it is run.
+    """
+    calibration_RS, compared_BS = split_rows(rows_RS)
+    plain = StreamedModel(view, device, torch.float32)
+    (plain_BSH,) = plain.embed([compared_BS])
+    request = replace(request, gpu_memory_limit=_limit(plain, request, device))
+    model = StreamedModel(view, device, request.storage)
+    calibration = calibration_RS if request.config.needs_calibration else None
+    streams: dict[str, Tensor] = {}  # wait in host memory: a model has hundreds of units
+    for quantized in quantize_blocks(model, [request], calibration, progress):
+        with TIMELINE.stage("swap"):
+            plain_BSH, streams = _carry(plain, quantized, units, plain_BSH, streams)
+    head = plain.head()
+    with TIMELINE.stage("compare swaps"):
+        costs = divergences(head, plain_BSH, {name: (head, h_BSH) for name, h_BSH in streams.items()})
+    return Sensitivity(
+        costs=costs,
+        bits=bits,
+        num_positions=compared_BS.shape[0] * (compared_BS.shape[1] - 1),
+        tokens=calibration_digest(compared_BS),
+        algorithm=request.config.resolved_algorithm,
+    )
+
+
+def _carry(
+    model: StreamedModel,
+    quantized: QuantizedBlock,
+    units: Sequence[Unit],
+    plain_BSH: Tensor,
+    streams: dict[str, Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states behind one block: of the model as it is, and with each unit swapped so far."""
+    index, prefix = quantized.index, model.block_prefix(quantized.index)
+    block = model.load_block(index)
+    later = {
+        name: model.run_block(index, block, h_BSH.to(plain_BSH.device)).to("cpu") for name, h_BSH in streams.items()
+    }
+    for unit in units:
+        if unit.modules[0].startswith(prefix):
+            weights = {
+                module.removeprefix(prefix): quantized.linears[f"{module}.weight"].dequantize()
+                for module in unit.modules
+            }
+            with _swapped(block, weights):
+                later[unit.name] = model.run_block(index, block, plain_BSH).to("cpu")
+    return model.run_block(index, block, plain_BSH), later
+
+
+@contextmanager
+def _swapped(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context linears of ``block`` have these weights."""
+    linears = block_linears(block)
+    own = {name: linears[name].weight.data for name in weights}
+    for name, w_NK in weights.items():
+        linears[name].weight.data = w_NK
+    try:
+        yield
+    finally:
+        for name, w_NK in own.items():
+            linears[name].weight.data = w_NK
+
+
+def _limit(plain: StreamedModel, request: QuantizeRequest, device: str) -> int | None:
+    """Of the GPU memory that quantizing may take: a block in float32 and what it computes lie there, too."""
+    free = free_memory(device)
+    if free is None:
+        return request.gpu_memory_limit
+    beside = 2 * 4 * sum(prod(spec.shape) for spec in plain.block_specs(0))
+    limits = [free + LIBRARIES - beside, request.gpu_memory_limit]
+    return min(limit for limit in limits if limit is not None)

@@ -1,0 +1,215 @@
+"""A budget for the size of the quantized linears: what each width takes, what can be reached, and what is chosen.
+
+Bits per weight are those of all tensors that a format stores for the quantized linears (codes, scales, zero points,
+shapes, a group index), divided by the number of their weights. What is not quantized does not count.
+
+Linears that engines run as one get one width (`fused_linears`). What an override is about keeps what it would have
+without a budget, and counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, prod
+
+import torch
+
+from qconv.allocation import Option, allocate
+from qconv.convert import Format
+from qconv.errors import UsageError
+from qconv.overrides import OverrideConfig, fused_linears, matches
+from qconv.quantization_config import QuantizationConfig
+from qconv.selection import HEAD, schemes_of
+from qconv.types import Checkpoint, QuantizedLinear, Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Linears that get one width.
+
+    Attributes:
+        name: of the linear, or what engines call those that they run as one.
+        modules: all of them.
+        num_weights: of all of them.
+        num_bytes: what they take on disk, by width.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    num_weights: int
+    num_bytes: Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Attributes:
+    units: whose width is to be chosen.
+    kept: modules whose scheme is given.
+    kept_bytes: what those take on disk.
+    num_weights: of all quantized linears.
+    """
+
+    units: tuple[Unit, ...]
+    kept: tuple[str, ...]
+    kept_bytes: int
+    num_weights: int
+
+    def num_bytes(self, widths: Mapping[str, int]) -> int:
+        """Of all quantized linears on disk, with the units' ``widths`` by name."""
+        return self.kept_bytes + sum(unit.num_bytes[widths[unit.name]] for unit in self.units)
+
+    def bits_per_weight(self, num_bytes: int) -> float:
+        return 8 * num_bytes / self.num_weights
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The fewest and the most bits per weight, rounded up to four decimals: budgets that hold them."""
+        least = self.kept_bytes + sum(min(unit.num_bytes.values()) for unit in self.units)
+        most = self.kept_bytes + sum(max(unit.num_bytes.values()) for unit in self.units)
+        return ceil(1e4 * self.bits_per_weight(least)) / 1e4, ceil(1e4 * self.bits_per_weight(most)) / 1e4
+
+
+def meta_quantized(n: int, k: int, scheme: Scheme, desc_act: bool) -> QuantizedLinear:
+    """A quantized weight ``[n, k]`` without data."""
+    scales_shape = scheme.scales_shape(n, k)
+    code_dtype = torch.float8_e4m3fn if scheme.kind == "float" and scheme.bits == 8 else torch.uint8
+    return QuantizedLinear(
+        codes_NK=torch.empty(n, k, dtype=code_dtype, device="meta"),
+        scales_NG=torch.empty(scales_shape, device="meta"),
+        zeros_NG=None if scheme.symmetric else torch.empty(scales_shape, dtype=torch.uint8, device="meta"),
+        group_index_K=torch.empty(k, dtype=torch.int32, device="meta") if desc_act else None,
+        scheme=scheme,
+        input_scale=torch.empty(1, device="meta") if scheme.stores_input_scale else None,
+        global_scale=torch.empty(1, device="meta") if scheme.has_global_scale else None,
+    )
+
+
+def sizes_of(
+    view: Checkpoint, weights: Sequence[str], config: QuantizationConfig, fmt: Format, storage: torch.dtype
+) -> Sizes:
+    """What the linears of an output with a budget take.
+
+    Args:
+        weights: full names of the weights to quantize.
+
+    Raises:
+        UsageError: the budget is out of reach; says what can be reached. Nothing is left to choose.
+        SchemeError: a width that does not fit a linear.
+    """
+    specs, modules = view.specs(), [name.removesuffix(".weight") for name in weights]
+    _, schemes = schemes_of(view, weights, config)
+    kept = tuple(
+        module
+        for module in modules
+        if module == HEAD or any(matches(override.pattern, module) for override in config.overrides)
+    )
+    free = [module for module in modules if module not in set(kept)]
+    if not free:
+        raise UsageError(f"{_given(config)}: overrides are about all linears, and leave nothing to choose")
+
+    def num_bytes(module: str, scheme: Scheme) -> int:
+        n, k = specs[f"{module}.weight"].shape
+        fmt.check_shapes(module, n, k, scheme)
+        packed = fmt.pack(meta_quantized(n, k, scheme, config.desc_act), module, storage)
+        return sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
+
+    def of_unit(name: str, members: Sequence[str]) -> Unit:
+        return Unit(
+            name=name,
+            modules=tuple(members),
+            num_weights=sum(prod(specs[f"{module}.weight"].shape) for module in members),
+            num_bytes={
+                bits: sum(num_bytes(module, replace(schemes[f"{module}.weight"], bits=bits)) for module in members)
+                for bits in config.widths
+            },
+        )
+
+    sizes = Sizes(
+        units=tuple(of_unit(name, members) for name, members in together(free).items()),
+        kept=kept,
+        kept_bytes=sum(num_bytes(module, schemes[f"{module}.weight"]) for module in kept),
+        num_weights=sum(prod(specs[name].shape) for name in weights),
+    )
+    _check_reach(sizes, config, view.location)
+    return sizes
+
+
+def _given(config: QuantizationConfig) -> str:
+    return f"--budget {config.budget:g}bpw"
+
+
+def _check_reach(sizes: Sizes, config: QuantizationConfig, location: str) -> None:
+    assert config.budget is not None
+    least, most = sizes.reach
+    if least <= config.budget <= most:
+        return
+    *others, last = map(str, config.widths)
+    kept = f", {len(sizes.kept)} linears of which keep what --override or --lm-head says" if sizes.kept else ""
+    raise UsageError(
+        f"{_given(config)}: {location}: with {', '.join(others)} or {last} bits for each linear{kept}, the quantized "
+        f"linears take {least:.4f} to {most:.4f} bits per weight, scales included; give a budget in between, or other "
+        "widths with --budget-bits"
+    )
+
+
+def together(modules: Collection[str]) -> dict[str, list[str]]:
+    """Units by name, in the order of the model."""
+    # All experts of a layer are one, and gate and up of each one of them, too: the larger counts.
+    found = sorted(fused_linears(modules).items(), key=lambda fused: len(fused[1]))
+    unit_of = {module: name for name, members in found for module in members}
+    units: dict[str, list[str]] = defaultdict(list)
+    for module in modules:
+        units[unit_of.get(module, module)].append(module)
+    return units
+
+
+def choose_widths(sizes: Sizes, config: QuantizationConfig, costs: Mapping[str, Mapping[int, float]]) -> dict[str, int]:
+    """The width of each unit, by name: the smallest sum of ``costs`` (by name and width) within the budget."""
+    assert config.budget is not None
+    widths = sorted(config.widths)
+    items = [
+        [Option(num_bytes=unit.num_bytes[bits], cost=costs[unit.name][bits]) for bits in widths] for unit in sizes.units
+    ]
+    numbers = allocate(items, int(config.budget * sizes.num_weights / 8) - sizes.kept_bytes)
+    return {unit.name: widths[number] for unit, number in zip(sizes.units, numbers, strict=True)}
+
+
+def without_budget(config: QuantizationConfig, sizes: Sizes, widths: Mapping[str, int]) -> QuantizationConfig:
+    """The same output with overrides in the place of the budget."""
+    groups: dict[tuple[int, str], set[str]] = defaultdict(set)
+    for unit in sizes.units:
+        for module in unit.modules:
+            if widths[unit.name] != config.default_bits:
+                role, number = _role(module)
+                groups[widths[unit.name], role].add(number)
+    chosen = [
+        OverrideConfig(pattern=f"re:{role.replace('#', _alternatives(numbers))}$", bits=bits)
+        for (bits, role), numbers in groups.items()
+    ]
+    return replace(config, budget=None, budget_bits=(), overrides=(*config.overrides, *chosen))
+
+
+def _role(module: str) -> tuple[str, str]:
+    """A regular expression for a linear with ``#`` for the number of its block, and that number."""
+    parts = module.split(".")
+    place = next(i for i, part in enumerate(parts) if part.isdecimal())
+    pattern = [r"\d+" if part.isdecimal() else re.escape(part) for part in parts]
+    pattern[place] = "#"
+    return r"\.".join(pattern), parts[place]
+
+
+def _alternatives(numbers: Collection[str]) -> str:
+    ordered = sorted(numbers, key=int)
+    return ordered[0] if len(ordered) == 1 else f"({'|'.join(ordered)})"
+
+
+def before_measuring(
+    view: Checkpoint, weights: Sequence[str], config: QuantizationConfig, fmt: Format, storage: torch.dtype
+) -> QuantizationConfig:
+    """An output of the size that the budget allows, for plans: as if all weights did the same harm."""
+    sizes = sizes_of(view, weights, config, fmt, storage)
+    costs = {unit.name: {bits: unit.num_weights * 4.0**-bits for bits in config.widths} for unit in sizes.units}
+    return without_budget(config, sizes, choose_widths(sizes, config, costs))
