@@ -126,6 +126,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         possible |= {"outputs.0.activations": st.sampled_from(["dynamic", "static"])}
     if target in ("gptq", "gptq_v2", "w4a16", "w8a16"):
         possible |= {"outputs.0.lm-head": st.booleans(), "outputs.0.overrides": st.lists(overrides())}
+        possible |= {"outputs.0.budget": st.sampled_from(["4.5bpw", 5, "6 bpw", 4.75])}
     if target in ("gptq", "gptq_v2", "awq", "w4a16", "w8a16"):
         possible |= {
             "outputs.0.algorithm": st.sampled_from(["gptq", "awq+gptq", "awq", "rtn"]),
@@ -470,9 +471,19 @@ OTHER: dict[str, tuple[str, int, list[str]]] = {
     ),
     "head of fp8": (HEAD + "  - {out: b, target: fp8, lm-head: true}\n", 6, ["[1].lm-head", "readers of fp8"]),
     "bits of an override": (
-        MIXED + "    overrides:\n      - {pattern: a, bits: 3}\n",
+        MIXED + "    overrides:\n      - {pattern: a, bits: 2}\n",
         8,
-        ["outputs[1].overrides: overrides 'a': w4a16 has bits 4 or 8, got 3"],
+        ["outputs[1].overrides: overrides 'a': w4a16 has bits 3 or 4 or 5 or 6 or 8, got 2"],
+    ),
+    "a budget beside bits": (
+        MIXED + "    bits: 4\n    budget: 4.5bpw\n",
+        9,
+        ["outputs[1].budget: budget chooses the bits"],
+    ),
+    "a budget of one width": (
+        MIXED + "    budget: 4.5\n    budget-bits: [4]\n",
+        9,
+        ["outputs[1].budget-bits: budget-bits takes two widths or more"],
     ),
     "group of an override": (
         MIXED + "    overrides:\n      - {pattern: a, bits: 8}\n      - {pattern: b, group-size: 4}\n",
