@@ -71,7 +71,9 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> lis
     if scheme.is_fp4 or (scheme.bits == 4 and scheme.rounds_activations):
         notes.append("vLLM has kernels for this on GPUs alone")
     if quantization.target == "w4a8-fp8" and scheme.group_size != 128:
-        notes.append(f"vLLM's kernel for 4-bit weights beside float8 inputs takes groups of 128, not {scheme.group_size}")
+        notes.append(
+            f"vLLM's kernel for 4-bit weights beside float8 inputs takes groups of 128, not {scheme.group_size}"
+        )
     if scheme.kind == "int" and scheme.group_size not in (-1, 32, 64, 128):
         notes.append(f"Marlin kernels know group sizes -1, 32, 64 and 128, not {scheme.group_size}")
     return notes

@@ -126,8 +126,8 @@ quantize_options = options(
     click.option(
         "--group-size",
         type=int,
-        help="gptq, gptq_v2, awq, w4a16, w8a16, w4a8, w4a8-fp8: inputs per scale, -1 = row [default: the largest of 128, 64, 32 that "
-        "divides]",
+        help="gptq, gptq_v2, awq, w4a16, w8a16, w4a8, w4a8-fp8: inputs per scale, -1 = row [default: the largest of "
+        "128, 64, 32 that divides]",
     ),
     click.option(
         "--sym/--asym",

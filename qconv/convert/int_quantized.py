@@ -94,8 +94,8 @@ class IntQuantized:
         if _described(weights) not in known or _described(activations) != ("int", 8, "token", True):
             raise CheckpointError(
                 f"{location}: quantization_config: of int-quantized, read are symmetric integer weights, 8-bit by "
-                "channel and 4-bit by channel or group, with symmetric 8-bit integer activations by token, found (type, "
-                f"bits, strategy, symmetric) {_described(weights)} and {_described(activations)}"
+                "channel and 4-bit by channel or group, with symmetric 8-bit integer activations by token, found "
+                f"(type, bits, strategy, symmetric) {_described(weights)} and {_described(activations)}"
             )
         if activations.get("dynamic") is not True:
             raise CheckpointError(

@@ -5,9 +5,9 @@ another, B beside one another with weight and scaling in them, so ``B @ A`` is t
 ``svd`` truncates that sum (see `low_rank.py`). That makes an `Adapter` like any other, which can be left unmerged to be
 compared with. peft's own ``linear`` sums A and B apart, which adds products of one adapter's A with another's B; its
 ``cat`` is what both names mean here, unless ``factors`` is set: then A and B are combined apart, each with the square
-root of weight and scaling, as peft does with ``linear``, ``ties``, ``dare_*`` and ``magnitude_prune``. ``sequential`` is
-the sum with weights 1, where a later adapter was trained on what the earlier ones made, and a later one's whole tensors
-replace an earlier one's.
+root of weight and scaling, as peft does with ``linear``, ``ties``, ``dare_*`` and ``magnitude_prune``. ``sequential``
+is the sum with weights 1, where a later adapter was trained on what the earlier ones made, and a later one's whole
+tensors replace an earlier one's.
 
 The others (see `elementwise.py`) give an update of full rank: a view of the base that has it; with a rank, its leading
 components (peft's ``*_svd``).
