@@ -284,8 +284,9 @@ def stages(
             "read by": TARGETS[output.quantization.target].readers,
             "notes on readers": reader_notes(output.quantization, None),
             **_asked(output, output.quantization),
+            **dict(sorted(counts.items())),
         }
-    if calibration is not None and output.quantization is not None and output.quantization.needs_calibration:
+    if calibration is not None and output.quantization is not None and output.quantization.needs_text:
         result["calibration"] = _describe(job.calibration, calibration, calibration_text)
     return result
 

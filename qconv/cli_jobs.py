@@ -33,7 +33,7 @@ def merge_job(
     elif _given(options):
         raise errors.UsageError(
             "--algorithm, --bits, --group-size, --sym/--asym, --activations, --damping, --desc-act, --ignore, "
-            "--override, --budget, --budget-bits and --lm-head belong to --requant"
+            "--override, --budget, --budget-bits, --imatrix and --lm-head belong to --requant"
         )
     return MergeJob(
         base=base,
@@ -128,7 +128,11 @@ def _given(options: dict[str, Any]) -> list[_Given]:
             found.append(_Given(name, options[name], f"--{name.replace('_', '-')} {options[name]}"))
     if options["symmetric"] is not None:
         found.append(_Given("symmetric", options["symmetric"], "--sym" if options["symmetric"] else "--asym"))
-    found += [_Given(name, True, f"--{name.replace('_', '-')}") for name in ("desc_act", "lm_head") if options[name]]
+    found += [
+        _Given(name, True, f"--{name.replace('_', '-')}")
+        for name in ("desc_act", "lm_head", "imatrix")
+        if options[name]
+    ]
     found += [_Given("ignore", (text,), f"--ignore {text!r}") for text in options["ignore"]]
     found += [_Given("overrides", (parse_override(text),), f"--override {text!r}") for text in options["overrides"]]
     if options["budget"] is not None:

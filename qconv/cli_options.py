@@ -168,6 +168,11 @@ quantize_options = options(
         "--lm-head", is_flag=True, help="gptq, gptq_v2, w4a16, w8a16: quantize the output head too, unless it is tied."
     ),
     click.option(
+        "--imatrix",
+        is_flag=True,
+        help="gguf-f16, gguf-bf16, gguf-f32: write an importance matrix of the calibration text for llama-quantize.",
+    ),
+    click.option(
         "--damping", type=float, help="Algorithms with gptq: fraction of the mean Gram diagonal [default: 0.03]"
     ),
     click.option(

@@ -165,6 +165,8 @@ def _making_stages(making: _Making) -> Iterator[Stage]:
             yield _measure_stage(making, output, layout)
     if in_blocks:
         yield _quantize_stage(making, in_blocks)
+    if any(output.quantization is not None and output.quantization.imatrix for output, _ in pairs):
+        yield _importance_stage(making)
     for output, layout in pairs:
         if layout.scheme is None:
             yield _alone_stage(making, output, layout)
@@ -237,6 +239,26 @@ def _measure_stage(making: _Making, output: OutputConfig, layout: Layout) -> Sta
         writes=0,
         host={name: {**terms, **own} for name, terms in quantizing_it.host.items()},
         units={**units, "forward": units.get("forward", 0.0) + forward},
+    )
+
+
+def _importance_stage(making: _Making) -> Stage:
+    """A forward pass over the calibration text."""
+    assert making.plan.calibration is not None
+    parameters, source, _, linears = _largest_block(making)
+    tokens, itemsize = making.plan.calibration.numel(), config_dtype(making.merged.config).itemsize
+    hidden = int(making.merged.config["hidden_size"])
+    steps = {
+        "activations of the calibration": tokens * hidden * itemsize,
+        "block as read": source,
+        "block in the compute dtype": parameters * itemsize,
+    }
+    return Stage(
+        name="importance",
+        reads=sum(making.sources),
+        host={"forward": {**moving(making.sources, 0, 0, making.on_gpu), **steps}},
+        gpu={"forward": {"CUDA and its libraries": LIBRARIES, **steps}} if making.on_gpu else {},
+        units={"forward": 2.0 * tokens * sum(n * k for n, k in linears.values())},
     )
 
 

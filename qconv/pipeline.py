@@ -21,7 +21,9 @@ from qconv.estimate_jobs import estimate_merge
 from qconv.evaluation import reference_tokenizer
 from qconv.fidelity import Fidelity, measure_fidelity
 from qconv.gating import check_rules, rules_for
+from qconv.gguf import IMATRIX_NAME, write_imatrix
 from qconv.held_out import loss_facts, merge_losses
+from qconv.importance import input_squares
 from qconv.inputs import load_candidate, load_reference, resolve_device
 from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run_tasks
 from qconv.plan import make_plan, stored_blocks
@@ -96,6 +98,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             writer.copy_files(side_files(reference.source.folder, plan.adapter_folder))
         blocks = _quantized_blocks(job, makings, reference, merged, calibration, device, progress)
         write_tensors(makings, merged, blocks, progress, device)
+        _write_importance(job, makings, merged, calibration, device, progress)
         losses = _losses(job, reference, device, progress)
         documents = []
         for number, making in enumerate(makings):
@@ -133,6 +136,27 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             make_report_folder(folder)
             write_reports(folder, outcome.document)
     return outcomes
+
+
+def _write_importance(
+    job: MergeJob,
+    makings: Sequence[_Making],
+    view: Checkpoint,
+    calibration: torch.Tensor | None,
+    device: str,
+    progress: Progress,
+) -> None:
+    """llama.cpp's importance matrix, beside the files that it is asked for."""
+    asking = [making for making in makings if making.output.quantization and making.output.quantization.imatrix]
+    if not asking:
+        return
+    assert calibration is not None  # the plan has read it
+    squares = input_squares(view, calibration, asking[0].layout.storage, device, progress)
+    for making in asking:
+        assert making.layout.gguf is not None  # it is for such targets alone
+        file = making.writer.partial / IMATRIX_NAME
+        write_imatrix(file, making.layout.gguf, squares, job.calibration.sources, *calibration.shape)
+        making.counts["tokens of the importance matrix"] = calibration.numel()
 
 
 def _losses(job: MergeJob, reference: Reference, device: str, progress: Progress) -> dict[str, Any]:

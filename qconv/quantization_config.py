@@ -41,6 +41,8 @@ class QuantizationConfig:
         budget: bits per weight that the quantized linears may take on disk, scales included; the width of each is then
             chosen by what it is measured to cost. What ``overrides`` are about keeps its settings.
         budget_bits: widths to choose from; empty = 4 and 8.
+        imatrix: write llama.cpp's importance matrix beside the file, of the calibration text; for kinds without blocks,
+            which llama-quantize makes K-quants of.
     """
 
     target: str
@@ -56,6 +58,7 @@ class QuantizationConfig:
     overrides: tuple[OverrideConfig, ...] = ()
     budget: float | None = None
     budget_bits: tuple[int, ...] = ()
+    imatrix: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -87,6 +90,11 @@ class QuantizationConfig:
             check_pattern(pattern)
         self._check_mixture()
         self._check_budget()
+        if self.imatrix and self.target not in ("gguf-f16", "gguf-bf16", "gguf-f32"):
+            raise UsageError(
+                "--imatrix is for llama-quantize, which starts from gguf-f16, gguf-bf16 or gguf-f32, got "
+                f"{self.target}; drop it"
+            )
 
     def _check_damping(self) -> None:
         if self.damping is None:
@@ -223,8 +231,8 @@ class QuantizationConfig:
 
     @property
     def needs_text(self) -> bool:
-        """Something is: codes, or the widths of a budget."""
-        return self.needs_calibration or self.budget is not None
+        """Something is: codes, the widths of a budget, or an importance matrix."""
+        return self.needs_calibration or self.budget is not None or self.imatrix
 
     def scheme_for(self, in_features: Collection[int], location: str) -> Scheme:
         """The scheme for linears with these K.

@@ -112,6 +112,15 @@ def test_a_budget_is_measured_first_and_written_nearly_full(
     assert 0.95 * (6 - 4.125) / 8 * num_weights < budget - own < (6 - 4.125) / 8 * num_weights + 5000  # config.json
 
 
+def test_an_importance_matrix_is_a_stage_of_its_own(
+    plan: Plan, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    words = ["merge", tiny_nf4, tiny_adapter, "--requant", "gguf-f16", "--imatrix", *CALIBRATION, "--no-validate"]
+    code, document = plan(*words, "-o", tmp_path / "out")
+    assert (code, [stage["stage"] for stage in document["stages"]]) == (0, ["prepare", "importance", "write"])
+    assert document["stages"][1]["seconds"] is not None
+
+
 def test_text_names_stages_terms_disk_and_time(
     tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
