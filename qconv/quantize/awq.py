@@ -158,13 +158,11 @@ def _mean_relative_magnitude(w_NK: Tensor, scheme: Scheme) -> Tensor:
     return total_K / w_NK.shape[0]
 
 
-def scaled_loss(w_NK: Tensor, s_K: Tensor, gram_KK: Tensor, scheme: Scheme) -> float:
-    """Mean squared output error, summed over outputs, of rounding ``W * s`` (min-max grids) and feeding ``x / s``."""
-    return float(_losses(w_NK, s_K.unsqueeze(0), gram_KK, scheme))
-
-
 def _losses(w_NK: Tensor, s_CK: Tensor, gram_KK: Tensor, scheme: Scheme) -> Tensor:
-    """`scaled_loss` of each candidate, ``[C]`` float64 on the device, one matrix product for several of them."""
+    """Mean squared output error, summed over outputs, of rounding ``W * s`` (min-max grids) and feeding ``x / s``.
+
+    Of each candidate, ``[C]`` float64 on the device, one matrix product for several of them.
+    """
     num_columns = w_NK.shape[1]
     step = _candidates_at_once(w_NK)
     parts: list[Tensor] = []
