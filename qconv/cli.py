@@ -9,7 +9,7 @@ import threading
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -57,9 +57,6 @@ from qconv.unused import refuse_unused
 # OpenMP threads that spin while they wait ruin every run on a busy machine; must be set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 expand_segments()  # before torch loads, too
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

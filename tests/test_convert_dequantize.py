@@ -118,8 +118,6 @@ def test_bitsandbytes_is_found_without_a_configuration(tmp_path):
     tensors = stored(uneven((8, 64), torch.float16), "fp4") | {"b.weight": torch.ones(2, 2)}
     view = dequantize(save_folder(tmp_path / "m", tensors))
     assert (view.kind, view.quantized_modules) == ("bnb-fp4", ("layer",))
-    assert view.bnb_state("layer.weight").block_size == 64
-    assert view.bnb_state("b.weight") is None
     with pytest.raises(CheckpointError, match="bnb-fp4"):
         view.read_quantized("layer")
 

@@ -120,8 +120,8 @@ def test_a_base_in_nf4_has_its_experts_in_16_bits(family: str, tmp_path: Path) -
     folder = save_nf4(save_model(model, tmp_path / "16bit"), tmp_path / "base")
     base = dequantize(open_checkpoint(folder))
     expert = f"model.layers.0.{stored_module(family)}.experts.0.{roles(family)[0]}.weight"
-    assert base.bnb_state(expert) is None
-    assert base.bnb_state("model.layers.0.self_attn.q_proj.weight") is not None
+    assert expert.removesuffix(".weight") not in base.quantized_modules
+    assert "model.layers.0.self_attn.q_proj" in base.quantized_modules
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -40,7 +40,7 @@ from qconv.quantize.gptq import gptq
 from qconv.quantize.rtn import rtn
 from qconv.runners import Candidate, Reference
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
-from qconv.validate.audit import WeightAudit, audit
+from qconv.validate.audit import WeightAudit
 from tests.conftest import TINY_LLAMA, save_random_adapter
 from tests.merge_cases import TensorsInMemory
 
@@ -100,6 +100,14 @@ def weak_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_adapter: Path) -
     folder = tmp_path_factory.mktemp("adapters") / "weak"
     edited(tiny_adapter, folder, lambda name, t: t * 0.01 if "lora_B" in name else t)
     return folder
+
+
+def audit(**views: Any) -> WeightAudit:
+    """With every tensor added."""
+    auditor = WeightAudit(**views)
+    for name in auditor.names:
+        auditor.add(name)
+    return auditor
 
 
 def audited(base: Path, adapter: Path | None, candidate: Path) -> WeightAudit:

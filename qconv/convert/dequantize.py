@@ -185,10 +185,6 @@ class DequantizedCheckpoint:
         """Whether weights were quantized with information calibration (IR-QLoRA)."""
         return any(state.has_tau for state in self._states.values())
 
-    def bnb_state(self, weight: str) -> bnb.BnbState | None:
-        """How bitsandbytes quantized one weight, or None when it is not bitsandbytes 4-bit."""
-        return self._states.get(weight)
-
     def _detect(self, quantization: Any) -> str:
         """Fills `_parts` and what reads them; returns the kind."""
         packed = bnb.packed_weights(self.source.specs())

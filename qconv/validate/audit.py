@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.progress import QUIET, Progress
 from qconv.types import Checkpoint
 from qconv.validate import audit_measure
 from qconv.validate.audit_folds import FoldVerdict, judge_folds
@@ -272,26 +271,6 @@ class WeightAudit:
             if cosine > best_cosine:
                 best, best_cosine = other, cosine
         return best
-
-
-def audit(
-    *,
-    expected: Checkpoint,
-    base: Checkpoint,
-    candidate: Candidate,
-    changed: Collection[str] = (),
-    files: Mapping[str, str] | None = None,
-    encode: Callable[[Tensor], Tensor] | None = None,
-    device: str = "cpu",
-    progress: Progress = QUIET,
-) -> WeightAudit:
-    """Adds every tensor; see `WeightAudit` for the arguments."""
-    auditor = WeightAudit(
-        expected=expected, base=base, candidate=candidate, changed=changed, files=files, encode=encode
-    )
-    for name in progress.track(auditor.names, "audit", len(auditor.names)):
-        auditor.add(name, device)
-    return auditor
 
 
 def _matrix(tensor: Tensor) -> Tensor:
