@@ -261,8 +261,22 @@ class QuantizedLinear:
         return w_NK
 
 
+class _OfLayer:
+    """What changes the weight of a layer, and may change its bias."""
+
+    weight: str
+
+    @property
+    def module(self) -> str:
+        return self.weight.removesuffix(".weight")
+
+    @property
+    def bias(self) -> str:
+        return self.module + ".bias"
+
+
 @dataclass(frozen=True, kw_only=True)
-class LoraDelta:
+class LoraDelta(_OfLayer):
     """Where the low-rank update of one base weight lies in an adapter, and how it is scaled.
 
     The update is ``scaling * (B @ A)``, transposed when the base stores ``[in, out]``
@@ -303,17 +317,9 @@ class LoraDelta:
     dropped: int = 0
     of_embedding: bool = False
 
-    @property
-    def module(self) -> str:
-        return self.weight.removesuffix(".weight")
-
-    @property
-    def bias(self) -> str:
-        return self.module + ".bias"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Transform:
+class Transform(_OfLayer):
     """Where an update that is not made of LoRA's factors lies in an adapter.
 
     It names tensors and numbers; the formula of its kind is `merge/kinds`' to know.
@@ -334,14 +340,6 @@ class Transform:
     transposed: bool = False
     changes_weight: bool = True
     changes_bias: bool = False
-
-    @property
-    def module(self) -> str:
-        return self.weight.removesuffix(".weight")
-
-    @property
-    def bias(self) -> str:
-        return self.module + ".bias"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +51,27 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft.tuners.boft.layer.FastBlockDiag", BlockDiagonal)
 
 
+def assert_merges_as_peft_does(model: Any, config_class: type, config: Mapping[str, Any], folder: Path) -> None:
+    """Against peft's unmerged logits and its merged tensors; and the unmerged reference against the same logits."""
+    base_folder = save_model(model, folder / "base")
+    before = logits(model)
+    adapted = trained(model, config_class=config_class, **config)
+    adapted.save_pretrained(folder / "adapter")
+    view = merged_view(base_folder, folder / "adapter")
+    assert_matches_unmerged(view, adapted, before, folder)
+    base = open_checkpoint(base_folder)
+    reference = StreamedModel(base, "cpu", torch.float32, unmerged(load_adapter(folder / "adapter", base)))
+    (found,) = run(reference, [IDS])
+    close(found, logits(adapted))
+    assert_matches_peft_merge(view, adapted)
+
+
 @pytest.mark.parametrize("name", KIND_CASES)
 def test_kind_merges_as_peft_does(name: str, tmp_path: Path) -> None:
     """On a model with biases in q, k and v; against peft's unmerged logits and its merged tensors."""
     config_class, config = KIND_CASES[name]
     model = qwen2()
-    base_folder = save_model(model, tmp_path / "base")
-    before = logits(model)
-    adapted = trained(model, config_class=config_class, **{"target_modules": LLAMA_LINEARS, **config})
-    adapted.save_pretrained(tmp_path / "adapter")
-    view = merged_view(base_folder, tmp_path / "adapter")
-    assert_matches_unmerged(view, adapted, before, tmp_path)
-    base = open_checkpoint(base_folder)
-    reference = StreamedModel(base, "cpu", torch.float32, unmerged(load_adapter(tmp_path / "adapter", base)))
-    (found,) = run(reference, [IDS])
-    close(found, logits(adapted))
-    assert_matches_peft_merge(view, adapted)
+    assert_merges_as_peft_does(model, config_class, {"target_modules": LLAMA_LINEARS, **config}, tmp_path)
 
 
 def test_every_kind_that_peft_knows_is_merged_or_refused() -> None:
@@ -306,18 +312,8 @@ def test_kinds_on_conv1d(name: str, tmp_path: Path) -> None:
         config["feedforward_modules"] = ["mlp.c_proj"]
     config["fan_in_fan_out"] = True
     model = gpt2()
-    base_folder = save_model(model, tmp_path / "base")
-    before = logits(model)
     targets = [*CONV1D, "mlp.c_proj"] if name == "ia3" else CONV1D
-    adapted = trained(model, config_class=config_class, **{"target_modules": targets, **config})
-    adapted.save_pretrained(tmp_path / "adapter")
-    view = merged_view(base_folder, tmp_path / "adapter")
-    assert_matches_unmerged(view, adapted, before, tmp_path)
-    base = open_checkpoint(base_folder)
-    reference = StreamedModel(base, "cpu", torch.float32, unmerged(load_adapter(tmp_path / "adapter", base)))
-    (found,) = run(reference, [IDS])
-    close(found, logits(adapted))
-    assert_matches_peft_merge(view, adapted)
+    assert_merges_as_peft_does(model, config_class, {"target_modules": targets, **config}, tmp_path)
 
 
 def test_the_table_of_kinds_names_each_where_it_belongs() -> None:
