@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv import __version__
+from qconv.host_memory import total_bytes, usable_bytes
 
 # Distribution -> what it is there for.
 PACKAGES: Mapping[str, str] = {
@@ -245,20 +246,11 @@ def _machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "cpu_cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1,
-        **_memory(),
+        "memory_total": total_bytes(),
+        "memory_available": usable_bytes(),  # to qconv, as its plans count it: a container may have less than is free
         "folder": str(folder),
         "disk_free": shutil.disk_usage(folder).free,
     }
-
-
-def _memory() -> dict[str, int | None]:
-    """Bytes, or None where the system does not say."""
-    found: dict[str, int] = {}
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            name, _, value = line.partition(":")
-            found[name] = int(value.split()[0]) << 10
-    return {"memory_total": found.get("MemTotal"), "memory_available": found.get("MemAvailable")}
 
 
 def _hub() -> dict[str, Any]:

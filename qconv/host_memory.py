@@ -8,6 +8,13 @@ from pathlib import Path
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
+def total_bytes() -> int | None:
+    """What the system has."""
+    with suppress(OSError, KeyError, ValueError, IndexError):
+        return _field(PROC / "meminfo", "MemTotal:")
+    return None
+
+
 def usable_bytes() -> int | None:
     """Memory that this process may hold in all: what is free for it, and what it holds already.
 
