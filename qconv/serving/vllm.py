@@ -1,4 +1,4 @@
-"""vLLM. Measured on a CPU, release 0.32 (docs/engines.md); for GPUs from its source at that release:
+"""vLLM. Measured on a CPU, release 0.32 (docs/targets.md); for GPUs from its source at that release:
 https://github.com/vllm-project/vllm, vllm/model_executor/layers/quantization/{auto_gptq,auto_awq}.py,
 vllm/model_executor/layers/quantization/utils/marlin_utils.py, vllm/config/lora.py (ranks), vllm/engine/arg_utils.py.
 """

@@ -40,11 +40,11 @@ class Check:
     """One artifact in one engine.
 
     Attributes:
-        required: the engine is known to read this target here, so a refusal is a failure, too.
+        required: the engine is known to read this artifact here, so a refusal is a failure, too.
         same_text: nothing rounds differently enough for another greedy continuation, so one is a failure, too.
     """
 
-    target: str
+    artifact: str
     engine: str
     ours: Reading
     theirs: Reading

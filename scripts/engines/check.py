@@ -10,6 +10,7 @@ Exit code 1 when an engine refuses what it is known to read, or reads anything d
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -23,21 +24,7 @@ from typing import Any
 
 from scripts.engines.agreement import Check, Reading
 from scripts.engines.page import Found, render
-from scripts.engines.plan import (
-    LLAMA_CPP,
-    NOT_RUN,
-    NOTES,
-    READERS,
-    REQUIRED,
-    ROWS,
-    ROWS_ELSE,
-    SAME_TEXT,
-    TARGETS,
-    TRANSFORMERS,
-    TRIED,
-    VLLM,
-    WITHOUT_ONEDNN,
-)
+from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_RUN, Engine
 
 HERE = Path(__file__).parent
 TOKENS = 512
@@ -71,13 +58,10 @@ class Run:
                 build_smollm2(self.base, quantized=True)
         self.qconv("train", str(self.base), *TRAINING, "-o", str(self.adapter), made=self.adapter.exists())
 
-    def artifact(self, target: str) -> Path:
-        arguments = TARGETS[target].format(base=self.base, adapter=self.adapter)
-        folder = self.out / target
+    def artifact(self, name: str) -> Path:
+        arguments = ARTIFACTS[name].arguments.format(base=self.base, adapter=self.adapter)
+        folder = self.out / name
         made = self.resume and folder.exists()
-        if not made:
-            for stale in (self.out / "readings").glob(f"{target}-read_*.answer.json"):
-                stale.unlink()
         self.qconv(*shlex.split(arguments), "--no-validate", "-o", str(folder), made=made)
         return folder
 
@@ -90,14 +74,14 @@ class Run:
         overwrite = [sys.executable, "-m", "qconv", *arguments, "--overwrite", "--quiet", "--device", "cpu"]
         subprocess.run(overwrite, check=True, stdout=subprocess.DEVNULL)
 
-    def read(self, reader: str, python: Path, target: str, request: dict[str, Any]) -> Reading:
-        """The artifact of a target through one reader's process; its output goes to a file beside the answer."""
-        script = READERS.get(reader, "read_qconv.py")
-        stem = self.out / "readings" / f"{target}-{Path(script).stem}"
+    def read(self, reader: str, key: str, script: str, python: Path, request: dict[str, Any]) -> Reading:
+        """An artifact through one reader's process; its output goes to a file beside the answer."""
+        name = Path(request["folder"]).name
+        stem = self.out / "readings" / f"{name}-{key}"
         stem.parent.mkdir(exist_ok=True)
-        asked, answered, log = (stem.with_suffix(suffix) for suffix in (".request.json", ".answer.json", ".log"))
-        content = json.dumps(request | {"folder": str(self.out / target)})
-        if not (answered.exists() and asked.read_text() == content):
+        asked, answered, log = (Path(f"{stem}.{ending}") for ending in ("request.json", "answer.json", "log"))
+        content = json.dumps(request)
+        if not (self.resume and answered.exists() and asked.read_text() == content):
             answered.unlink(missing_ok=True)
             asked.write_text(content)
             try:
@@ -110,7 +94,7 @@ class Run:
         self.versions[reader] = answer["versions"]
         reading = Reading.of(answer)
         result = f"perplexity {reading.perplexity:.3f}" if reading.refusal is None else reading.refusal
-        self.say(f"{target} in {reader}: {result} ({answer['seconds']:.0f} s)")
+        self.say(f"{name} in {reader}: {result} ({answer['seconds']:.0f} s)")
         return reading
 
     def start(self, python: Path, script: str, asked: Path, answered: Path, log: Path) -> None:
@@ -129,29 +113,43 @@ def held_out_rows(folder: Path, num_rows: int) -> list[list[int]]:
     return rows
 
 
-def check_all(run: Run, targets: Sequence[str], pythons: Mapping[str, Path]) -> list[Check]:
+def digest(folder: Path) -> str:
+    """SHA-256 of the weights, file by file."""
+    result = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
+        result.update(path.read_bytes())
+    return result.hexdigest()
+
+
+def check_all(run: Run, names: Sequence[str], pythons: Mapping[str, Path]) -> list[Check]:
     run.prepare()
     checks = []
-    for target in targets:
-        rows = held_out_rows(run.artifact(target), ROWS.get(target, ROWS_ELSE))
+    for name in names:
+        folder = run.artifact(name)
+        rows = held_out_rows(folder, ARTIFACTS[name].rows)
         request: dict[str, Any] = {"rows": rows, "prompt": PROMPT, "new_tokens": NEW_TOKENS, "onednn": True}
-        ours = run.read("qconv", Path(sys.executable), target, request)
-        for engine in (VLLM, TRANSFORMERS, LLAMA_CPP):
-            if target not in REQUIRED[engine] + TRIED[engine]:
+        request |= {"folder": str(folder), "sha256": digest(folder)}
+        ours = run.read("qconv", "qconv", "read_qconv.py", Path(sys.executable), request)
+        for engine in ENGINES:
+            if name not in engine.reads + engine.tried:
                 continue
-            request["onednn"] = (engine, target) not in WITHOUT_ONEDNN
-            theirs = run.read(engine, pythons[engine], target, request)
+            request["onednn"] = name not in engine.without_onednn
+            theirs = run.read(engine.name, engine.key, engine.reader, pythons[engine.key], request)
             checks.append(
                 Check(
-                    target=target,
-                    engine=engine,
+                    artifact=name,
+                    engine=engine.name,
                     ours=ours,
                     theirs=theirs,
-                    required=target in REQUIRED[engine],
-                    same_text=target in SAME_TEXT,
+                    required=name in engine.reads,
+                    same_text=ARTIFACTS[name].same_text,
                 )
             )
     return checks
+
+
+def python_of(engine: Engine, environments: Path) -> Path:
+    return Path(sys.executable) if engine.environment is None else environments / engine.environment / "bin" / "python"
 
 
 def processor() -> str:
@@ -170,27 +168,26 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/engines"))
     parser.add_argument("--base", type=Path, help="an NF4 SmolLM2 that is there already")
     parser.add_argument("--adapter", type=Path, help="one that was trained on it")
-    parser.add_argument("--vllm", type=Path, default=Path(".venv-vllm/bin/python"), help="its environment's python")
-    parser.add_argument("--gptqmodel", type=Path, default=Path(".venv-gptqmodel/bin/python"))
-    parser.add_argument("--llama-cpp", type=Path, default=Path(".venv-llama-cpp/bin/python"))
-    parser.add_argument("--only", help=f"targets, separated by commas [default: all, {','.join(TARGETS)}]")
-    parser.add_argument("--resume", action="store_true", help="keep the artifacts and readings that are there")
-    parser.add_argument("--page", type=Path, default=Path("docs/engines.md"))
+    parser.add_argument("--environments", type=Path, default=Path(), help="where the engines' .venv-* lie")
+    parser.add_argument("--only", help=f"artifacts, separated by commas [default: all, {','.join(ARTIFACTS)}]")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep artifacts that are there, and readings of the same bytes"
+    )
+    parser.add_argument("--page", type=Path, default=Path("docs/targets.md"))
     arguments = parser.parse_args()
-    targets = arguments.only.split(",") if arguments.only else list(TARGETS)
-    if unknown := [target for target in targets if target not in TARGETS]:
-        parser.error(f"unknown targets {', '.join(unknown)}; there are {', '.join(TARGETS)}")
-    pythons = {VLLM: arguments.vllm, TRANSFORMERS: arguments.gptqmodel, LLAMA_CPP: arguments.llama_cpp}
+    names = arguments.only.split(",") if arguments.only else list(ARTIFACTS)
+    if unknown := [name for name in names if name not in ARTIFACTS]:
+        parser.error(f"unknown artifacts {', '.join(unknown)}; there are {', '.join(ARTIFACTS)}")
+    pythons = {engine.key: python_of(engine, arguments.environments) for engine in ENGINES}
     if missing := [str(path) for path in pythons.values() if not path.exists()]:
         parser.error(f"no {' and no '.join(missing)}; `make test-engines` sets the environments up")
     run = Run(arguments.out, arguments.base, arguments.adapter, arguments.resume)
     found = Found(
-        checks=check_all(run, targets, pythons),
+        checks=check_all(run, names, pythons),
         machine=processor(),
         commands=run.commands,
         versions=run.versions,
         not_run=NOT_RUN,
-        notes=NOTES,
         prompt=PROMPT,
     )
     page = render(found)
@@ -201,7 +198,7 @@ def main() -> int:
         run.say(f"wrote {arguments.page}")
     failed = [check for check in found.checks if check.failure]
     for check in failed:
-        print(f"FAILED: {check.target} in {check.engine}: {check.failure}", file=sys.stderr)
+        print(f"FAILED: {check.artifact} in {check.engine}: {check.failure}", file=sys.stderr)
     return 1 if failed else 0
 
 

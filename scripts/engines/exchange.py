@@ -1,9 +1,10 @@
 """How a reader in an environment of its own is asked and answers: two JSON files, and nothing but the standard library.
 
-A request has ``folder`` (the artifact), ``rows`` (token ids to score, a list of lists), ``prompt``, ``new_tokens`` and
-``onednn`` (False: PyTorch's matrix products without oneDNN). An answer has ``logprobs`` (natural logarithm of the
-probability of each token after the first, row by row), ``text`` (greedy), ``versions`` and ``seconds``; or ``refusal``,
-what the engine said.
+A request has ``folder`` (the artifact), ``sha256`` (of its weights, so that no reading outlives them), ``rows`` (token
+ids to score, a list of lists), ``prompt``, ``new_tokens`` and ``onednn`` (False: PyTorch's matrix products without
+oneDNN). An answer has ``logprobs`` (natural logarithm of the probability of each token after the first, row by row),
+``text`` (greedy), ``versions`` (of those of the reader's packages that are there) and ``seconds``; or ``refusal``, what
+the engine said.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,5 +33,13 @@ def answer(read: Callable[[dict[str, Any]], dict[str, Any]], packages: list[str]
         traceback.print_exc()
         words = f"{type(error).__name__}: {' '.join(str(error).split())}"
         result = {"refusal": textwrap.shorten(words, _REFUSAL_CHARACTERS, placeholder=" ...")}
-    result |= {"versions": {name: version(name) for name in packages}, "seconds": time.monotonic() - start}
+    result |= {"versions": _versions(packages), "seconds": time.monotonic() - start}
     Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+def _versions(packages: list[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,96 +1,170 @@
-"""Which artifacts are made, and which engine reads which."""
+"""Which artifacts are made, and which engine reads which: rows of data, and a ``read_*`` file for each engine."""
 
 from __future__ import annotations
 
-_MERGE = "merge {base} {adapter}"
+import re
+from dataclasses import dataclass
+
+from qconv.targets import Target
+
 _CALIBRATED = "--calibration default-prose --samples 8"
 
-TARGETS = {
-    "bf16": _MERGE,
-    "gptq": f"{_MERGE} --requant gptq {_CALIBRATED}",
-    "gptq-desc-act": f"{_MERGE} --requant gptq --desc-act {_CALIBRATED}",
-    "gptq-asym": f"{_MERGE} --requant gptq --asym {_CALIBRATED}",
-    "gptq-v2": f"{_MERGE} --requant gptq_v2 {_CALIBRATED}",
-    "awq": f"{_MERGE} --requant awq {_CALIBRATED}",
-    "w4a16": f"{_MERGE} --requant w4a16 {_CALIBRATED}",
-    "w4a16-asym": f"{_MERGE} --requant w4a16 --asym {_CALIBRATED}",
-    "w8a16": f"{_MERGE} --requant w8a16 {_CALIBRATED}",
-    "w4a16-partly": f"{_MERGE} --requant w4a16 --algorithm awq+gptq --ignore '*.layers.0.*' {_CALIBRATED}",
-    "int8": f"{_MERGE} --requant int8 --algorithm int8",
-    "int8-smoothed": f"{_MERGE} --requant int8 {_CALIBRATED}",
-    "fp8": f"{_MERGE} --requant fp8",
-    "fp8-static": f"{_MERGE} --requant fp8 --activations static {_CALIBRATED}",
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One output of qconv.
+
+    Attributes:
+        target: of `qconv.targets.TARGETS`, or None for plain weights.
+        arguments: of qconv, with ``{base}`` and ``{adapter}`` to fill in.
+        rows: of 512 tokens to score; more where single tokens differ more.
+        same_text: engine and qconv compute in float32, so the greedy continuation must be the same, too.
+    """
+
+    target: str | None
+    arguments: str
+    rows: int = 8
+    same_text: bool = False
+
+
+def _merged(target: str, options: str = _CALIBRATED, rows: int = 8, same_text: bool = False) -> Artifact:
+    """SmolLM2-135M with the adapter in it, to a target."""
+    arguments = f"merge {{base}} {{adapter}} --requant {target} {options}"
+    return Artifact(target=target, arguments=arguments, rows=rows, same_text=same_text)
+
+
+ARTIFACTS = {
+    "bf16": Artifact(target=None, arguments="merge {base} {adapter}"),
+    "gptq": _merged("gptq"),
+    "gptq-desc-act": _merged("gptq", f"--desc-act {_CALIBRATED}"),
+    "gptq-asym": _merged("gptq", f"--asym {_CALIBRATED}"),
+    "gptq-v2": _merged("gptq_v2"),
+    "awq": _merged("awq"),
+    "w4a16": _merged("w4a16"),
+    "w4a16-asym": _merged("w4a16", f"--asym {_CALIBRATED}"),
+    "w4a16-partly": _merged("w4a16", f"--algorithm awq+gptq --ignore '*.layers.0.*' {_CALIBRATED}"),
+    "w8a16": _merged("w8a16"),
+    "int8": _merged("int8", "--algorithm int8", rows=48),
+    "int8-smoothed": _merged("int8", rows=48),
+    "fp8": _merged("fp8", "", rows=16),
+    "fp8-static": _merged("fp8", f"--activations static {_CALIBRATED}", rows=16),
     # Blocks of 128 divide no layer of SmolLM2, whose width is 576.
-    "fp8-block": "quantize tests/data/tiny-llama --to fp8-block",
-    "nf4": f"{_MERGE} --requant nf4",
-    "gguf-f32": f"{_MERGE} --requant gguf-f32",
-    "gguf-f16": f"{_MERGE} --requant gguf-f16",
-    "gguf-bf16": f"{_MERGE} --requant gguf-bf16",
-    "gguf-q8_0": f"{_MERGE} --requant gguf-q8_0 {_CALIBRATED}",
-    "gguf-q4_0": f"{_MERGE} --requant gguf-q4_0 {_CALIBRATED}",
-    "gguf-q4_1": f"{_MERGE} --requant gguf-q4_1 {_CALIBRATED}",
-    "gguf-q5_0": f"{_MERGE} --requant gguf-q5_0",
-    "gguf-q5_1": f"{_MERGE} --requant gguf-q5_1",
+    "fp8-block": Artifact(target="fp8-block", arguments="quantize tests/data/tiny-llama --to fp8-block"),
+    "nf4": _merged("nf4", ""),
+    "gguf-q4_0": _merged("gguf-q4_0"),
+    "gguf-q4_1": _merged("gguf-q4_1"),
+    "gguf-q8_0": _merged("gguf-q8_0"),
+    "gguf-q5_0": _merged("gguf-q5_0", ""),
+    "gguf-q5_1": _merged("gguf-q5_1", ""),
+    "gguf-f16": _merged("gguf-f16", ""),
+    "gguf-bf16": _merged("gguf-bf16", ""),
+    "gguf-f32": _merged("gguf-f32", "", same_text=True),
 }
-"""Arguments of qconv by target; the name is that of the artifact's folder, too."""
+"""By name, which is that of the artifact's folder, too."""
 
-ROWS_ELSE = 8
-ROWS = {"int8": 48, "int8-smoothed": 48, "fp8": 16, "fp8-static": 16}
-"""Rows of 512 tokens to score by target: more where single tokens differ more."""
+_GGUF = tuple(name for name in ARTIFACTS if name.startswith("gguf-"))
 
-VLLM, TRANSFORMERS, LLAMA_CPP = "vLLM", "transformers + gptqmodel", "llama.cpp"
 
-READERS = {VLLM: "read_vllm.py", TRANSFORMERS: "read_transformers.py", LLAMA_CPP: "read_llama_cpp.py"}
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What reads artifacts.
 
-GGUF = tuple(target for target in TARGETS if target.startswith("gguf-"))
-SAME_TEXT = ("gguf-f32",)
-"""Where engine and qconv compute in float32: the greedy continuation must be the same, too."""
+    Attributes:
+        key: of its readings on disk.
+        reader: the file of this folder that runs in its environment.
+        environment: the folder ``.venv-NAME`` that it runs in, or None: qconv's own.
+        reads: artifacts that it must read, and agree on.
+        tried: those that it may refuse; what it reads all the same must agree.
+        stands_for: names of `Target.readers` that it answers for, where these are not its own name.
+        note: what one has to know to repeat a reading.
+        notes: the same for single artifacts.
+        without_onednn: artifacts for which PyTorch's matrix products have to do without oneDNN.
+    """
 
-REQUIRED = {
-    VLLM: ("bf16", "gptq", "gptq-v2", "awq", "w4a16", "w4a16-asym", "w4a16-partly", "int8", "int8-smoothed", "fp8"),
-    TRANSFORMERS: ("gptq", "gptq-v2", "gptq-desc-act", "gptq-asym", "awq"),
-    LLAMA_CPP: GGUF,
-}
-"""What must be read, and agree."""
+    key: str
+    name: str
+    reader: str
+    environment: str | None
+    reads: tuple[str, ...]
+    note: str
+    tried: tuple[str, ...] = ()
+    stands_for: tuple[str, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+    without_onednn: tuple[str, ...] = ()
 
-TRIED = {
-    VLLM: ("w8a16", "fp8-static", "gptq-desc-act", "gptq-asym", "fp8-block", "nf4"),
-    TRANSFORMERS: (),
-    LLAMA_CPP: (),
-}
-"""What may be refused; what is read all the same must agree."""
+    @property
+    def answers_for(self) -> tuple[str, ...]:
+        return (self.name, *self.stands_for)
 
-WITHOUT_ONEDNN = ((VLLM, "fp8"), (VLLM, "fp8-static"))
 
-_VLLM_NOTE = (
-    "CPU build, `dtype=bfloat16`, `enforce_eager`, `VLLM_CPU_INT4_W4A8=0`. The last matters on CPUs with AMX: "
-    "by default vLLM's 4-bit kernels there also round activations to 8 bits, which is not what the files say."
+ENGINES = (
+    Engine(
+        key="vllm",
+        name="vLLM",
+        reader="read_vllm.py",
+        environment=".venv-vllm",
+        reads=(
+            *("bf16", "gptq", "gptq-v2", "awq", "w4a16", "w4a16-asym", "w4a16-partly"),
+            *("int8", "int8-smoothed", "fp8"),
+        ),
+        tried=("w8a16", "fp8-static", "gptq-desc-act", "gptq-asym", "fp8-block", "nf4"),
+        note="CPU build, `dtype=bfloat16`, `enforce_eager`, `VLLM_CPU_INT4_W4A8=0`. The last matters on CPUs with AMX: "
+        "by default vLLM's 4-bit kernels there also round activations to 8 bits, which is not what the files say.",
+        notes=(
+            (
+                "fp8",
+                "with `torch.backends.mkldnn.set_flags(False)`. On CPUs without float8 instructions vLLM leaves the "
+                "product to `torch._scaled_mm`, which would take hours for these rows through oneDNN, and computes it "
+                "in float32 without.",
+            ),
+            ("fp8-block", "vLLM needs AMX for it on a CPU."),
+        ),
+        without_onednn=("fp8", "fp8-static"),
+    ),
+    Engine(
+        key="gptqmodel",
+        name="transformers + gptqmodel",
+        reader="read_transformers.py",
+        environment=".venv-gptqmodel",
+        reads=("gptq", "gptq-v2", "gptq-desc-act", "gptq-asym", "awq"),
+        note="`AutoModelForCausalLM.from_pretrained(OUT, dtype=torch.bfloat16)`, on a CPU.",
+    ),
+    Engine(
+        key="transformers",
+        name="transformers",
+        reader="read_transformers.py",
+        environment=None,
+        reads=("bf16", "w4a16", "w4a16-partly", "w8a16", "int8", "int8-smoothed", "fp8", "fp8-block", "nf4", *_GGUF),
+        tried=("w4a16-asym", "fp8-static"),
+        stands_for=("transformers + compressed-tensors", "transformers + bitsandbytes"),
+        note="the same with compressed-tensors, bitsandbytes and gguf in qconv's own environment; GGUF files with "
+        "`gguf_file=` and in float32, as transformers decodes them while loading.",
+    ),
+    Engine(
+        key="llama-cpp",
+        name="llama.cpp",
+        reader="read_llama_cpp.py",
+        environment=".venv-llama-cpp",
+        reads=_GGUF,
+        note="llama-cpp-python, built from its source distribution, on a CPU; keys and values in float16 (the "
+        "default). Inputs of weights in blocks are rounded to 8 bits there, and not in qconv's reading.",
+    ),
 )
-_FP8_NOTE = (
-    "with `torch.backends.mkldnn.set_flags(False)`. On CPUs without float8 instructions vLLM leaves the product to "
-    "`torch._scaled_mm`, which would take hours for these rows through oneDNN, and computes it in float32 without."
-)
-_BLOCK_NOTE = (
-    "the tests' four-layer Llama, as blocks of 128 divide no layer of SmolLM2; vLLM needs AMX for it on a CPU."
-)
-_LLAMA_CPP_NOTE = (
-    "llama-cpp-python, built from its source distribution, on a CPU; keys and values in float16 (the default). Inputs "
-    "of weights in blocks are rounded to 8 bits there, and not in qconv's reading."
-)
-_TRANSFORMERS_NOTE = "`AutoModelForCausalLM.from_pretrained(OUT, dtype=torch.bfloat16)`, on a CPU."
 
 NOTES = {
-    (VLLM, ""): _VLLM_NOTE,
-    (VLLM, "fp8"): _FP8_NOTE,
-    (VLLM, "fp8-block"): _BLOCK_NOTE,
-    (TRANSFORMERS, ""): _TRANSFORMERS_NOTE,
-    (LLAMA_CPP, ""): _LLAMA_CPP_NOTE,
+    "fp8-block": "the tests' four-layer Llama, as blocks of 128 divide no layer of SmolLM2, and without an adapter.",
 }
-"""What one has to know to repeat a reading, by engine and target (empty: all of them)."""
+"""What one has to know of an artifact."""
 
 NOT_RUN = {
-    "SGLang": "its packages are for GPUs; not tried.",
+    "SGLang": "its packages are for GPUs.",
+    "Ollama": "its program is in no package registry; it runs llama.cpp.",
+    "LM Studio": "an application for desktops; it runs llama.cpp.",
     "vLLM on a GPU": "its kernels are others (Marlin); what they need of the files is checked by `make test`.",
-    "transformers alone": "`make test` loads `w4a16`, `fp8`, `fp8-block`, `int8` and `nf4` there, of a smaller model.",
 }
-"""Readers that this leaves out, and why."""
+"""Readers that this leaves out, and why: among them all that `Target.readers` names and `ENGINES` has not."""
+
+
+def readers_of(target: Target) -> list[str]:
+    """Names in `Target.readers`, without what is said of them in brackets."""
+    return [name.strip() for name in re.sub(r"\([^)]*\)", "", target.readers).split(",")]

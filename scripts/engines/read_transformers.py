@@ -1,7 +1,8 @@
-"""Scores rows and generates with transformers and the kernels of gptqmodel; runs in gptqmodel's environment."""
+"""Scores rows and generates with transformers and what it loads an artifact with; runs in an engine's environment."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from exchange import answer
@@ -12,8 +13,11 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(request["folder"], device_map="cpu", dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(request["folder"])
+    folder = Path(request["folder"])
+    file = next((path.name for path in folder.glob("*.gguf")), None)
+    dtype = torch.bfloat16 if file is None else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, device_map="cpu", dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model.eval()
     return {
         "logprobs": score(model, request["rows"]),
@@ -22,4 +26,4 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(read, ["gptqmodel", "torch", "transformers", "optimum"])
+    answer(read, ["gptqmodel", "torch", "transformers", "optimum", "compressed-tensors", "bitsandbytes", "gguf"])
