@@ -176,10 +176,11 @@ def make_report_folder(folder: Path | None) -> None:
     """Makes the folder for reports before the work that they would be lost with.
 
     Raises:
-        CheckpointError: it cannot be made.
+        CheckpointError: it cannot be made, or is there and cannot be written.
     """
     if folder is None:
         return
+    check_report_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

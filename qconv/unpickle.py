@@ -43,7 +43,7 @@ def unpickle(config: UnpickleConfig) -> Unpickled:
         CheckpointError: no such folder, not exactly one pickled file in it, or ``out`` cannot be written.
         AdapterError: the file holds anything but tensors.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     check_output(config.out, config.overwrite)
     check_inputs(config.out, [config.adapter])
@@ -51,7 +51,7 @@ def unpickle(config: UnpickleConfig) -> Unpickled:
     file = _pickled_file(folder)
     tensors = _tensors(file)
     with publishing(config.out, config.overwrite) as partial:
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        (partial / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         kept = [folder / "adapter_config.json", folder / TRAIN_RECORD_NAME, *tokenizer_files(folder)]
         for source in kept:
             if source.is_file():

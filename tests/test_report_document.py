@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +136,27 @@ def test_only_the_named_reports_are_written(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {MARKDOWN_NAME, HTML_NAME}
     with pytest.raises(ValueError, match=r"report\.pdf"):
         write_reports(tmp_path, report_cases.minimal(), ["report.pdf"])
+
+
+@pytest.mark.parametrize("call", ["write_text", "replace"])
+def test_a_full_disk_is_an_error_for_users_and_leaves_no_half_report(call, tmp_path, monkeypatch):
+    real = Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        real(path, text[: len(text) // 2], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(source: Path, to: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    if call == "write_text":
+        monkeypatch.setattr(Path, "write_text", full)
+    else:
+        monkeypatch.setattr(os, "replace", refuse)
+    says = {"write_text": "No space left on device", "replace": "Read-only file system"}[call]
+    with pytest.raises(CheckpointError, match=rf"{JSON_NAME}: the report cannot be written \({says}\)"):
+        write_reports(tmp_path, report_cases.minimal())
+    assert list(tmp_path.iterdir()) == []
 
 
 def _broken(**changes: Any) -> str:

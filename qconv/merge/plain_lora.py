@@ -61,7 +61,7 @@ def write_plain_lora(
         short_names: target_modules names the last part of each module (peft then targets every module of that name);
             False = every module by its full name.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
     for module, factors in modules.items():
@@ -76,7 +76,8 @@ def write_plain_lora(
     for name, tensor in (biases or {}).items():
         module = name.removesuffix(".bias")
         tensors[f"{PREFIX}{module}{'.base_layer' if module in modules else ''}.bias"] = tensor.contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # Not save_file: what goes wrong with the disk has to be an OSError.
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     about = {**about, **({"bias": "all"} if biases else {})}
     config = plain_config(_targets(modules, short_names), rank, about, _saved_modules(saved or {}))
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +52,7 @@ def write_reports(folder: str | Path, document: Mapping[str, Any], names: Collec
 
     Raises:
         ValueError: a name that is not one of the four.
+        CheckpointError: the disk is full, or the folder cannot be written.
     """
     document = finite(document)
     renderers: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -65,8 +67,14 @@ def write_reports(folder: str | Path, document: Mapping[str, Any], names: Collec
     for name in names:
         path = Path(folder) / name
         partial = path.with_name(name + ".partial")
-        partial.write_text(encodable(renderers[name](document)), encoding="utf-8", newline="\n")
-        os.replace(partial, path)
+        text = encodable(renderers[name](document))
+        try:
+            partial.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(partial, path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise CheckpointError(f"{path}: the report cannot be written ({error.strerror})") from error
         written.append(path)
     return written
 
