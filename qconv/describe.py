@@ -62,7 +62,8 @@ def _describe_model(checkpoint: FileCheckpoint) -> dict[str, Any]:
         "architecture": ", ".join(config.get("architectures") or [str(config.get("model_type"))]),
         "storage": view.kind,
     }
-    schemes = Counter(_in_words(scheme) for scheme in view.schemes.values())
+    schemes = Counter(_in_words(scheme) for module, scheme in view.schemes.items() if module not in view.block_kinds)
+    schemes.update(view.block_kinds.values())
     if schemes:
         counted = [f"{words} x {count}" for words, count in schemes.most_common()]
         facts["scheme"] = "; ".join(counted if len(schemes) > 1 else schemes)

@@ -25,6 +25,7 @@ from qconv.adapter_configs import CombinationConfig
 from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig, ValidateJob
 from qconv.convert import GGML_FORMATS, dequantize
+from qconv.describe import describe
 from qconv.errors import CheckpointError, SchemeError, UsageError
 from qconv.gguf import BLOCK_KINDS, encode, pack, unpack
 from qconv.inputs import load_reference
@@ -204,6 +205,14 @@ def test_reports_of_files(made_gguf: Callable[..., Path], target: str) -> None:
     digest = hashlib.sha256(file_in(folder).read_bytes()).hexdigest()
     assert report["provenance"]["candidate"][file_in(folder).name] == digest
     assert (folder / "Modelfile").read_text() == f"FROM ./{file_in(folder).name}\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("gguf-q5_1", "q5_1 x 28; q8_0 x 1"), ("gguf-q8_0", "q8_0"), ("gguf-q4_0", "q4_0 x 28; q8_0 x 1")],
+)
+def test_inspecting_says_the_kinds_of_blocks(made_gguf: Callable[..., Path], target: str, words: str) -> None:
+    assert describe(str(made_gguf(target)))["scheme"] == words
 
 
 @pytest.mark.parametrize("target", ["gguf-q4_0", "gguf-q4_1"])

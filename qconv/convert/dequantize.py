@@ -114,7 +114,7 @@ class DequantizedCheckpoint:
     @property
     def bits(self) -> Mapping[str, int]:
         """Of a weight of each quantized module."""
-        in_blocks = {weight.removesuffix(".weight"): ggml.bits_of(kind) for weight, kind in self._ggml.items()}
+        in_blocks = {module: ggml.bits_of(kind) for module, kind in self.block_kinds.items()}
         in_bnb = dict.fromkeys((weight.removesuffix(".weight") for weight in self._states), 4)
         return {module: scheme.bits for module, scheme in self.schemes.items()} | in_blocks | in_bnb
 
@@ -122,6 +122,11 @@ class DequantizedCheckpoint:
         """The key in `FORMATS` of a quantized module's layout; `kind` where all have one that is none of these."""
         fmt = self._formats.get(module)
         return self.kind if fmt is None else fmt.name
+
+    @property
+    def block_kinds(self) -> Mapping[str, str]:
+        """ggml's, of each module that is stored in its blocks."""
+        return {weight.removesuffix(".weight"): kind for weight, kind in self._ggml.items()}
 
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._specs
