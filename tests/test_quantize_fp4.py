@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -20,14 +23,16 @@ from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidationCo
 from qconv.convert import dequantize
 from qconv.errors import NumericsError
 from qconv.quantization_config import QuantizationConfig
+from qconv.quantize.fp4_inputs import fake_quantize_fp4, input_global_scales
 from qconv.quantize.global_scale import global_scales, power_of_two
 from qconv.quantize.gptq import gptq
 from qconv.quantize.gram import output_error
 from qconv.quantize.grid import grid_of_range, groups_of, range_of, round_scale, search_grid
 from qconv.quantize.rtn import encode_linear, rtn
+from qconv.quantize.sample import InputSample
 from qconv.runners import Candidate, candidate_model
 from qconv.types import QuantizedLinear, Scheme
-from tests.fp4_cases import MXFP4A16, NVFP4A16
+from tests.fp4_cases import MXFP4, MXFP4A16, NVFP4, NVFP4A16, scheme_of_the_package
 from tests.test_streaming import run as run_streamed
 
 SCHEMES = [NVFP4A16, MXFP4A16]
@@ -111,6 +116,39 @@ def test_linears_that_engines_fuse_have_one_global_scale() -> None:
         global_scales({"mlp.down_proj.weight": torch.full((2, 16), torch.nan)}, "block.")
 
 
+@pytest.mark.parametrize("scheme", [NVFP4, MXFP4], ids=lambda s: s.scale_format)
+def test_inputs_are_rounded_as_the_package_rounds_them(scheme: Scheme) -> None:
+    x = torch.randn(4, 32, 96, generator=torch.Generator().manual_seed(4)) * 5
+    x[0, 0] = 0
+    x[0, 1, :16] *= 1e-7  # a float8 scale of zero
+    x[0, 2, 5] = 1e6  # and one that saturates
+    name = "nvfp4-pack-quantized" if scheme.has_global_scale else "mxfp4-pack-quantized"
+    args = scheme_of_the_package(name, scheme).input_activations
+    assert args is not None
+    global_scale = torch.tensor([64.0]) if scheme.has_global_scale else None
+    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Module(), global_scale)
+    expected = fake_quantize(x, scale, zero, args, global_scale)
+    found = fake_quantize_fp4(x, scheme, 64.0)
+    assert torch.equal(found[0, 1:], expected[0, 1:])
+    assert torch.equal(found[1:], expected[1:])
+    assert not found[0, 0].any()
+    assert fake_quantize_fp4(x.bfloat16(), scheme, 64.0).dtype == torch.bfloat16
+    with pytest.raises(NumericsError, match="down_proj"):
+        fake_quantize_fp4(torch.tensor([[1.0, torch.inf]]), scheme, name="down_proj")
+
+
+def test_inputs_of_fused_linears_have_one_global_scale() -> None:
+    """Room is left above what calibration saw."""
+    sizes = {"w1": 3.0, "w3": 6.0, "w2": 0.5}
+    samples = {
+        f"mlp.experts.0.{name}.weight": InputSample(torch.zeros(1, 4), torch.tensor([0.0, size, 0.1, 0.0]))
+        for name, size in sizes.items()
+    }
+    assert list(input_global_scales(samples).values()) == [128.0] * 3
+    lone = {"mlp.down_proj.weight": InputSample(torch.zeros(1, 4), torch.tensor([0.5]))}
+    assert input_global_scales(lone) == {"mlp.down_proj.weight": 2048.0}
+
+
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Callable[..., Path]:
     made: dict[tuple[str, str], Path] = {}
@@ -143,19 +181,29 @@ def logits_in_float32(folder: Path, ids: Tensor) -> tuple[Tensor, torch.nn.Modul
         return model(ids).logits, model
 
 
-@pytest.mark.parametrize(("target", "algorithm"), [("nvfp4a16", "gptq"), ("nvfp4a16", "rtn"), ("mxfp4a16", "gptq")])
-def test_transformers_computes_our_logits(quantized: Callable[..., Path], target: str, algorithm: str) -> None:
-    folder = quantized(target, algorithm)
+@pytest.mark.parametrize(
+    ("target", "algorithm"),
+    [("nvfp4a16", "gptq"), ("nvfp4a16", "rtn"), ("nvfp4", "rtn"), ("mxfp4a16", "gptq"), ("mxfp4", "rtn")],
+)
+def test_transformers_computes_our_logits(
+    quantized: Callable[..., Path], tmp_path: Path, target: str, algorithm: str
+) -> None:
+    """It decodes weights and rounds inputs itself; a validation that did not would be far off."""
+    folder = tmp_path / "model"
+    shutil.copytree(quantized(target, algorithm), folder)
     ids = torch.arange(96)[None] * 37 % 2048
     expected, theirs = logits_in_float32(folder, ids)
     view = dequantize(open_checkpoint(folder))
     assert len(view.quantized_modules) == 28
     for module in view.quantized_modules:
         assert torch.equal(theirs.get_submodule(module).weight, view.read(f"{module}.weight")), module
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
     candidate = Candidate.of(open_checkpoint(folder))
-    model, _ = candidate_model(candidate, candidate.view, "cpu", False, "qconv")
+    model, how = candidate_model(candidate, candidate.view, "cpu", False, "qconv")
     (found,) = run_streamed(model, [ids])
-    assert float((found - expected).square().mean() / expected.square().mean()) < 1e-4  # ours computes in bfloat16
+    assert ("rounded to 4-bit floats" in how) == (not target.endswith("a16"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("algorithm", ["gptq", "awq", "awq+gptq"])

@@ -35,7 +35,8 @@ from qconv.types import Scheme
 MIN_SCALE = 2.0**-24  # smallest positive float16
 MAX_SCALE = 65280.0  # largest number that float16 and bfloat16 both hold
 MIN_E4M3, MAX_E4M3 = 2.0**-9, 448.0
-E8M0_BORDER = 7 / 6  # relative to a power of two; above it the next: a group's largest weight is 3.5 to 7 scales
+MAX_E8M0 = 2.0**126  # one less than the format has, and its reciprocal, are normal numbers
+E8M0_BORDER = 7 / 6  # relative to a power of two; from it on the next: a group's largest weight is 3.5 to 7 scales
 
 # Range factors that the search tries. 1.0 comes first: a group without any importance keeps it. Factors above 1 pay
 # for symmetric grids, whose positive side ends at 7/7.5 of the largest weight.
@@ -89,8 +90,8 @@ def round_scale(scale: Tensor, scheme: Scheme | None = None) -> Tensor:
     if scheme is not None and scheme.scale_format == "e4m3":
         return scale.clamp(MIN_E4M3, MAX_E4M3).to(torch.float8_e4m3fn).float()
     if scheme is not None and scheme.scale_format == "e8m0":
-        mantissa, exponent = torch.frexp(scale.clamp(MIN_SCALE, MAX_SCALE))  # mantissa in [0.5, 1)
-        return torch.ldexp(torch.ones_like(scale), exponent - (2 * mantissa <= E8M0_BORDER).to(exponent.dtype))
+        mantissa, exponent = torch.frexp(scale.clamp(1 / MAX_E8M0, MAX_E8M0))  # mantissa in [0.5, 1)
+        return torch.ldexp(torch.ones_like(scale), exponent - (2 * mantissa < E8M0_BORDER).to(exponent.dtype))
     magnitude = scale.abs().bfloat16().half().float().clamp_min(MIN_SCALE)
     return torch.where(scale < 0, -magnitude, magnitude)
 
