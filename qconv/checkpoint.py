@@ -38,6 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+LQ_LORA_MODEL = "full_model.pth"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Where AutoGPTQ and AutoAWQ put what newer tools write to config.json, with the method that each stands for.
 _QUANTIZATION_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
@@ -146,10 +147,22 @@ def open_adapter_files(source: str | Path, revision: str | None = None) -> Safet
     """
     folder = resolve_folder(source, revision)
     config = read_json(folder / "adapter_config.json", "a PEFT adapter folder has an adapter_config.json")
+    refuse_decomposed_base(folder)
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         _refuse_files(folder, [], "adapter_model.safetensors")
     return SafetensorsCheckpoint(folder, config, [file], None)
+
+
+def refuse_decomposed_base(folder: Path) -> None:
+    """Raises `CheckpointError` for what LQ-LoRA saves: its adapter looks like any LoRA, and belongs to another base."""
+    if (folder / LQ_LORA_MODEL).exists():
+        raise CheckpointError(
+            f"{folder}: holds {LQ_LORA_MODEL}, in which LQ-LoRA pickles the base that it decomposed, as objects of its "
+            "own classes; those are not read, and merged into the original weights its adapter is wrong. "
+            f"docs/adapters.md has the lines that save both as safetensors; leave {LQ_LORA_MODEL} out of the adapter's "
+            "folder then"
+        )
 
 
 def resolve_folder(source: str | Path, revision: str | None = None) -> Path:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qconv.adapter_configs import UnpickleConfig
-from qconv.checkpoint import PICKLES, resolve_folder
+from qconv.checkpoint import PICKLES, refuse_decomposed_base, resolve_folder
 from qconv.errors import AdapterError, CheckpointError
 from qconv.records import TRAIN_RECORD_NAME
 from qconv.side_files import tokenizer_files
@@ -48,6 +48,7 @@ def unpickle(config: UnpickleConfig) -> Unpickled:
     check_output(config.out, config.overwrite)
     check_inputs(config.out, [config.adapter])
     folder = resolve_folder(config.adapter)
+    refuse_decomposed_base(folder)
     file = _pickled_file(folder)
     tensors = _tensors(file)
     with publishing(config.out, config.overwrite) as partial:
