@@ -31,10 +31,12 @@ NOT_MEASURABLE = (
 )
 
 
-def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> list[str]:
+def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None, has_adapter: bool) -> list[str]:
     """What maintained engines are known not to load, although the format holds it; and what a format costs."""
     notes = []
     if TARGETS[quantization.target].gguf_kind is not None:
+        return []
+    if scheme is None and not has_adapter:
         return []
     if scheme is None:
         return [
@@ -79,10 +81,10 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None) -> lis
     return notes
 
 
-def _notes(quantization: QuantizationConfig, layout: Layout) -> list[str]:
+def _notes(quantization: QuantizationConfig, layout: Layout, has_adapter: bool) -> list[str]:
     """The notes on every scheme that the output has."""
     schemes = dict.fromkeys(layout.schemes.values()) or [None]
-    notes = [note for scheme in schemes for note in reader_notes(quantization, scheme)]
+    notes = [note for scheme in schemes for note in reader_notes(quantization, scheme, has_adapter)]
     if quantization.target == "int8" and has_experts(layout.schemes):
         notes.append(
             "transformers (5.23) decodes experts of w4a16, w8a16, fp8 and fp8-block as it loads them, and not of int8"
@@ -130,7 +132,7 @@ def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout]
         if reference.adapter is None:
             yield f"note: {NOT_MEASURABLE}"
     for output, layout in zip(job.outputs, layouts, strict=True):
-        yield from _describe_output(output, layout)
+        yield from _describe_output(output, layout, bool(job.adapters))
 
 
 def combination_facts(reference: Reference, device: str, progress: Progress) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def _interference(found: Interference) -> dict[str, float]:
     return {"cosine": found.cosine, "sign conflicts": found.sign_conflicts, "norm ratio": found.norm_ratio}
 
 
-def _describe_output(output: OutputConfig, layout: Layout) -> Iterator[str]:
+def _describe_output(output: OutputConfig, layout: Layout, has_adapter: bool) -> Iterator[str]:
     if output.quantization is not None and layout.scheme is not None:
         scheme = layout.scheme
         group = "row" if scheme.group_size == -1 else str(scheme.group_size)
@@ -181,7 +183,7 @@ def _describe_output(output: OutputConfig, layout: Layout) -> Iterator[str]:
         rule = "bitsandbytes 4-bit blocks" if layout.gguf is None else "by llama.cpp's rule"
         yield f"quantizing {len(layout.quantized)} linears to {output.quantization.target} ({rule})"
     if output.quantization is not None:
-        yield from (f"note: {note}" for note in _notes(output.quantization, layout))
+        yield from (f"note: {note}" for note in _notes(output.quantization, layout, has_adapter))
     size = sum(spec.num_bytes for spec in layout.specs)
     yield f"writing {size / 1e6:.0f} MB to {output.out}"
 
@@ -270,7 +272,7 @@ def stages(
             **({"block_rows": scheme.block_rows} if scheme.block_rows > 1 else {}),
             "linears quantized": len(layout.quantized),
             "read by": TARGETS[output.quantization.target].readers,
-            "notes on readers": _notes(output.quantization, layout),
+            "notes on readers": _notes(output.quantization, layout, bool(job.adapters)),
             **({"linears with other settings": _mixture(layout)} if _mixture(layout) else {}),
             **_asked(output, output.quantization),
             **dict(sorted(counts.items())),
@@ -282,7 +284,7 @@ def stages(
             "bits": TARGETS[output.quantization.target].bits[0],
             "linears quantized": len(layout.quantized),
             "read by": TARGETS[output.quantization.target].readers,
-            "notes on readers": reader_notes(output.quantization, None),
+            "notes on readers": reader_notes(output.quantization, None, bool(job.adapters)),
             **_asked(output, output.quantization),
             **dict(sorted(counts.items())),
         }

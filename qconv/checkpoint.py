@@ -191,10 +191,21 @@ def read_json(file: Path, why: str) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: not found; {why}") from None
+        raise CheckpointError(f"{file}: not found; {why}{_what_is_there(file)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: cannot be read as text ({error})") from error
     return parse_json_object(text, str(file))
+
+
+def _what_is_there(file: Path) -> str:
+    """What somebody may have meant who named a folder without this file."""
+    folder = file.parent
+    if file.name == "config.json" and (folder / "adapter_config.json").is_file():
+        return f", and {folder} is an adapter"
+    if file.name == "adapter_config.json" and (folder / "config.json").is_file():
+        return f", and {folder} is a model"
+    models = sorted(found.parent.name for found in folder.glob("*/config.json")) if file.name == "config.json" else []
+    return f"; {', '.join(models[:8])} in {folder} {'has' if len(models) == 1 else 'have'} one" if models else ""
 
 
 def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:

@@ -232,7 +232,8 @@ def validate(reference: str | None, adapter: str | None, candidate: str | None, 
 
     keep_freed_memory()
     outcome = pipeline.validate(job, cli_jobs.progress_of(options))
-    return answer_of(outcome, outcome.summary(), cli_jobs.following_a_validation(job))
+    following = cli_jobs.following_a_validation(job)
+    return answer_of(outcome, outcome.summary(), following, is_written=job.report_dir is not None)
 
 
 @cli.command()

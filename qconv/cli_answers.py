@@ -100,14 +100,16 @@ def made(outcome: Outcome) -> str:
     return text if outcome.fidelity is None else f"{text}\n{outcome.summary()}"
 
 
-def answer_of(outcome: Outcome, text: str, following: tuple[str, ...]) -> Answer:
-    """A report as an answer; a gate that did not pass is its failure."""
+def answer_of(outcome: Outcome, text: str, following: tuple[str, ...], is_written: bool = True) -> Answer:
+    """A report as an answer; a gate that did not pass is its failure. ``is_written``: the report is in some folder."""
     failure: errors.QconvError | None = None
+    shown = "report" if is_written else "summary"
     if outcome.verdict == "fail":
-        failure = errors.GateError("a gate failed: see the report")
+        more = "" if is_written else "; --report DIR writes all that was measured"
+        failure = errors.GateError(f"a gate failed: see the {shown}{more}")
     if outcome.verdict == "inconclusive":
         failure = errors.GateInconclusiveError(
-            "a gate is inconclusive: see the report for how many tokens would settle it"
+            f"a gate is inconclusive: see the {shown} for how many tokens would settle it"
         )
     folder = None if outcome.folder is None else str(outcome.folder)
     document = dict(outcome.document) | {"folder": folder}

@@ -91,7 +91,8 @@ def pack_rows(
         source = f"{documents.source}: " if isinstance(documents, Documents) else ""
         raise CalibrationError(
             f"{source}{num_samples} rows of {seq_len} tokens need {need} tokens, the text has {len(stream)}: "
-            f"ask for at most {num_rows} rows of this length, or give more text"
+            + (f"ask for at most {num_rows} rows of this length, " if num_rows else "ask for shorter rows, ")
+            + "or give more text"
         )
     cut = num_rows * seq_len
     return TokenRows(

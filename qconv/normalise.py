@@ -80,7 +80,8 @@ def normalise(config: NormaliseConfig, progress: Progress = QUIET) -> Normalised
         raise AdapterError(
             f"{adapter.location}: has rank {ranks[-1]}, and engines load ranks up to {SERVED_RANKS[-1]}; {WHAT_ELSE}"
         )
-    progress.say(f"{len(adapter.deltas)} modules of rank {', '.join(map(str, ranks))}: padded to {rank}, scaling in B")
+    padded = "" if ranks == (rank,) else f"padded to {rank}, "
+    progress.say(f"{len(adapter.deltas)} modules of rank {', '.join(map(str, ranks))}: {padded}scaling in B")
     modules = {delta.module: _factors(adapter, delta) for delta in adapter.deltas.values()}
     dtype = DTYPES[config.dtype]
     rounding = max(_rounding(factors, dtype) for factors in modules.values())

@@ -99,6 +99,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
         blocks = _quantized_blocks(job, makings, reference, merged, calibration, device, progress)
         write_tensors(makings, merged, blocks, progress, device)
         _write_importance(job, makings, merged, calibration, device, progress)
+        if reference.dampening is not None:
+            progress.say(reference.dampening.summary)
         losses = _losses(job, reference, device, progress)
         documents = []
         for number, making in enumerate(makings):

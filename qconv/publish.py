@@ -21,7 +21,8 @@ from qconv.errors import HubAccessError, HubError, UsageError
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "quantize_config.json", "quant_config.json")
 """What is left of an earlier model would be read together with the new one."""
 _TOKEN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
-_UNREACHED = "nothing else is wrong with the folder: push it again when the hub can be reached"
+_BEFORE = "nothing was done yet: try again when the hub can be reached, or without --push-to-hub and push later"
+_AFTER = "nothing else is wrong with the folder: push it again when the hub can be reached"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def check_hub(config: PushConfig, repos: list[str]) -> None:
         HubAccessError: no token, one that cannot write there, or a public repository that nobody asked for.
         HubError: the hub cannot be reached.
     """
-    with _explained(config.repo):
+    with _explained(config.repo, _BEFORE):
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -85,7 +86,7 @@ def push(folder: Path, repo: str, config: PushConfig) -> Pushed:
     Raises:
         HubAccessError, HubError: as `check_hub`; nothing of the folder is in the repository then.
     """
-    with _explained(repo):
+    with _explained(repo, _AFTER):
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -127,7 +128,7 @@ def _is_public(api: Any, repo: str) -> bool:
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
+def _explained(repo: str, when_unreached: str) -> Iterator[None]:
     """What goes wrong with the hub, as an error for users."""
     from huggingface_hub import errors
 
@@ -149,6 +150,8 @@ def _explained(repo: str) -> Iterator[None]:
             raise HubAccessError(f"{repo}: the hub does not know the token ({said}); {_TOKEN}") from error
         if status in (403, 404):
             raise HubAccessError(f"{repo}: the token may not write there ({said}); {_TOKEN}") from error
-        raise HubError(f"{repo}: the hub answered {status} ({said}); {_UNREACHED}") from error
+        raise HubError(f"{repo}: the hub answered {status} ({said}); {when_unreached}") from error
     except (OSError, RuntimeError, transport) as error:
-        raise HubError(f"{repo}: the hub cannot be reached ({type(error).__name__}: {error}); {_UNREACHED}") from error
+        raise HubError(
+            f"{repo}: the hub cannot be reached ({type(error).__name__}: {error}); {when_unreached}"
+        ) from error

@@ -223,6 +223,20 @@ def test_missing_folder(source, message):
         open_checkpoint(source)
 
 
+def test_folders_that_were_named_in_the_wrong_place_are_named(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "several" / name).mkdir(parents=True)
+        (tmp_path / "several" / name / "config.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json: not found; .*, and .*adapter is an adapter"):
+        open_checkpoint(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: not found; .*, and .*one is a model"):
+        open_adapter_files(tmp_path / "several" / "one")
+    with pytest.raises(CheckpointError, match=r"config\.json: not found; .*; one, two in .*several have one"):
+        open_checkpoint(tmp_path / "several")
+
+
 def test_hub_id_goes_through_huggingface_hub(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "snapshot")
     asked = {}

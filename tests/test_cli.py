@@ -686,7 +686,7 @@ def test_validate_repeats_what_the_merge_reported(
     result = run("validate", *models, "--max-kl", "1e-6")
     assert result.code == 4
     assert "kl_mean <= 1e-06" in result.out
-    assert result.err == "error: a gate failed: see the report\n"
+    assert result.err == "error: a gate failed: see the summary; --report DIR writes all that was measured\n"
     result = run("validate", *models, "--max-kl", repr(merged["fidelity"]["total"]["kl"]["mean"]))
     assert result.code == 5
     assert "how many tokens" in result.err

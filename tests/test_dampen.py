@@ -123,7 +123,9 @@ def test_a_run_shows_what_it_did_to_both_texts(
     assert plain["fidelity"]["merge"]["kl"]["mean"] < 0.01
     assert document["fidelity"]["merge"]["kl"]["mean"] > 0.1
     assert document["fidelity"]["requantization"]["kl"]["mean"] < 0.01, "what was written is the dampened merge"
-    assert "loss on task text" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "loss on task text" in said
+    assert f"intruder dimensions scaled by 0.3: {facts['found']}, in {facts['in weights']} weights" in said
 
     rows = corpus.pack_rows(
         corpus.load_documents(str(task), corpus.load_tokenizer(TINY_LLAMA)), corpus.load_tokenizer(TINY_LLAMA),

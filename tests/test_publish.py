@@ -251,6 +251,10 @@ def test_what_was_only_unpickled_is_not_pushed(hub: Hub, run: Run, tmp_path: Pat
     assert "--push-to-hub is not for --to safetensors" in result.document["error"]["message"]
 
 
+def no_network(_: Any) -> None:
+    raise OSError("no route to host")
+
+
 def test_offline_and_without_a_token_the_real_client_is_understood(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -258,6 +262,10 @@ def test_offline_and_without_a_token_the_real_client_is_understood(
     monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: "hf_something")
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         check_hub(config, ["ada/x"])
+    with monkeypatch.context() as patched:
+        patched.setattr(huggingface_hub.HfApi, "whoami", no_network)
+        with pytest.raises(HubError, match=r"cannot be reached .*no route.*; nothing was done yet"):
+            check_hub(config, ["ada/x"])
     monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
     with pytest.raises(HubAccessError, match="there is no token"):
         check_hub(config, ["ada/x"])

@@ -61,6 +61,12 @@ class Dampening:
                 )
             return self.found[name]
 
+    @property
+    def summary(self) -> str:
+        """Of the weights that were read, for the terminal."""
+        facts = self.facts()
+        return f"intruder dimensions scaled by {self.factor:g}: {facts['found']}, in {facts['in weights']} weights"
+
     def facts(self) -> dict[str, Any]:
         """For the report; of the weights that were read, which are all once a model is written."""
         changed = {name: one.intruders for name, one in self.found.items() if one.intruders}

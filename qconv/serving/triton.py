@@ -35,7 +35,7 @@ def notes(served: Served) -> list[str]:
     return [
         *vllm.notes(served),
         "the container's vLLM decides what loads: tritonserver:YY.MM-vllm-python-py3; docs/targets.md measured 0.32",
-        "model.json names the model's folder: mount it there, or pack again with --model-path",
+        f"model.json names {served.path}: mount the model there, or pack again with another --model-path",
     ]
 
 
