@@ -35,7 +35,7 @@ $(VENV)/.test: $(STAMP) constraints-test.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement constraints-test.txt
 	@touch $@
 
-test-engines: $(STAMP) .venv-vllm/.complete .venv-gptqmodel/.complete .venv-llama-cpp/.complete  ## other engines read our artifacts (half an hour, 6 GB); writes docs/targets.md
+test-engines: $(STAMP) .venv-vllm/.complete .venv-gptqmodel/.complete .venv-llama-cpp/.complete  ## other engines read our artifacts (an hour, 6 GB); writes docs/targets.md
 	$(BIN)/python -m scripts.engines.check
 
 peers: $(STAMP) .venv-llm-compressor/.complete .venv-gptqmodel/.complete .venv-auto-round/.complete  ## environments for benchmarks/quality.py --peers (6 GB)
