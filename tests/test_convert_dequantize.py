@@ -153,10 +153,10 @@ REFUSED = {
     "uint8 experts": ({"a.experts.up": torch.ones(2, 2, 2, dtype=torch.uint8)}, None, r"uint8 \(2, 2, 2\)"),
     "announced, not there": (PLAIN, {"quant_method": "gptq", "bits": 4}, "announces gptq, but no tensor ends in '.qw"),
     "marlin": (PLAIN, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin' is not read"),
-    "nvfp4": (
+    "marlin-24": (
         PLAIN,
-        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
-        "'nvfp4-pack-quantized' is not read; read are pack-quantized",
+        {"quant_method": "compressed-tensors", "format": "marlin-24"},
+        "'marlin-24' is not read; read are pack-quantized",
     ),
     "two methods": (stored(uneven((8, 64), torch.float16), "nf4"), {"quant_method": "gptq"}, "quant_method 'gptq'"),
     "two kinds": (

@@ -224,8 +224,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no groups": ("compressed-tensors with groups", {"config_groups": [1]}, "expected objects under 'config_groups'"),
     "layout": (
         "compressed-tensors with layouts",
-        {"config_groups": {"group_0": group(["Linear"], INT4, format="nvfp4-pack-quantized")}},
-        "'nvfp4-pack-quantized' is not read",
+        {"config_groups": {"group_0": group(["Linear"], INT4, format="marlin-24")}},
+        "'marlin-24' is not read",
     ),
 }
 
