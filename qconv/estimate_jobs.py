@@ -196,9 +196,10 @@ def _quantize_stage(making: _Making, pairs: Sequence[tuple[OutputConfig, Layout]
         tokens = rows * seq_len
         gathers = any("gram" in output.statistics for output in _in_blocks(making))
         units["forward"] = blocks * tokens * (4.0 * shape.parameters + gathers * sum(k * k for k in shape.grams))
-        solves = [output for output in _in_blocks(making) if output.solves]
-        if solves:
-            units["gptq"] = float(len(solves) * blocks * sum(n * k * k for n, k in shape.stacks))
+        for name, is_fp4 in (("gptq", False), ("gptq of floats", True)):
+            solves = [output for output in _in_blocks(making) if output.solves and output.is_fp4 == is_fp4]
+            if solves:
+                units[name] = float(len(solves) * blocks * sum(n * k * k for n, k in shape.stacks))
     gpu: dict[str, Mapping[str, int]] = {}
     if making.on_gpu and plan.calibration is None:
         gpu = {"solve": {"CUDA and its libraries": LIBRARIES, **dict(steps["solve"])}}

@@ -2,9 +2,10 @@
 
 Units: ``start`` (processes that import torch alone), ``start running`` (transformers too), ``merge`` (weights decoded
 and merged), ``write`` (bytes to the disk), ``forward`` (floating-point operations of forward passes and Gram matrices),
-``gptq`` (N K^2 of each solve), ``awq``, ``fp8``, ``round`` (weights that each algorithm goes through), ``compare``
-(floating-point operations of a comparison, its statistics and audits included), ``svd`` (N K min(N, K) of each singular
-value decomposition), ``train`` (operations of training).
+``gptq`` (N K^2 of each solve; ``gptq of floats`` where codes are 4-bit floats, which no GPU was measured on), ``awq``,
+``fp8``, ``round`` (weights that each algorithm goes through), ``compare`` (floating-point operations of a comparison,
+its statistics and audits included), ``svd`` (N K min(N, K) of each singular value decomposition), ``train`` (operations
+of training).
 
 What is written goes to the disk beside the work, so a stage takes the longer of the two. A unit that a machine's row
 does not have gives no estimate: nothing is guessed from another machine.
@@ -62,6 +63,7 @@ CPU = Machine(
         "write": 1.5e8,
         "forward": 8.0e10,
         "gptq": 2.5e9,
+        "gptq of floats": 1.0e9,
         "awq": 1.0e6,
         "fp8": 4.5e6,
         "round": 2.0e7,

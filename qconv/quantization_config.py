@@ -212,6 +212,12 @@ class QuantizationConfig:
         return self.resolved_algorithm in ("gptq", "awq+gptq", "smoothquant+gptq")
 
     @property
+    def is_fp4(self) -> bool:
+        """Codes are 4-bit floats."""
+        own = TARGETS[self.target].scheme
+        return own is not None and own.is_fp4
+
+    @property
     def statistics(self) -> frozenset[Statistic]:
         """What has to be gathered of the inputs of linears."""
         wanted: set[Statistic] = {"gram"} if self.solves else set()

@@ -68,17 +68,21 @@ def calibrates(arguments: Iterable[str | Path]) -> bool:
     return False
 
 
+NEWER = ("w4a8", "w4a8-fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16")  # have tests of their own
+
+
 def all_variants() -> Iterator[Variant]:
-    """Everything that `TARGETS` permits; few bits and the second version of GPTQ with their own algorithm alone.
+    """Everything that `TARGETS` permits; few bits, version 2 of GPTQ and `NEWER` with their own algorithm alone.
 
     GGUF files are no safetensors; they have tests of their own.
     """
     for target in TARGETS.values():
         if target.gguf_kind is not None:
             continue
-        choices = [None] if target.symmetric is None else [True, False]
+        choices = [None] if target.symmetric is None else [True] if target.activations else [True, False]
         for algorithm, bits, symmetric in itertools.product(target.algorithms, target.bits, choices):
-            if algorithm != target.algorithms[0] and (bits < 4 or target.name == "gptq_v2"):
+            is_like_another = bits < 4 or target.name == "gptq_v2" or target.name in NEWER
+            if algorithm != target.algorithms[0] and is_like_another:
                 continue
             yield Variant(target.name, algorithm, bits, symmetric)
             if target.format.startswith("gptq") and algorithm == "gptq":

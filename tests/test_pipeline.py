@@ -36,6 +36,7 @@ from qconv.targets import TARGETS
 from qconv.types import Scheme
 from tests.cli_cases import (
     EVAL_TOKENS,
+    NEWER,
     NUM_LINEARS,
     SEQ_LEN,
     VARIANTS,
@@ -257,7 +258,7 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
     low, high = kl["interval_95"]
     assert 0 < low < kl["mean"] < high
     rounds_inputs = scheme is not None and scheme.dynamic_activations
-    limit = 0.006 if rounds_inputs else {8: 5e-4, 4: 0.025, 3: 0.06, 2: 0.2}[variant.bits]
+    limit = 0.006 if rounds_inputs and variant.bits == 8 else {8: 5e-4, 4: 0.025, 3: 0.06, 2: 0.2}[variant.bits]
     assert kl["mean"] < limit
     assert [block["block"] for block in fidelity["blocks"]] == [0, 1, 2, 3]
     assert fidelity["adapter_effect_retained"]["value"] == pytest.approx(
@@ -271,7 +272,7 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
         assert errors
     else:
         assert errors == set()
-    if variant.bits == 4 and ("gptq" in steps or "awq" in steps):
+    if variant.bits == 4 and ("gptq" in steps or "awq" in steps) and variant.target not in NEWER:
         plain = report_of(output(dataclasses.replace(variant, algorithm="rtn", desc_act=False)))
         gain = 0.6 if "gptq" in steps else 0.9
         assert kl["mean"] < gain * plain["fidelity"]["total"]["kl"]["mean"]

@@ -15,6 +15,7 @@ from qconv.serving import ENGINES, Served, ServedAdapter
 from qconv.serving.memory import ServingMemory, serving_memory
 from qconv.serving.trtllm import QUANT_CONFIG
 from qconv.types import Scheme, TensorSpec
+from tests.fp4_cases import MXFP4, NVFP4, NVFP4A16
 
 LLAMA_8B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}
 LLAMA_70B = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80}
@@ -28,6 +29,8 @@ FP8 = Scheme(kind="float", bits=8, group_size=-1, dynamic_activations=True)
 STATIC = Scheme(kind="float", bits=8, group_size=-1, static_activations=True)
 BLOCK = Scheme(kind="float", bits=8, group_size=128, block_rows=128, dynamic_activations=True)
 INT8 = Scheme(bits=8, group_size=-1, dynamic_activations=True)
+W4A8 = Scheme(dynamic_activations=True)
+W4A8_FP8 = Scheme(group_size=64, dynamic_activations=True, float8_activations=True)
 
 
 def memory(config: dict[str, Any], *, num_gpus: int = 1, itemsize: int = 2, context: int = 8192) -> ServingMemory:
@@ -112,11 +115,20 @@ REFUSED = {
         (INDEXED, "desc_act", "without --desc-act"),
         (("gptq", (W4_ASYM,), {}), "asymmetric", "awq --algorithm gptq"),
         (("gptq", (Scheme(bits=3),), {}), "3 bits", "gptq --sym"),
+        (("pack-quantized", (W4A8_FP8,), {}), "groups of 128, not 64", "w4a8"),
     ],
-    "sglang": [(GPTQ_V2, "checkpoint_format", "gptq"), (("gptq", (W4_ASYM,), {}), "asymmetric", "awq")],
+    "sglang": [
+        (GPTQ_V2, "checkpoint_format", "gptq"),
+        (("gptq", (W4_ASYM,), {}), "asymmetric", "awq"),
+        (("nvfp4-pack-quantized", (NVFP4A16,), {}), "rounded inputs alone", "nvfp4"),
+        (("mxfp4-pack-quantized", (MXFP4,), {}), "nobody tried", "w4a16"),
+        (("pack-quantized", (W4A8,), {}), "nobody tried", "w4a16"),
+    ],
     "tgi": [
         (GPTQ_V2, "version 2", "gptq"),
         (("bnb-nf4-dq", (), {}), "bitsandbytes", "--to bf16"),
+        (("nvfp4-pack-quantized", (NVFP4,), {}), "4-bit floats", "w4a16"),
+        (("pack-quantized", (W4A8,), {}), "4-bit weights beside rounded inputs", "w4a16"),
         (("pack-quantized", (W4_ASYM,), {}), "zero points", "awq"),
         (("gptq", (W4,), {"dynamic": {"-:x": {}}}), "dynamic", "without --override"),
         (("awq", (W4_ASYM,), {"modules_to_not_convert": ["lm_head", "model.layers.0"]}), "leaves out", "awq"),
@@ -127,6 +139,7 @@ REFUSED = {
         (("pack-quantized", (W4,), {}), "ModelOpt", "fp8"),
         (("int-quantized", (INT8,), {}), "8-bit integers for float8", "fp8"),
         (("bnb-nf4", (), {}), "bnb-nf4", "fp8"),
+        (("nvfp4-pack-quantized", (NVFP4,), {}), "nvfp4-pack-quantized", "fp8"),
     ],
     "lorax": [(("float-quantized", (FP8,), {}), "float-quantized", "awq"), (GPTQ_V2, "version 2", "gptq")],
 }
@@ -137,7 +150,23 @@ LOADED = {
     "trtllm": ["plain", "float-quantized", "fp8-block"],
     "lorax": ["plain", "gptq", "awq"],
 }
-SCHEMES = {"awq": W4_ASYM, "float-quantized": FP8, "fp8-block": BLOCK, "int-quantized": INT8}
+SCHEMES = {
+    "awq": W4_ASYM,
+    "float-quantized": FP8,
+    "fp8-block": BLOCK,
+    "int-quantized": INT8,
+    "nvfp4-pack-quantized": NVFP4,
+    "mxfp4-pack-quantized": MXFP4,
+}
+LOADED["sglang"] += ["nvfp4-pack-quantized"]
+SCHEMES = {
+    "nvfp4-pack-quantized": NVFP4,
+    "mxfp4-pack-quantized": MXFP4,
+    "awq": W4_ASYM,
+    "float-quantized": FP8,
+    "fp8-block": BLOCK,
+    "int-quantized": INT8,
+}
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "triton"])

@@ -18,6 +18,7 @@ from qconv.decoder_shape import DecoderShape
 from qconv.errors import CheckpointError, SchemeError
 from qconv.tensor_parallel import Finding, Linear, check_parallel, find_misfits, share_of
 from qconv.types import Scheme
+from tests.fp4_cases import MXFP4, NVFP4A16
 
 W4 = Scheme(group_size=128)
 FP8_BLOCK = Scheme(kind="float", bits=8, group_size=128, block_rows=128, dynamic_activations=True)
@@ -101,6 +102,15 @@ def test_awq_does_not_split_rows_with_one_scale() -> None:
         "model.layers.0.mlp.down_proj",
     ]
     assert "no scale of a row that is split among GPUs; --group-size 128 would fit" in found[0]
+
+
+def test_groups_of_4_bit_floats_stay_whole() -> None:
+    """Qwen2-7B's 18944 inputs of down_proj are 592 groups of 32, which 32 GPUs cut and 16 do not."""
+    wide = QWEN_7B | {"num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 4096}
+    assert errors(wide, NVFP4A16, "nvfp4-pack-quantized", 32) == []
+    assert errors(wide, MXFP4, "mxfp4-pack-quantized", 16) == []
+    (found,) = errors(wide, MXFP4, "mxfp4-pack-quantized", 32)
+    assert "18944 / 32 = 592 inputs cut groups of 32, the only size of this layout" in found
 
 
 def test_heads_that_do_not_divide() -> None:

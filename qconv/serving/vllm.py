@@ -14,7 +14,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def refusal(served: Served) -> str | None:
     odd_groups = {s.group_size for s in served.schemes if s.float8_activations and s.group_size != 128}
     if odd_groups:
-        return f"it takes 4-bit weights beside float8 inputs in groups of 128, not {odd_groups}; " + instead(
+        return f"it takes 4-bit weights beside float8 inputs in groups of 128, not {min(odd_groups)}; " + instead(
             "w4a8, or w4a16", served
         )
     for layout in served.layouts:
