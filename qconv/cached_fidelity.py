@@ -31,7 +31,7 @@ from qconv.validate.cache import CacheWriter, ReferenceCache
 from qconv.validate.cached_row import loss_against
 from qconv.validate.compare import Entrant, run_candidate
 from qconv.validate.distribution import Distribution
-from qconv.validate.fingerprint import candidate_fingerprint, check_fingerprint, fingerprint
+from qconv.validate.fingerprint import Digests, candidate_fingerprint, check_fingerprint, fingerprint
 from qconv.validate.gates import Measurement
 from qconv.validate.logit_chunks import position_chunks
 from qconv.validate.statistics import PairStatistics
@@ -48,8 +48,12 @@ def write_cached(
     config: ValidationConfig,
     device: str,
     progress: Progress,
+    digests: Digests,
 ) -> Fidelity:
     """Runs the reference, its controls and the candidate, when there is one, and stores what the reference predicts.
+
+    Args:
+        digests: of the reference's and the adapter's files.
 
     Raises:
         CheckpointError: the cache cannot be written, or the reference has no tokenizer to know it by.
@@ -74,7 +78,7 @@ def write_cached(
     fidelity.facts["reference"]["perplexity"] = float((-torch.cat(target_logps).double().mean()).exp())
     base = fidelity.pairs.get("base_without_adapter")
     header = {
-        "fingerprint": _fingerprint(reference, rows, config),
+        "fingerprint": _fingerprint(reference, rows, config, digests),
         "tool": f"qconv {__version__}",
         "reference": fidelity.facts["reference"],
         "evaluation": fidelity.facts["evaluation"],
@@ -118,9 +122,16 @@ def _describe_storage(path: Path, storage: Mapping[str, Any]) -> Iterator[str]:
 
 
 def open_cache(
-    path: Path, reference: Reference | None, candidate: Candidate | None, config: ValidationConfig
+    path: Path,
+    reference: Reference | None,
+    candidate: Candidate | None,
+    config: ValidationConfig,
+    digests: Digests | None = None,
 ) -> ReferenceCache:
     """A cache that exists, and that the candidate can be judged by.
+
+    Args:
+        digests: of the reference's and the adapter's files; None = these are hashed here.
 
     Raises:
         CheckpointError: the cache is damaged, or of another model, tokenizer, template or text.
@@ -139,7 +150,7 @@ def open_cache(
             f"{candidate.source.location}: has a vocabulary of {vocab_size}, the reference in {path} "
             f"{cache.vocab_size}; they are different models"
         )
-    _check_same(cache, reference, candidate, config)
+    _check_same(cache, reference, candidate, config, digests)
     return cache
 
 
@@ -150,14 +161,18 @@ def measure_cached(
     config: ValidationConfig,
     device: str,
     progress: Progress,
+    digests: Digests,
 ) -> Fidelity:
     """Judges the candidate by the stored distributions.
+
+    Args:
+        digests: of the reference's and the adapter's files.
 
     Raises:
         CheckpointError: the cache is damaged, or of another model, tokenizer, template or text.
         UsageError: something was asked for that the cache cannot tell.
     """
-    cache = open_cache(path, reference, candidate, config)
+    cache = open_cache(path, reference, candidate, config, digests)
     assert candidate is not None  # `open_cache` refuses to judge nothing
     rows = TokenRows(cache.ids_TS, cache.documents_TS)
     model, runs = candidate_model(candidate, candidate.view, device, False, config.engine)
@@ -261,14 +276,18 @@ def _notes(cache: ReferenceCache, candidate: Candidate, is_audited: bool) -> lis
 
 
 def _check_same(
-    cache: ReferenceCache, reference: Reference | None, candidate: Candidate, config: ValidationConfig
+    cache: ReferenceCache,
+    reference: Reference | None,
+    candidate: Candidate,
+    config: ValidationConfig,
+    digests: Digests | None,
 ) -> None:
     """The cache must be of this reference, or, where there is none, of the candidate's tokenizer and template."""
     rows = TokenRows(cache.ids_TS, cache.documents_TS)
     if reference is not None:
         folder = reference_tokenizer(reference) or candidate.source.folder
         own_rows, _ = evaluation_rows(folder, config)
-        check_fingerprint(cache.fingerprint, _fingerprint(reference, own_rows, config))
+        check_fingerprint(cache.fingerprint, _fingerprint(reference, own_rows, config, digests))
     own_rows, _ = evaluation_rows(candidate.source.folder, config)
     found = candidate_fingerprint(candidate.source.folder, _evaluation(None, config), own_rows.ids_TS)
     found["evaluation"] = {k: v for k, v in found["evaluation"].items() if k != "dtype"}
@@ -279,10 +298,13 @@ def _check_same(
         raise CheckpointError(f"{cache.path}: holds {len(rows.ids_TS)} rows, {config.rows} were asked for")
 
 
-def _fingerprint(reference: Reference, rows: TokenRows, config: ValidationConfig) -> dict[str, Any]:
+def _fingerprint(
+    reference: Reference, rows: TokenRows, config: ValidationConfig, digests: Digests | None
+) -> dict[str, Any]:
     adapter = Path(reference.adapter.location) if reference.adapter else None
     tokenizer = reference_tokenizer(reference) or reference.source.folder
-    return fingerprint(reference.source.folder, adapter, tokenizer, _evaluation(reference, config), rows.ids_TS)
+    evaluation = _evaluation(reference, config)
+    return fingerprint(reference.source.folder, adapter, tokenizer, evaluation, rows.ids_TS, digests)
 
 
 def _evaluation(reference: Reference | None, config: ValidationConfig) -> dict[str, Any]:

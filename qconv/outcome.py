@@ -196,7 +196,7 @@ class Provenance:
     def __init__(self, folders: Mapping[str, Path | None]):
         self._digests: dict[str, dict[str, str]] = {}
         self._errors: list[Exception] = []
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[str, threading.Thread] = {}
         self._stop = threading.Event()
         for name, folder in folders.items():
             if folder is not None:
@@ -211,10 +211,10 @@ class Provenance:
     def add(self, name: str, folder: Path, known: Mapping[str, str] | None = None) -> None:
         """Begins with a folder whose files do not change any more; ``known``: see `file_digests`."""
         self._digests[name] = {}  # in the order of the report
-        self._threads.append(
-            threading.Thread(target=self._hash, args=(name, folder, known), name=f"provenance-{name}", daemon=True)
+        self._threads[name] = threading.Thread(
+            target=self._hash, args=(name, folder, known), name=f"provenance-{name}", daemon=True
         )
-        self._threads[-1].start()
+        self._threads[name].start()
 
     def _hash(self, name: str, folder: Path, known: Mapping[str, str] | None) -> None:
         try:
@@ -229,9 +229,12 @@ class Provenance:
         Raises:
             CheckpointError: a folder cannot be read any more.
         """
+        return {name: self.of(name) for name in self._digests}
+
+    def of(self, name: str) -> dict[str, str]:
+        """The digests of one folder; see `result`."""
         with TIMELINE.stage("wait for hashes"):
-            for thread in self._threads:
-                thread.join()
+            self._threads[name].join()
         if self._errors:
             raise self._errors[0]
-        return dict(self._digests)
+        return self._digests[name]

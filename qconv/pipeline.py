@@ -37,6 +37,7 @@ from qconv.side_files import side_files
 from qconv.streaming import StreamedModel
 from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint, QuantizedLinear
+from qconv.validate.fingerprint import Digests
 from qconv.width_choice import with_widths
 from qconv.writer import CheckpointWriter
 
@@ -237,7 +238,7 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Outcome:
         check_rules(reference, config, reference.adapter is not None)
     candidate = None if job.candidate is None else load_candidate(job.candidate, job.candidate_adapter)
     with Provenance(_inputs(reference) | {"candidate": candidate.source.folder if candidate else None}) as digests:
-        fidelity = _measure(job, reference, candidate, device, progress)
+        fidelity = _measure(job, reference, candidate, device, progress, digests.of)
         tasks = _tasks(reference, candidate, fidelity, config, device, progress) if reference and candidate else []
         has_merge = fidelity.facts["merge"] is not None
         has_findings = fidelity.is_audited or any(finding["severity"] == "error" for finding in fidelity.findings)
@@ -264,7 +265,12 @@ def validate(job: ValidateJob, progress: Progress = QUIET) -> Outcome:
 
 
 def _measure(
-    job: ValidateJob, reference: Reference | None, candidate: Candidate | None, device: str, progress: Progress
+    job: ValidateJob,
+    reference: Reference | None,
+    candidate: Candidate | None,
+    device: str,
+    progress: Progress,
+    digests: Digests,
 ) -> Fidelity:
     cache, config = job.reference_cache, job.validation
     if cache is None:
@@ -272,8 +278,8 @@ def _measure(
         assert candidate is not None
         return measure_fidelity(reference, candidate, config, device, progress)
     if reference is not None and not cache.exists():
-        return write_cached(cache, reference, candidate, config, device, progress)
-    return measure_cached(cache, reference, candidate, config, device, progress)
+        return write_cached(cache, reference, candidate, config, device, progress, digests)
+    return measure_cached(cache, reference, candidate, config, device, progress, digests)
 
 
 def _tasks(

@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,7 @@ from torch import Tensor
 from qconv import cached_fidelity, fidelity
 from qconv.cli import main
 from qconv.report.document import ALL_NAMES, HTML_NAME, JSON_NAME, MARKDOWN_NAME, load_schema
+from qconv.validate import fingerprint
 from tests.cli_cases import (
     EVAL_TOKENS,
     SEQ_LEN,
@@ -278,8 +280,17 @@ def test_reference_of_a_cache_run_is_measured_on_all_rows(
 
 
 def test_cache_agrees_with_the_direct_run(
-    tmp_path: Path, validate: Validate, pair: list[str | Path], output: Output, direct: Run, cache: tuple[Path, Run]
+    tmp_path: Path,
+    validate: Validate,
+    pair: list[str | Path],
+    output: Output,
+    direct: Run,
+    cache: tuple[Path, Run],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    hashed: Counter[Path] = Counter()
+    digest = fingerprint._sha256
+    monkeypatch.setattr(fingerprint, "_sha256", lambda file, stop=None: hashed.update([file]) or digest(file, stop))
     path, _ = cache
     candidate = ["--candidate", output(RTN)]
     both = validate(*pair, *candidate, "--reference-cache", tmp_path / "c", "--control-tokens", str(EVAL_TOKENS))
@@ -290,6 +301,8 @@ def test_cache_agrees_with_the_direct_run(
     assert 0 < error < 0.05 * direct.kl
 
     audited = validate(*pair, *candidate, "--reference-cache", path)
+    # For the report and for what binds the cache to its files: read once in each run.
+    assert {count for file, count in hashed.items() if file.suffix == ".safetensors"} == {2}
     alone = validate("--reference-cache", path, *candidate)
     for run in (audited, alone):
         assert run.code == 0, run.err

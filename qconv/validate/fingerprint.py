@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,10 @@ _FILE_PARTS = {
 PARTS = ("reference", "adapter", "tokenizer", "chat_template", "training", "evaluation", "tokens")
 
 
+Digests = Callable[[str], Mapping[str, str]]
+"""By the name of a folder: SHA-256 (hex) of its files by theirs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """One thing in which two fingerprints differ: the part (one of `PARTS`) and a clause that names it."""
@@ -54,6 +58,7 @@ def fingerprint(
     tokenizer_folder: str | Path,
     evaluation: Mapping[str, Any],
     ids_TS: Tensor,
+    digests: Digests | None = None,
 ) -> dict[str, Any]:
     """Everything that the reference's distributions depend on.
 
@@ -62,6 +67,8 @@ def fingerprint(
             ``trained_on`` and ``backend`` (how training saw the base) where the adapter does not record them.
             ``source`` is kept and not compared.
         ids_TS: the evaluated tokens.
+        digests: what `file_digests` says of ``"reference"`` and ``"adapter"``, where it was asked before; None = these
+            files are hashed here.
 
     Returns:
         ``{"reference": {file: sha256}, "adapter": {file: sha256} | None, "training": {...}}`` and what
@@ -77,12 +84,19 @@ def fingerprint(
         "trained_on": evaluation.get("trained_on", record.trained_on if record else None),
         "backend": evaluation.get("backend", record.backend if record else None),
     }
+
+    def known_or_hashed(name: str, files: Iterable[Path]) -> dict[str, str]:
+        if digests is None:
+            return _hash_files(files)
+        known = digests(name)
+        return {file.name: known[file.name] for file in files}
+
     templates = [Path(tokenizer_folder), reference.folder]
     if adapter is not None:
         templates.insert(0, adapter.folder)
     return {
-        "reference": _hash_files(_model_files(reference)),
-        "adapter": None if adapter is None else _hash_files(_adapter_files(adapter)),
+        "reference": known_or_hashed("reference", _model_files(reference)),
+        "adapter": None if adapter is None else known_or_hashed("adapter", _adapter_files(adapter)),
         "training": training,
         **candidate_fingerprint(tokenizer_folder, evaluation, ids_TS, templates),
     }

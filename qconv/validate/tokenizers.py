@@ -130,12 +130,13 @@ def _compare_slow_files(reference: Path, candidate: Path) -> list[Finding]:
 
 
 def _same_content(old: Path, new: Path) -> bool:
-    if old.read_bytes() == new.read_bytes():
+    contents = old.read_bytes(), new.read_bytes()
+    if contents[0] == contents[1]:
         return True
     if old.suffix != ".json":
         return False
     try:
-        return bool(json.loads(old.read_text(encoding="utf-8")) == json.loads(new.read_text(encoding="utf-8")))
+        return bool(json.loads(contents[0]) == json.loads(contents[1]))
     except ValueError:
         return False
 
