@@ -21,7 +21,7 @@ from qconv.estimate_jobs import estimate_merge
 from qconv.evaluation import reference_tokenizer
 from qconv.fidelity import Fidelity, measure_fidelity
 from qconv.gating import check_rules, rules_for
-from qconv.gguf import IMATRIX_NAME, write_imatrix
+from qconv.gguf import IMATRIX_NAME, model_file, write_imatrix
 from qconv.held_out import loss_facts, merge_losses
 from qconv.importance import input_squares
 from qconv.inputs import load_candidate, load_reference, resolve_device
@@ -94,8 +94,8 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             writer.write_json("config.json", layout.config)
             for file_name, content in layout.extra_files.items():
                 writer.write_json(file_name, content)
-            if layout.gguf is not None:
-                writer.write_text("Modelfile", layout.gguf.model_file)
+            if layout.gguf is not None and plan.vocabulary is not None:
+                writer.write_text("Modelfile", model_file(layout.gguf.file_name, plan.vocabulary.turns))
             writer.copy_files(side_files(reference.source.folder, plan.adapter_folder))
         blocks = _quantized_blocks(job, makings, reference, merged, calibration, device, progress)
         write_tensors(makings, merged, blocks, progress, device)

@@ -20,7 +20,7 @@ from qconv.decoder_shape import DecoderShape
 from qconv.errors import concerning
 from qconv.evaluation import check_vocabulary, evaluation_rows
 from qconv.gating import check_rules
-from qconv.gguf import EMBEDDING, GgufPlan, vocabulary_of
+from qconv.gguf import EMBEDDING, GgufPlan, Vocabulary, vocabulary_of
 from qconv.held_out import held_out_rows
 from qconv.inputs import load_reference
 from qconv.layout import Layout, config_dtype, plan_layout
@@ -49,7 +49,9 @@ class Plan:
         writers: the same; nothing is begun.
         calibration: token rows, or None where none are needed.
         calibration_text: in words, what they were cut from.
-        warnings: what engines will run slower, or only in some releases, on the GPUs that the job names.
+        vocabulary: of GGUF outputs.
+        warnings: what engines will run slower, or only in some releases, on the GPUs that the job names; what texts
+            llama.cpp tokenizes otherwise.
     """
 
     reference: Reference
@@ -58,6 +60,7 @@ class Plan:
     writers: Sequence[CheckpointWriter]
     calibration: torch.Tensor | None
     calibration_text: str
+    vocabulary: Vocabulary | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -92,6 +95,10 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
     _check_before_work(job, reference, merged, tokenizer, adapter_comes or reference.adapter is not None)
     with concerning("calibration"):
         calibration, calibration_text = _calibration_rows(job, merged, tokenizer, progress)
+    vocabulary = None
+    if any(layout.gguf is not None for layout in layouts):
+        vocabulary = gguf_vocabulary(merged, source.folder, adapter_folder)
+        warnings += () if vocabulary.warning is None else (vocabulary.warning,)
     writers = [
         CheckpointWriter(
             output.out,
@@ -99,7 +106,9 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
             output.max_shard_bytes,
             job.overwrite,
             with_digests=True,
-            files=None if layout.gguf is None else [gguf_file(layout.gguf, source.folder, adapter_folder, output.out)],
+            files=None
+            if vocabulary is None or layout.gguf is None
+            else [gguf_file(layout.gguf, vocabulary, output.out)],
         )
         for output, layout in zip(job.outputs, layouts, strict=True)
     ]
@@ -110,6 +119,7 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
         writers=writers,
         calibration=calibration,
         calibration_text=calibration_text,
+        vocabulary=vocabulary,
         warnings=warnings,
     )
 
@@ -142,8 +152,8 @@ def _parallel_warnings(job: MergeJob, merged: Checkpoint, layouts: Sequence[Layo
     return tuple(dict.fromkeys(found))
 
 
-def gguf_file(plan: GgufPlan, base: Path, adapter: Path | None, out: Path) -> PlannedFile:
-    """The file of a GGUF output, with the tokenizer and the chat template in it that lie beside other outputs.
+def gguf_vocabulary(view: Checkpoint, base: Path, adapter: Path | None) -> Vocabulary:
+    """The tokenizer and the chat template that lie beside other outputs, for a GGUF file.
 
     Raises:
         CheckpointError: a tokenizer that llama.cpp would not use alike.
@@ -154,7 +164,11 @@ def gguf_file(plan: GgufPlan, base: Path, adapter: Path | None, out: Path) -> Pl
     if template is not None:
         text = template.read_text(encoding="utf-8")
         tokenizer.chat_template = text if template.suffix == ".jinja" else json.loads(text)["chat_template"]
-    vocabulary = vocabulary_of(tokenizer, plan.tensors[EMBEDDING].shape[0], str(folder))
+    return vocabulary_of(tokenizer, view.specs()[EMBEDDING].shape[0], str(folder))
+
+
+def gguf_file(plan: GgufPlan, vocabulary: Vocabulary, out: Path) -> PlannedFile:
+    """The file of a GGUF output."""
     head, begins, num_bytes = plan.header(vocabulary, out.name)
     return PlannedFile(name=plan.file_name, head=head, begins=begins, num_bytes=num_bytes)
 

@@ -2,10 +2,11 @@
 
 from qconv.gguf.blocks import BLOCK, BLOCK_KINDS, KINDS, PLAIN_KINDS, encode, pack, unpack
 from qconv.gguf.imatrix import IMATRIX_NAME, InputSquares, write_imatrix
+from qconv.gguf.ollama import model_file
 from qconv.gguf.package import gguf_package
 from qconv.gguf.plan import EMBEDDING, GgufOutput, GgufPlan, plan_gguf
 from qconv.gguf.reader import GgufCheckpoint, open_gguf
-from qconv.gguf.tokenizer import vocabulary_of
+from qconv.gguf.tokenizer import Vocabulary, vocabulary_of
 
 __all__ = [
     "BLOCK",
@@ -18,8 +19,10 @@ __all__ = [
     "GgufOutput",
     "GgufPlan",
     "InputSquares",
+    "Vocabulary",
     "encode",
     "gguf_package",
+    "model_file",
     "open_gguf",
     "pack",
     "plan_gguf",

@@ -1,78 +1,104 @@
 """The keys of a GGUF file that describe the model, from its config, and back.
 
 Sources: the GGUF specification (ggml, docs/gguf.md) and gguf-py's ``constants.Keys``; which keys an architecture needs,
-from llama.cpp's `convert_hf_to_gguf.py`. What llama.cpp would compute otherwise than transformers is refused.
-
-Rotary scaling: linear and yarn are keys. Llama 3's is a tensor ``rope_freqs.weight`` of divisors, one for each
-frequency, that a reader cannot turn back into its four numbers: they are sought among what is known, and must give the
-tensor again.
-
-Left out: dynamic and long rope, partial rotation.
+from llama.cpp's `convert_hf_to_gguf.py`, and what it computes, from its `src/models`. What llama.cpp would compute
+otherwise than transformers is refused.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qconv.errors import CheckpointError
-from qconv.gguf.families import family_of_architecture
+from qconv.gguf.families import Family, family_of, family_of_keys
+from qconv.gguf.rotary import add_rope, head_dim, local_theta, original_context, rope_of, rope_parameters, rotated
 
-ROPE_FREQS = "rope_freqs.weight"
-_LLAMA3_CONTEXTS = (8192,)
-_PLAIN_ROPES = ("default", "linear", "yarn", "llama3")
-
-
-def rope_of(config: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """Rotary parameters with ``rope_type`` and ``rope_theta``, wherever the config has them.
-
-    Raises:
-        CheckpointError: a kind that is not written.
-    """
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    if rope["rope_type"] not in _PLAIN_ROPES:
-        raise CheckpointError(
-            f"{location}: rotary scaling {rope['rope_type']!r} is not written as GGUF; written are "
-            f"{', '.join(_PLAIN_ROPES)}"
-        )
-    return rope
-
-
-def head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+# Layers with full attention: the last of so many.
+_WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6}
+# Numbers of layers by which llama.cpp knows Gemma's 27B models, whose attention is scaled otherwise.
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+# What transformers takes where the config does not say.
+_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 def check_config(config: Mapping[str, Any], location: str) -> None:
     """Raises `CheckpointError` for what llama.cpp computes otherwise."""
-    rope = rope_of(config, location)
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    for what, found, wanted in (
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("partial_rotary_factor", partial, 1.0),
-    ):
-        if found != wanted:
-            raise CheckpointError(f"{location}: {what} {found!r}: llama.cpp's architecture has {wanted!r}")
+    family = family_of(config, location)
+    activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
+    wanted: list[tuple[str, Any, Any]] = [("hidden_act", activation, family.activation)]
+    if family.model_type != "phi3":
+        rope = rope_of(config, location)
+        partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        wanted.append(("partial_rotary_factor", partial, 1.0))
+    if family.normalizes_experts is not None:
+        wanted += _wanted_of_experts(family, config)
+    if family.is_gemma:
+        wanted += _wanted_of_gemma(family, config, location)
+    if family.architecture in ("phi3", "olmoe", "qwen2moe"):
+        wanted.append(("heads times head_dim", head_dim(config) * config["num_attention_heads"], config["hidden_size"]))
+    if family.architecture == "olmoe":
+        wanted.append(("num_key_value_heads", config.get("num_key_value_heads"), config["num_attention_heads"]))
+    for what, found, own in wanted:
+        if found != own:
+            raise CheckpointError(f"{location}: {what} {found!r}: llama.cpp's architecture has {own!r}")
+    rotated(config, location)
 
 
-def context_length(config: Mapping[str, Any]) -> int:
-    """Of the file. llama.cpp attends to everything: beyond a sliding window it would not compute the same."""
+def _wanted_of_experts(family: Family, config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    wanted = [
+        ("mlp_only_layers", list(config.get("mlp_only_layers") or []), []),
+        ("decoder_sparse_step", config.get("decoder_sparse_step") or 1, 1),
+        ("clip_qkv", config.get("clip_qkv"), None),
+    ]
+    if family.model_type != "mixtral":
+        wanted.append(("norm_topk_prob", bool(config.get("norm_topk_prob", False)), family.normalizes_experts))
+    return wanted
+
+
+def _wanted_of_gemma(family: Family, config: Mapping[str, Any], location: str) -> list[tuple[str, Any, Any]]:
+    if "head_dim" not in config:
+        raise CheckpointError(
+            f"{location}: config.json has no head_dim, which Gemma's size of heads does not follow from"
+        )
+    arch, num_layers = family.architecture, int(config["num_hidden_layers"])
+    wanted: list[tuple[str, Any, Any]] = [
+        ("use_bidirectional_attention", bool(config.get("use_bidirectional_attention")), False)
+    ]
+    if arch not in _WINDOW_PATTERNS:
+        return wanted
+    size = (
+        config["hidden_size"] // config["num_attention_heads"] if num_layers == _GEMMA_27B[arch] else head_dim(config)
+    )
+    wanted.append(("query_pre_attn_scalar", config.get("query_pre_attn_scalar", 256), size))
+    every = _WINDOW_PATTERNS[arch]
+    kinds = ["full_attention" if number % every == every - 1 else "sliding_attention" for number in range(num_layers)]
+    wanted.append(("layer_types", list(config.get("layer_types") or kinds), kinds))
+    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or every
+    wanted.append(("sliding_window_pattern", pattern, every))
+    if arch == "gemma3":
+        wanted.append(("attn_logit_softcapping", config.get("attn_logit_softcapping"), None))
+    else:
+        wanted += [(key, bool(config.get(key, default)), True) for key, default in _CAPS.items()]
+    return wanted
+
+
+def context_length(family: Family, config: Mapping[str, Any]) -> int:
+    """Of the file. Most architectures attend to everything: beyond a sliding window they would not compute the same."""
     length = int(config["max_position_embeddings"])
     window = config.get("sliding_window")
-    if window is None or not config.get("use_sliding_window", True):
+    if window is None or family.has_window or not config.get("use_sliding_window", True):
         return length
     return min(length, int(window))
 
 
 def add_metadata(writer: Any, config: Mapping[str, Any], vocab_size: int, location: str) -> None:
     """Puts the keys into a `gguf.GGUFWriter`."""
+    family = family_of(config, location)
     heads = int(config["num_attention_heads"])
-    writer.add_context_length(context_length(config))
+    writer.add_context_length(context_length(family, config))
     writer.add_embedding_length(int(config["hidden_size"]))
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_feed_forward_length(int(config["intermediate_size"]))
@@ -82,55 +108,46 @@ def add_metadata(writer: Any, config: Mapping[str, Any], vocab_size: int, locati
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     writer.add_vocab_size(vocab_size)
-    rope = rope_of(config, location)
-    writer.add_rope_dimension_count(head_dim(config))
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if rope["rope_type"] in ("linear", "yarn"):
-        writer.add_string(f"{writer.arch}.rope.scaling.type", rope["rope_type"])
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-    if rope["rope_type"] == "yarn":
-        _check_yarn(rope, location)
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        writer.add_rope_scaling_orig_ctx_len(int(original))
+    add_rope(writer, config, location)
+    if family.expert_names is not None:
+        writer.add_expert_count(num_experts(config))
+        writer.add_expert_used_count(int(config["num_experts_per_tok"]))
+        if "moe_intermediate_size" in config:
+            writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
+        if "shared_expert_intermediate_size" in config:
+            writer.add_expert_shared_feed_forward_length(int(config["shared_expert_intermediate_size"]))
+    if family.has_window:
+        writer.add_sliding_window(int(config["sliding_window"]))
+    if family.architecture == "gemma2":
+        writer.add_attn_logit_softcapping(float(config.get("attn_logit_softcapping", _CAPS["attn_logit_softcapping"])))
+        writer.add_final_logit_softcapping(
+            float(config.get("final_logit_softcapping", _CAPS["final_logit_softcapping"]))
+        )
+    if family.architecture == "gemma3":
+        writer.add_rope_freq_base_swa(local_theta(config))
+        if config.get("final_logit_softcapping"):
+            writer.add_final_logit_softcapping(float(config["final_logit_softcapping"]))
 
 
-def _check_yarn(rope: Mapping[str, Any], location: str) -> None:
-    """Numbers that llama.cpp takes as they are by default."""
-    for key, default in (("beta_fast", 32), ("beta_slow", 1), ("attention_factor", None), ("mscale", None)):
-        if rope.get(key) not in (None, default):
-            raise CheckpointError(f"{location}: yarn with {key} {rope[key]!r} is not written as GGUF")
+def num_experts(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_experts") or config["num_local_experts"])
 
 
-def rope_tensor(config: Mapping[str, Any], location: str) -> Tensor | None:
-    """The divisors of Llama 3's frequencies, float32 ``[head_dim / 2]``, or None for other models."""
-    rope = rope_of(config, location)
-    if rope["rope_type"] != "llama3":
-        return None
-    return _llama3_divisors(
-        head_dim(config),
-        float(rope["rope_theta"]),
-        float(rope["factor"]),
-        float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]),
-        int(rope["original_max_position_embeddings"]),
-    )
-
-
-def _llama3_divisors(size: int, theta: float, factor: float, low: float, high: float, context: int) -> Tensor:
-    """1 for short wavelengths, ``factor`` for long ones, a blend of the frequencies between."""
-    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    wavelengths = 2 * math.pi / frequencies
-    blend = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - blend) / factor + blend)).float()
-
-
-def config_of(keys: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], location: str) -> dict[str, Any]:
+def config_of(
+    keys: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    constants: Callable[[str], Tensor | None],
+    location: str,
+) -> dict[str, Any]:
     """What ``config.json`` would say of a file with these keys and tensors. llama.cpp computes in float32.
+
+    Args:
+        constants: reads a tensor that no model has; None where there is none of the name.
 
     Raises:
         CheckpointError: a key is missing, or says what is not read.
     """
-    family = family_of_architecture(str(keys.get("general.architecture")), location)
+    family = family_of_keys(keys, location)
 
     def key(name: str, default: Any = None) -> Any:
         value = keys.get(f"{family.architecture}.{name}", default)
@@ -141,6 +158,7 @@ def config_of(keys: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], lo
     heads, hidden = int(key("attention.head_count")), int(key("embedding_length"))
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{location}: tensor 'token_embd.weight' is missing")
+    size = int(key("attention.key_length", hidden // heads))
     config: dict[str, Any] = {
         "architectures": [family.class_name],
         "model_type": family.model_type,
@@ -149,8 +167,8 @@ def config_of(keys: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], lo
         "num_hidden_layers": int(key("block_count")),
         "num_attention_heads": heads,
         "num_key_value_heads": int(key("attention.head_count_kv", heads)),
-        "head_dim": int(key("attention.key_length", hidden // heads)),
-        "hidden_act": "silu",
+        "head_dim": size,
+        "hidden_act": family.activation,
         "max_position_embeddings": int(key("context_length")),
         "rms_norm_eps": float(key("attention.layer_norm_rms_epsilon")),
         "vocab_size": shapes["token_embd.weight"][0],
@@ -160,43 +178,50 @@ def config_of(keys: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], lo
         "dtype": "float32",
         "bos_token_id": keys.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": keys.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": keys.get("tokenizer.ggml.padding_token_id"),
+        "rope_parameters": rope_parameters(keys, family.architecture, size, constants, location),
     }
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(key("rope.freq_base", 10000.0))}
-    scaling = keys.get(f"{family.architecture}.rope.scaling.type")
-    if scaling in ("linear", "yarn"):
-        rope |= {"rope_type": scaling, "factor": float(key("rope.scaling.factor"))}
-        if scaling == "yarn":
-            rope["original_max_position_embeddings"] = int(key("rope.scaling.original_context_length"))
-    elif scaling not in (None, "none"):
-        raise CheckpointError(f"{location}: rotary scaling {scaling!r} is not read")
-    return config | {"rope_parameters": rope}
+    if family.expert_names is not None:
+        config |= _config_of_experts(family, key, shapes)
+    if family.is_gemma:
+        config |= _config_of_gemma(family, key, config)
+    if family.model_type == "phi3":
+        config["original_max_position_embeddings"] = original_context(config, config["rope_parameters"])
+    return config
 
 
-def with_llama3(config: dict[str, Any], divisors: Tensor, location: str) -> dict[str, Any]:
-    """The config with the rotary scaling that ``rope_freqs.weight`` stands for.
-
-    Raises:
-        CheckpointError: no known numbers give this tensor.
-    """
-    theta, factor = float(config["rope_parameters"]["rope_theta"]), float(divisors.max())
-    for context in _LLAMA3_CONTEXTS:
-        made = _llama3_divisors(config["head_dim"], theta, factor, 1.0, 4.0, context)
-        if made.shape == divisors.shape and torch.allclose(made, divisors, rtol=1e-5):
-            rope = {
-                "rope_type": "llama3",
-                "rope_theta": theta,
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": context,
-            }
-            return config | {"rope_parameters": rope}
-    raise CheckpointError(f"{location}: {ROPE_FREQS} holds rotary frequencies that are not those of Llama 3.1")
+def _config_of_experts(
+    family: Family, key: Callable[..., Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    count = int(key("expert_count"))
+    config: dict[str, Any] = {"num_local_experts": count, "num_experts": count}
+    config["num_experts_per_tok"] = int(key("expert_used_count"))
+    if family.model_type != "mixtral":
+        config |= {"norm_topk_prob": family.normalizes_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        if "blk.0.ffn_up_exps.weight" in shapes:
+            config["moe_intermediate_size"] = shapes["blk.0.ffn_up_exps.weight"][1]
+    if "blk.0.ffn_up_shexp.weight" in shapes:
+        config["shared_expert_intermediate_size"] = shapes["blk.0.ffn_up_shexp.weight"][0]
+    if family.model_type == "qwen2_moe":
+        config["qkv_bias"] = "blk.0.attn_q.bias" in shapes
+    return config
 
 
-def check_llama3(config: Mapping[str, Any], location: str) -> None:
-    """Refuses to write what could not be read back, see `with_llama3`."""
-    divisors = rope_tensor(config, location)
-    if divisors is not None:
-        rope = rope_of(config, location)
-        with_llama3({"head_dim": head_dim(config), "rope_parameters": rope}, divisors, location)
+def _config_of_gemma(family: Family, key: Callable[..., Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    arch = family.architecture
+    own: dict[str, Any] = {"hidden_activation": family.activation}
+    if arch == "gemma":
+        return own
+    is_27b = config["num_hidden_layers"] == _GEMMA_27B[arch]
+    own["query_pre_attn_scalar"] = (
+        config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
+    )
+    own["sliding_window"] = int(key("attention.sliding_window", 4096))
+    if arch == "gemma2":
+        own["attn_logit_softcapping"] = float(key("attn_logit_softcapping", _CAPS["attn_logit_softcapping"]))
+        own["final_logit_softcapping"] = float(key("final_logit_softcapping", _CAPS["final_logit_softcapping"]))
+    else:
+        own["final_logit_softcapping"] = float(key("final_logit_softcapping", 0.0)) or None
+        local = {"rope_type": "default", "rope_theta": float(key("rope.freq_base_swa", 10000.0))}
+        own["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+    return own

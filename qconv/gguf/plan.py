@@ -2,8 +2,9 @@
 
 Kinds as llama.cpp's tools choose them: vectors in float32; the output head (or the embedding, where it is the head) in
 q8_0 when weights are quantized to anything, since an error there reaches every token (llama-quantize takes q6_K where
-rows are multiples of 256, and q8_0 elsewhere); an embedding of its own as the weights. The header is written by the
-gguf package; tensors follow in its order, each at a multiple of 32 bytes.
+rows are multiples of 256, and q8_0 elsewhere); an embedding of its own as the weights; what chooses experts in float32.
+The header is written by the gguf package; tensors follow in its order, each at a multiple of 32 bytes. Experts are
+handed over one by one, each to its place within the tensor of its layer.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from qconv.errors import CheckpointError
 from qconv.gguf.blocks import BLOCK, BLOCK_KINDS, PLAIN_KINDS, encode, row_bytes
-from qconv.gguf.families import Family, family_of, heads_to_interleave, interleaved, stored_names
-from qconv.gguf.metadata import ROPE_FREQS, add_metadata, check_config, check_llama3, rope_tensor
+from qconv.gguf.families import VECTOR, Family, added_to, family_of, heads_to_interleave, interleaved, places
+from qconv.gguf.metadata import add_metadata, check_config, num_experts
 from qconv.gguf.package import gguf_package
+from qconv.gguf.rotary import rope_tensors
 from qconv.gguf.tokenizer import Vocabulary
 from qconv.targets import gguf_file_name
 from qconv.types import Checkpoint, TensorSpec
 
 ALIGNMENT = 32
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROUTERS = ("ffn_gate_inp.weight", VECTOR)
 _KIND_OF = {dtype: kind for kind, dtype in PLAIN_KINDS.items()}
 
 
@@ -39,13 +42,15 @@ class Files(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """One tensor of the file.
+    """One tensor of the model in the file.
 
     Attributes:
         name: in the model.
-        stored: in the file.
-        shape: in the model.
+        stored: of the tensor in the file that it is, or is a part of.
+        shape: in the model, but for `VECTOR`.
         heads: whose rows are interleaved, or None.
+        expert: of which it is a part, or None.
+        added: what the file's numbers have more than the model's.
     """
 
     name: str
@@ -53,14 +58,17 @@ class GgufTensor:
     kind: str
     shape: tuple[int, ...]
     heads: int | None = None
+    expert: int | None = None
+    added: float = 0.0
 
     @property
     def spec(self) -> TensorSpec:
         """As it is handed to a writer of files."""
+        name = self.stored if self.expert is None else f"{self.stored}[{self.expert}]"
         if self.kind in PLAIN_KINDS:
-            return TensorSpec(name=self.stored, shape=self.shape, dtype=PLAIN_KINDS[self.kind])
+            return TensorSpec(name=name, shape=self.shape, dtype=PLAIN_KINDS[self.kind])
         shape = (self.shape[0], row_bytes(self.kind, self.shape[1], self.name))
-        return TensorSpec(name=self.stored, shape=shape, dtype=torch.uint8)
+        return TensorSpec(name=name, shape=shape, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,11 +93,6 @@ class GgufPlan:
         return gguf_file_name(self.kind)
 
     @property
-    def model_file(self) -> str:
-        """What ``ollama create`` reads; it takes the chat template and the end token from the file itself."""
-        return f"FROM ./{self.file_name}\n"
-
-    @property
     def specs(self) -> list[TensorSpec]:
         constants = [TensorSpec(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in self.constants.items()]
         return [*(tensor.spec for tensor in self.tensors.values()), *constants]
@@ -108,11 +111,16 @@ class GgufPlan:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_metadata(writer, self.config, len(vocabulary.tokens), self.location)
         vocabulary.add_to(writer)
-        kinds = {tensor.stored: tensor.kind for tensor in self.tensors.values()}
-        for spec in self.specs:
-            kind = gguf.GGMLQuantizationType[kinds.get(spec.name, "f32").upper()]
-            dtype = _numpy_dtype(spec.dtype)
-            writer.add_tensor_info(spec.name, spec.shape, dtype, spec.num_bytes, raw_dtype=kind)
+        begins: dict[str, int] = {}
+        end = 0
+        for parts in self._parts():
+            kind = gguf.GGMLQuantizationType[parts[0].kind.upper()]
+            spec = parts[0].spec
+            shape = spec.shape if parts[0].expert is None else (len(parts), *spec.shape)
+            num_bytes = len(parts) * spec.num_bytes
+            writer.add_tensor_info(parts[0].stored, shape, _numpy_dtype(spec.dtype), num_bytes, raw_dtype=kind)
+            begins |= {part.spec.name: end + number * spec.num_bytes for number, part in enumerate(parts)}
+            end += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         with tempfile.TemporaryDirectory(prefix="qconv-gguf-") as folder:
             file = Path(folder) / "header"
             writer.write_header_to_file(path=file)
@@ -121,11 +129,16 @@ class GgufPlan:
             writer.close()
             head = file.read_bytes()
         head += bytes(-len(head) % ALIGNMENT)
-        begins, end = {}, len(head)
-        for spec in self.specs:
-            begins[spec.name] = end
-            end += -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT
-        return head, begins, end
+        return head, {name: len(head) + begin for name, begin in begins.items()}, len(head) + end
+
+    def _parts(self) -> list[list[GgufTensor]]:
+        """What each tensor of the file is made of: one tensor, or those of all experts by their numbers."""
+        found: dict[str, list[GgufTensor]] = {}
+        for tensor in self.tensors.values():
+            found.setdefault(tensor.stored, []).append(tensor)
+        for name, constant in self.constants.items():
+            found[name] = [GgufTensor(name=name, stored=name, kind="f32", shape=tuple(constant.shape))]
+        return [sorted(parts, key=lambda part: part.expert or 0) for parts in found.values()]
 
 
 def _numpy_dtype(dtype: torch.dtype) -> Any:
@@ -156,33 +169,59 @@ def plan_gguf(view: Checkpoint, kind: str, quantized: Collection[str], storage: 
     config, location = view.config, view.location
     family = family_of(config, location)
     check_config(config, location)
-    check_llama3(config, location)
+    constants = rope_tensors(config, location)
     specs = view.specs()
-    if EMBEDDING not in specs:
-        raise CheckpointError(f"{location}: tensor {EMBEDDING!r} is missing, and a GGUF file needs it")
-    names = stored_names(family, list(specs), int(config["num_hidden_layers"]), location)
+    for needed in (EMBEDDING, HEAD) if family.needs_head else (EMBEDDING,):
+        if needed not in specs:
+            raise CheckpointError(
+                f"{location}: tensor {needed!r} is missing, and a GGUF file of {family.architecture} needs it"
+            )
+    found = places(family, list(specs), int(config["num_hidden_layers"]), location)
     kinds = {
-        name: _kind_of(name, specs[name], kind, name in quantized, HEAD in specs, _KIND_OF[storage]) for name in names
+        name: "f32"
+        if place.stored.endswith(_ROUTERS)
+        else _kind_of(name, specs[name], kind, name in quantized, HEAD in specs, _KIND_OF[storage])
+        for name, place in found.items()
     }
     tensors = {
         name: GgufTensor(
             name=name,
-            stored=stored,
+            stored=place.stored,
             kind=kinds[name],
-            shape=specs[name].shape,
+            shape=specs[name].shape[place.stored.endswith(VECTOR) :],
             heads=heads_to_interleave(family, name, config),
+            expert=place.expert,
+            added=added_to(family, name),
         )
-        for name, stored in names.items()
+        for name, place in found.items()
     }
-    divisors = rope_tensor(config, location)
+    _check_experts(tensors.values(), config, location)
     return GgufPlan(
         family=family,
         kind=kind,
         tensors=tensors,
-        constants={} if divisors is None else {ROPE_FREQS: divisors},
+        constants=constants,
         config=config,
         location=location,
     )
+
+
+def _check_experts(tensors: Collection[GgufTensor], config: Mapping[str, Any], location: str) -> None:
+    """A file holds all experts of a layer in one tensor: alike, and none missing."""
+    layers: dict[str, list[GgufTensor]] = {}
+    for tensor in tensors:
+        if tensor.expert is not None:
+            layers.setdefault(tensor.stored, []).append(tensor)
+    for stored, parts in layers.items():
+        if {part.expert for part in parts} != set(range(num_experts(config))):
+            raise CheckpointError(
+                f"{location}: {parts[0].name}: expected {num_experts(config)} experts, found {len(parts)}"
+            )
+        if len({(part.kind, part.shape) for part in parts}) > 1:
+            raise CheckpointError(
+                f"{location}: experts of {stored!r} are of several kinds or shapes, and lie in one tensor of the file; "
+                "let --ignore name all experts of a layer, or none"
+            )
 
 
 def _kind_of(name: str, spec: TensorSpec, kind: str, is_quantized: bool, has_head: bool, left_out: str) -> str:
@@ -213,7 +252,9 @@ class GgufOutput:
         if own is None:  # a constant buffer, which llama.cpp computes itself
             return
         if tensor.dtype != torch.uint8:
-            tensor = encode(tensor, own.kind, f"{self._plan.location}: {name}")
+            if own.added:
+                tensor = tensor.float() + own.added
+            tensor = encode(tensor.reshape(own.shape), own.kind, f"{self._plan.location}: {name}")
         if own.heads is not None:
             tensor = interleaved(tensor, own.heads).contiguous()
-        self._files.write(own.stored, tensor)
+        self._files.write(own.spec.name, tensor)

@@ -1,8 +1,8 @@
 """Reading a GGUF file: its header with checks, its tensors under the model's names, raw.
 
 A tensor that lies in blocks appears as ``NAME.KIND`` (``...q_proj.weight.q4_0``), uint8 ``[rows, bytes of a row]``,
-for `convert.dequantize` to decode; rows of q and k are put back into the model's order. The config is made of the
-file's own keys and not of a config.json beside it: what is judged is what llama.cpp runs.
+for `convert.dequantize` to decode; rows of q and k are put back into the model's order, and experts taken apart.
+The config is made of the file's own keys and not of a config.json beside it: what is judged is what llama.cpp runs.
 
 Layout source: the GGUF specification (ggml, docs/gguf.md), version 3 and 2.
 
@@ -12,7 +12,7 @@ Left out: files in several parts, big-endian files.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from qconv.errors import CheckpointError
 from qconv.gguf.blocks import PLAIN_KINDS
-from qconv.gguf.families import family_of_architecture, heads_to_interleave, in_halves, model_names
-from qconv.gguf.metadata import ROPE_FREQS, config_of, with_llama3
+from qconv.gguf.families import VECTOR, added_to, family_of_keys, heads_to_interleave, in_halves, model_names
+from qconv.gguf.metadata import config_of
 from qconv.gguf.package import gguf_package
+from qconv.gguf.rotary import CONSTANTS
 from qconv.stored_tensors import FileCheckpoint
 from qconv.types import TensorSpec
 
@@ -67,29 +68,35 @@ class GgufCheckpoint(FileCheckpoint):
     def __init__(self, file: Path, folder: Path):
         header = read_header(file)
         shapes = {name: entry.shape for name, entry in header.tensors.items()}
-        config = config_of(header.keys, shapes, str(file))
+        config = config_of(header.keys, shapes, lambda name: _constant(file, header, name), str(file))
         super().__init__(folder, config)
-        family = family_of_architecture(str(header.keys["general.architecture"]), str(file))
-        names = model_names(family, int(config["num_hidden_layers"]))
+        family = family_of_keys(header.keys, str(file))
+        names = model_names(family, int(config["num_hidden_layers"]), int(config.get("num_experts", 0)))
         self._heads: dict[str, int] = {}
-        kinds: dict[str, str] = {}
+        self._added: dict[str, float] = {}
+        kinds: list[str] = []
         for stored, entry in header.tensors.items():
-            if stored == ROPE_FREQS:
+            if stored in CONSTANTS:
                 continue
             if stored not in names:
                 raise CheckpointError(f"{file}: tensor {stored!r} is none that {family.architecture} is read with")
-            self._add(file, header.data_begins, names[stored], entry)
-            heads = heads_to_interleave(family, names[stored], config)
-            if heads is not None:
-                self._heads[next(reversed(self._specs))] = heads
-            if len(entry.shape) == 2 and stored.startswith("blk."):
-                kinds[stored] = entry.kind
-        if ROPE_FREQS in header.tensors:
-            config |= with_llama3(config, self._divisors(file, header), str(file))
-        most = max(dict.fromkeys(kinds.values()), key=list(kinds.values()).count, default="f32")
+            if stored.endswith(VECTOR):
+                entry = replace(entry, shape=(1, entry.shape[-1]))
+            for number, name in enumerate(names[stored]):
+                part = entry if len(names[stored]) == 1 else _part(file, stored, entry, number, len(names[stored]))
+                raw = self._add(file, header.data_begins, name, part)
+                heads, added = heads_to_interleave(family, name, config), added_to(family, name)
+                if heads is not None:
+                    self._heads[raw] = heads
+                if added:
+                    self._added[raw] = added
+            if len(entry.shape) >= 2 and stored.startswith("blk."):
+                kinds.append(entry.kind)
+        most = max(dict.fromkeys(kinds), key=kinds.count, default="f32")
         config["quantization_config"] = {"quant_method": "gguf", "kind": most}
 
-    def _add(self, file: Path, begin: int, name: str, entry: _Entry) -> None:
+    def _add(self, file: Path, begin: int, name: str, entry: _Entry) -> str:
+        """The name that the raw tensor appears under."""
         if entry.kind in PLAIN_KINDS:
             spec = TensorSpec(name=name, shape=entry.shape, dtype=PLAIN_KINDS[entry.kind])
         else:
@@ -99,18 +106,32 @@ class GgufCheckpoint(FileCheckpoint):
             spec = TensorSpec(name=f"{name}.{entry.kind}", shape=(entry.shape[0], row), dtype=torch.uint8)
         self._specs[spec.name] = spec
         self._places[spec.name] = (file, begin + entry.offset)
-
-    def _divisors(self, file: Path, header: _Header) -> Tensor:
-        entry = header.tensors[ROPE_FREQS]
-        if entry.kind != "f32":
-            raise CheckpointError(f"{file}: tensor {ROPE_FREQS!r} is {entry.kind}, expected f32")
-        with open(file, "rb") as handle:
-            handle.seek(header.data_begins + entry.offset)
-            return torch.frombuffer(bytearray(handle.read(entry.num_bytes)), dtype=torch.float32)
+        return spec.name
 
     def _arranged(self, name: str, stored: Tensor) -> Tensor:
+        if name in self._added:
+            return stored - self._added[name]
         heads = self._heads.get(name)
         return stored if heads is None else in_halves(stored, heads)
+
+
+def _part(file: Path, stored: str, entry: _Entry, number: int, count: int) -> _Entry:
+    """One expert's part of a tensor."""
+    if len(entry.shape) != 3 or entry.shape[0] != count:
+        raise CheckpointError(f"{file}: tensor {stored!r}: expected {count} experts, found the shape {entry.shape}")
+    size = entry.num_bytes // count
+    return replace(entry, shape=entry.shape[1:], offset=entry.offset + number * size)
+
+
+def _constant(file: Path, header: _Header, name: str) -> Tensor | None:
+    entry = header.tensors.get(name)
+    if entry is None:
+        return None
+    if entry.kind != "f32":
+        raise CheckpointError(f"{file}: tensor {name!r} is {entry.kind}, expected f32")
+    with open(file, "rb") as handle:
+        handle.seek(header.data_begins + entry.offset)
+        return torch.frombuffer(bytearray(handle.read(entry.num_bytes)), dtype=torch.float32)
 
 
 def open_gguf(file: Path, folder: Path) -> GgufCheckpoint:

@@ -6,20 +6,25 @@ published models alone. Here the name is found from the rule itself: the steps o
 expressions, must be the ones that a name stands for, and so must be everything else that tokenization depends on.
 Anything else is refused: a file whose text is cut otherwise answers worse, and says nothing.
 
-Left out: SentencePiece models, WordPiece, Unigram; BPE with a normalizer (but NFC, which llama.cpp leaves to the caller
-for ``qwen2``), with dropout, or with a prefix space.
+BPE with byte fallback is SentencePiece's: see `sentencepiece`.
+
+Left out: WordPiece, Unigram; byte-level BPE with a normalizer (but NFC, which llama.cpp leaves to the caller for
+``qwen2``), with dropout, or with a prefix space.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.errors import CheckpointError
+from qconv.gguf.ollama import Turns, turns_of
+from qconv.gguf.sentencepiece import BYTES, NotAlikeError, Pieces, pieces_of
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
+_ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0  # as llama.cpp's converter has them; nothing is merged into these
 _GPT2 = "gpt2"  # the expression that is built into ByteLevel
 _DIGITS = "digits"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -50,13 +55,17 @@ class Vocabulary:
     """What the keys say.
 
     Attributes:
-        tokens: text of each token, in the byte alphabet of GPT-2 where it is no added one.
+        tokens: text of each token, in the byte alphabet of GPT-2 where it is no added one; SentencePiece's as it is.
         types: of each token, as ggml numbers them.
         merges: pairs with a blank between.
         cut: value of ``tokenizer.ggml.pre``.
         special: name -> token, for ``bos``, ``eos``, ``pad`` and ``unk`` where there are such.
         adds_bos, adds_eos: around a text.
         template: Jinja, or None.
+        turns: what the template does, where it is as simple as that.
+        scores: of SentencePiece's tokens, which have no merges; empty for others.
+        adds_blank: before a text; of SentencePiece's alone.
+        warning: what a user must know, or None.
     """
 
     tokens: Sequence[str]
@@ -67,14 +76,22 @@ class Vocabulary:
     adds_bos: bool
     adds_eos: bool
     template: str | None
+    turns: Turns | None = None
+    scores: Sequence[float] = field(default=())
+    adds_blank: bool = False
+    warning: str | None = None
 
     def add_to(self, writer: Any) -> None:
         """Puts the keys into a `gguf.GGUFWriter`."""
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model("llama" if self.scores else "gpt2")
         writer.add_tokenizer_pre(self.cut)
         writer.add_token_list(list(self.tokens))
         writer.add_token_types(list(self.types))
-        writer.add_token_merges(list(self.merges))
+        if self.scores:
+            writer.add_token_scores(list(self.scores))
+            writer.add_add_space_prefix(self.adds_blank)
+        else:
+            writer.add_token_merges(list(self.merges))
         for name, number in self.special.items():
             getattr(writer, f"add_{name}_token_id")(number)
         writer.add_add_bos_token(self.adds_bos)
@@ -94,9 +111,12 @@ def vocabulary_of(tokenizer: Any, num_rows: int, location: str) -> Vocabulary:
         raise _refusal(location, "it has no tokenizer.json")
     content = json.loads(backend.to_str())
     model = content["model"]
-    cut = _cut_of(content, model, location)
+    pieces = _pieces(content, model, location)
+    cut = "default" if pieces is not None else _cut_of(content, model, location)
     tokens: dict[int, str] = {number: text for text, number in model["vocab"].items()}
     types = dict.fromkeys(tokens, NORMAL)
+    if pieces is not None:
+        types |= {model["vocab"][text]: BYTE for text in BYTES}
     for added in content["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
@@ -115,27 +135,47 @@ def vocabulary_of(tokenizer: Any, num_rows: int, location: str) -> Vocabulary:
     return Vocabulary(
         tokens=texts,
         types=[types.get(number, UNUSED) for number in range(num_rows)],
-        merges=_merges(model, location),
+        merges=[] if pieces is not None else _merges(model, location),
         cut=cut,
         special={name: int(number) for name, number in special.items() if number is not None},
         adds_bos=adds_bos,
         adds_eos=adds_eos,
         template=_template(tokenizer),
+        turns=None if _template(tokenizer) is None else turns_of(tokenizer, adds_bos),
+        scores=() if pieces is None else [_score(types.get(number), text, pieces) for number, text in enumerate(texts)],
+        adds_blank=pieces is not None and pieces.adds_blank,
+        warning=None if pieces is None else pieces.warning,
     )
+
+
+def _pieces(content: Mapping[str, Any], model: Mapping[str, Any], location: str) -> Pieces | None:
+    """Of SentencePiece's tokenizers; None for others."""
+    if model["type"] != "BPE" or not model.get("byte_fallback"):
+        return None
+    try:
+        return pieces_of(content, _merges(model, location))
+    except NotAlikeError as error:
+        raise _refusal(location, str(error)) from error
+
+
+def _score(kind: int | None, text: str, pieces: Pieces) -> float:
+    if kind is None:
+        return _UNUSED_SCORE
+    return _ADDED_SCORE if kind in (CONTROL, USER_DEFINED) else pieces.scores[text]
 
 
 def _refusal(location: str, why: str) -> CheckpointError:
     return CheckpointError(
         f"{location}: its tokenizer is not written as GGUF: {why}. Written are byte-level BPE tokenizers that cut text "
-        f"as {', '.join(cut.name for cut in _CUTS)}; llama.cpp's own convert_hf_to_gguf.py knows more"
+        f"as {', '.join(cut.name for cut in _CUTS)}, and SentencePiece's BPE; llama.cpp's own "
+        "convert_hf_to_gguf.py knows more"
     )
 
 
 def _cut_of(content: Mapping[str, Any], model: Mapping[str, Any], location: str) -> str:
     """The name of the rule by which text is cut; refuses whatever llama.cpp does not do."""
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        what = "BPE with byte fallback (SentencePiece)" if model.get("byte_fallback") else model["type"]
-        raise _refusal(location, f"it is {what}")
+    if model["type"] != "BPE":
+        raise _refusal(location, f"it is {model['type']}")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"):
         if model.get(key):
             raise _refusal(location, f"its model has {key} {model[key]!r}")
