@@ -50,6 +50,12 @@ ARTIFACTS = {
     "fp8-static": _merged("fp8", f"--activations static {_CALIBRATED}", rows=16),
     # Blocks of 128 divide no layer of SmolLM2, whose width is 576.
     "fp8-block": Artifact(target="fp8-block", arguments="quantize tests/data/tiny-llama --to fp8-block"),
+    "w4a8": _merged("w4a8", "--algorithm rtn", rows=16),
+    "w4a8-fp8": _merged("w4a8-fp8", "--algorithm rtn", rows=16),
+    "nvfp4": _merged("nvfp4", f"--algorithm rtn {_CALIBRATED}", rows=16),
+    "nvfp4a16": _merged("nvfp4a16", "--algorithm rtn"),
+    "mxfp4": _merged("mxfp4", "--algorithm rtn", rows=16),
+    "mxfp4a16": _merged("mxfp4a16", "--algorithm rtn"),
     "nf4": _merged("nf4", ""),
     "gguf-q4_0": _merged("gguf-q4_0"),
     "gguf-q4_1": _merged("gguf-q4_1"),
@@ -62,6 +68,8 @@ ARTIFACTS = {
 }
 """By name, which is that of the artifact's folder, too."""
 
+_IN_16_BITS = ("w4a16", "w4a16-partly", "w8a16", "nvfp4a16", "mxfp4a16")
+_ROUNDING_INPUTS = ("int8", "int8-smoothed", "fp8", "fp8-block", "w4a8", "w4a8-fp8", "nvfp4", "mxfp4")
 _GGUF = tuple(name for name in ARTIFACTS if name.startswith("gguf-"))
 
 
@@ -107,7 +115,10 @@ ENGINES = (
             *("bf16", "gptq", "gptq-v2", "awq", "w4a16", "w4a16-asym", "w4a16-partly"),
             *("int8", "int8-smoothed", "fp8"),
         ),
-        tried=("w8a16", "fp8-static", "gptq-desc-act", "gptq-asym", "fp8-block", "nf4"),
+        tried=(
+            *("w8a16", "fp8-static", "gptq-desc-act", "gptq-asym", "fp8-block", "nf4"),
+            *("w4a8", "w4a8-fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"),
+        ),
         note="CPU build, `dtype=bfloat16`, `enforce_eager`, `VLLM_CPU_INT4_W4A8=0`. The last matters on CPUs with AMX: "
         "by default vLLM's 4-bit kernels there also round activations to 8 bits, which is not what the files say.",
         notes=(
@@ -134,7 +145,7 @@ ENGINES = (
         name="transformers",
         reader="read_transformers.py",
         environment=None,
-        reads=("bf16", "w4a16", "w4a16-partly", "w8a16", "int8", "int8-smoothed", "fp8", "fp8-block", "nf4", *_GGUF),
+        reads=("bf16", *_IN_16_BITS, *_ROUNDING_INPUTS, "nf4", *_GGUF),
         tried=("w4a16-asym", "fp8-static"),
         stands_for=("transformers + compressed-tensors", "transformers + bitsandbytes"),
         note="the same with compressed-tensors, bitsandbytes and gguf in qconv's own environment; GGUF files with "
