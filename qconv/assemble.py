@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 
 from torch import Tensor
 
-from qconv.convert import FORMATS, GGML_FORMATS, encode_linear
+from qconv.convert import FORMATS, GGML_FORMATS, FusedOutput, encode_linear
 from qconv.gguf import GgufOutput
 from qconv.layout import BNB_FORMATS, Layout, block_number, in_order
 from qconv.plain_tensors import TensorWriter, to_storage, write_plain
@@ -32,9 +33,11 @@ class Filling:
     writer: CheckpointWriter
     layout: Layout
 
-    @property
+    @cached_property
     def tensors(self) -> TensorWriter:
         """Takes tensors by their name in the model."""
+        if self.layout.fused is not None:
+            return FusedOutput(self.writer, self.layout.fused)
         return self.writer if self.layout.gguf is None else GgufOutput(self.writer, self.layout.gguf)
 
 
@@ -87,11 +90,11 @@ def _read_ahead(view: Checkpoint, names: Iterable[str], device: str) -> None:
 
 
 def _write_alone(filling: Filling, view: Checkpoint, progress: Progress, device: str) -> None:
-    writer, layout = filling.writer, filling.layout
+    writer, layout = filling.tensors, filling.layout
     names = in_order(view)
     if layout.format is None or layout.gguf is not None:
         _read_ahead(view, names, device)
-        write_plain(filling.tensors, view, layout.handed_over, progress.track(names, "write", len(names)), device)
+        write_plain(writer, view, layout.handed_over, progress.track(names, "write", len(names)), device)
         return
     names.sort(key=lambda name: name in layout.quantized)
     _read_ahead(view, names, device)

@@ -1,11 +1,15 @@
 """How families of mixtures of experts name their experts, in files and in memory.
 
-Everything here speaks of an expert as three linears with names of their own (``...experts.3.gate_proj.weight``): so
-these families lie in the files that transformers and serving engines read and write. Since release 5, transformers
+Everything here speaks of an expert as three linears with names of their own (``...experts.3.gate_proj.weight``). Most
+families lie so in the files that transformers and serving engines read and write. Since release 5, transformers
 keeps them in memory as two parameters of each block, ``gate_up_proj [E, 2I, H]`` (gate rows above up rows) and
 ``down_proj [E, H, I]``, and a folder that was saved without its conversion has them like that, too.
 
-Left out: families whose fused parameters are stored transposed, interleaved or with biases (gpt-oss, Llama 4).
+gpt-oss has never had linears: its files hold the two parameters themselves, as ``[E, in, out]`` with the columns of
+gate and up projection in turn, and biases beside them, in 16 bits or as published in MXFP4. What is written for such
+a family is fused again (`convert/fused_experts.py`).
+
+Left out: families that weigh an expert's inputs instead of its output (Llama 4).
 
 Dimension legend: E = experts, H = hidden features, I = inner features of an expert.
 """
@@ -20,31 +24,55 @@ from typing import Any
 EXPERTS = "experts"
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """The fused parameters, in the order in which modules hold them."""
-ROUTER = "gate"
 RUNNING = "mlp"
 """What transformers calls the module of a decoder layer that holds router and experts."""
+FUSED_TENSORS: Mapping[str, str] = {
+    ".weight": "",
+    ".bias": "_bias",
+    ".weight_blocks": "_blocks",
+    ".weight_scales": "_scales",
+}
+"""End of a linear's tensor -> end of the fused tensor that holds it; the last two are MXFP4."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertNames:
-    """Names in one family.
+    """Names and layout in one family.
 
     Attributes:
         stored: the module of a decoder layer that holds router and experts, as files call it.
         gate, up, down: the linears of one expert, as files call them.
         unquantized: further linears of that module that choose instead of compute, and stay in 16 bits.
+        router: the module that chooses experts.
+        transposed: fused weights are ``[E, in, out]``.
+        interleaved: outputs of gate and up projection take turns in `GATE_UP`; else the gate's lie above.
+        biases: linears of experts have biases.
+        fused_in_files: files hold the fused parameters, and readers expect them.
     """
 
-    stored: str
-    gate: str
-    up: str
-    down: str
+    stored: str = RUNNING
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
     unquantized: tuple[str, ...] = ()
+    router: str = "gate"
+    transposed: bool = False
+    interleaved: bool = False
+    biases: bool = False
+    fused_in_files: bool = False
 
     @property
     def parts(self) -> Mapping[str, tuple[str, ...]]:
-        """Fused parameter -> the linears that lie in its rows, from above."""
+        """Fused parameter -> the linears that lie in its outputs, from above."""
         return {GATE_UP: (self.gate, self.up), DOWN: (self.down,)}
+
+    def outputs(self, parameter: str, linear: str, num_outputs: int) -> slice:
+        """Where the outputs of a linear lie among the ``num_outputs`` of a fused parameter."""
+        linears = self.parts[parameter]
+        place, n = linears.index(linear), num_outputs // len(linears)
+        if self.interleaved and len(linears) > 1:
+            return slice(place, None, len(linears))
+        return slice(place * n, (place + 1) * n)
 
     def stored_name(self, name: str) -> str:
         """A module or tensor in a decoder layer under the name that files give it."""
@@ -53,8 +81,9 @@ class ExpertNames:
         return re.sub(rf"(\.layers\.\d+)\.{RUNNING}(?=\.|$)", rf"\1.{self.stored}", name)
 
 
-_QWEN = ExpertNames(stored="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+_QWEN = ExpertNames()
 FAMILIES: Mapping[str, ExpertNames] = {
+    "gpt_oss": ExpertNames(router="router", transposed=True, interleaved=True, biases=True, fused_in_files=True),
     "mixtral": ExpertNames(stored="block_sparse_moe", gate="w1", up="w3", down="w2"),
     "olmoe": _QWEN,
     "qwen2_moe": replace(_QWEN, unquantized=("shared_expert_gate",)),

@@ -93,7 +93,8 @@ def _seen(base: DequantizedCheckpoint, kind: BnbKind, adapter: Adapter) -> Check
 
 def _were_linears(base: DequantizedCheckpoint, adapter: Adapter) -> bool:
     """Whether training had experts that bitsandbytes quantizes."""
-    if names_of(base.config) is None or adapter.trained_on is not None:
+    names = names_of(base.config)
+    if names is None or names.fused_in_files or adapter.trained_on is not None:
         return False  # what `qconv train` records was trained with transformers 5 or later
     found = trained_experts(adapter.tensors)
     if found is None:

@@ -7,13 +7,13 @@ tensors, so a scheme that does not fit a linear is refused before any work.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qconv.convert import FORMATS, Bnb4bit, meta_linear, mixed_config
+from qconv.convert import FORMATS, Bnb4bit, FusedPlan, meta_linear, mixed_config, plan_fused
 from qconv.errors import CheckpointError, SchemeError
 from qconv.gguf import GgufPlan, plan_gguf
 from qconv.plain_tensors import is_plain_float
@@ -44,6 +44,7 @@ class Layout:
         config: the content of ``config.json``.
         extra_files: further JSON files, by name.
         gguf: of a GGUF file, what lies in it under which name; ``specs`` are then those of the file.
+        fused: of a family whose files hold experts fused, what lies where in them; ``specs`` likewise.
     """
 
     specs: list[TensorSpec]
@@ -55,6 +56,7 @@ class Layout:
     config: Mapping[str, Any]
     extra_files: Mapping[str, Mapping[str, Any]]
     gguf: GgufPlan | None = None
+    fused: FusedPlan | None = None
 
     @property
     def handed_over(self) -> torch.dtype:
@@ -96,7 +98,7 @@ def plan_layout(
     config = {key: value for key, value in view.config.items() if key not in _DROPPED}
     config["dtype"] = _CONFIG_NAMES[storage]
     if quantization is None:
-        return Layout(
+        layout = Layout(
             specs=_specs(view, (), storage, lambda module, n, k: {}),
             storage=storage,
             quantized=frozenset(),
@@ -106,7 +108,10 @@ def plan_layout(
             config=config,
             extra_files={},
         )
-    return _plan_quantized(view, quantization, linears, storage, config, kept or {})
+    else:
+        layout = _plan_quantized(view, quantization, linears, storage, config, kept or {})
+    fused = plan_fused(view.config, layout.specs)
+    return layout if fused is None else replace(layout, specs=fused.specs, fused=fused)
 
 
 def _plan_quantized(

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from qconv.config import ValidationConfig
-from qconv.convert import DequantizedCheckpoint, dequantize
+from qconv.convert import DequantizedCheckpoint, dequantize, is_fused, separate_experts
 from qconv.layout import config_dtype
 from qconv.read_ahead import read_ahead
 from qconv.remembered import Remembered
@@ -62,7 +62,7 @@ class Views:
             changed = frozenset(getattr(view, "changed", ()))
             # In float32, so worth its memory only where merging again is slow.
             merged = view if device.startswith("cuda") else Remembered(view)
-        stored = dequantize(Remembered(candidate.source)) if candidate else None
+        stored = dequantize(Remembered(separate_experts(candidate.source))) if candidate else None
         return Views(base=base, merged=merged, changed=changed, stored=stored, factors=factors)
 
     def _remembered(self) -> Iterator[Remembered]:
@@ -117,6 +117,7 @@ class Lineup:
         for side in (self.reference, self.candidate):
             if side is not None:
                 names = [name for name in side.source.specs() if name.startswith("lm_head." if is_after else prefix)]
+                names = [name for name in names if not is_fused(name)]  # of which ranges are read
                 if side is self.reference:
                     names = [name for name in names if not self.views.base.is_lent(name, self.device)]
                 side.source.read_ahead(names, pin=self.device.startswith("cuda"))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from qconv.convert import COMPRESSED
 from qconv.errors import SchemeError, UsageError
 from qconv.experts import EXPERTS, FAMILIES, expert_of, names_of
 from qconv.overrides import fused_linears, matches
@@ -28,6 +29,8 @@ def chosen_linears(view: Checkpoint, linears: Collection[str], config: Quantizat
             which only some are left out.
     """
     _check_experts(view, config)
+    if config.target == "gpt-oss-mxfp4":
+        linears = [name for name in linears if expert_of(name.removesuffix(".weight")) is not None]
     if config.lm_head:
         _check_head(view)
         linears = [*linears, HEAD + ".weight"]
@@ -42,6 +45,7 @@ def chosen_linears(view: Checkpoint, linears: Collection[str], config: Quantizat
     if not left:
         raise SchemeError(f"{view.location}: --ignore leaves no linear to quantize; drop --requant for a plain merge")
     _check_fused({module: module not in ignored for module in modules}, view.location, "--ignore")
+    _check_readers(view, left, config.target)
     return [module + ".weight" for module in left]
 
 
@@ -147,7 +151,13 @@ def _matching(option: str, pattern: str, modules: Collection[str]) -> set[str]:
 
 def _check_experts(view: Checkpoint, config: QuantizationConfig) -> None:
     """Refuses experts that would stay behind as they are, unsaid: they are most of a model."""
-    if names_of(view.config) is not None:
+    names = names_of(view.config)
+    if config.target == "gpt-oss-mxfp4" and (names is None or not names.fused_in_files):
+        raise SchemeError(
+            f"{view.location}: gpt-oss-mxfp4 is how engines read the experts of gpt-oss, and model_type is "
+            f"{view.config.get('model_type')!r}; choose another target, such as w4a16"
+        )
+    if names is not None:
         if config.target == "nf4":
             raise SchemeError(
                 f"{view.location}: bitsandbytes quantizes linears, and transformers keeps experts as bare parameters, "
@@ -159,6 +169,21 @@ def _check_experts(view: Checkpoint, config: QuantizationConfig) -> None:
         raise SchemeError(
             f"{view.location}: tensor {fused.name!r} {list(fused.shape)} holds the experts of a family that is not "
             f"known ({view.config.get('model_type')!r}; known are {', '.join(FAMILIES)}): they would stay unquantized"
+        )
+
+
+def _check_readers(view: Checkpoint, modules: Collection[str], target: str) -> None:
+    """Refuses what no engine loads: experts of a family whose readers know fused ones alone, in formats of linears."""
+    names = names_of(view.config)
+    if names is None or not names.fused_in_files or target == "gpt-oss-mxfp4":
+        return
+    beside = [name for name, other in TARGETS.items() if other.format in COMPRESSED]
+    if any(expert_of(module) is not None for module in modules) or target not in beside:
+        raise SchemeError(
+            f"{view.location}: transformers, vLLM and SGLang read the experts of {view.config['model_type']} in 16 "
+            f"bits or in MXFP4, and not in the layout of {target}. Choose --requant gpt-oss-mxfp4 (experts in 4 bits, "
+            f"attention in 16), no --requant, or {', '.join(beside[:-1])} or {beside[-1]} for attention alone, with "
+            "--ignore '*.experts.*'"
         )
 
 

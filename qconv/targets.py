@@ -184,6 +184,15 @@ TARGETS: Mapping[str, Target] = {
         readers="vLLM, transformers + compressed-tensors",
         scheme=Scheme(kind="float", bits=4, group_size=32, scale_format="e8m0"),
     ),
+    "gpt-oss-mxfp4": Target(
+        name="gpt-oss-mxfp4",
+        format="gpt-oss-mxfp4",
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        bits=(4,),
+        symmetric=None,
+        readers="vLLM, SGLang, transformers",
+        scheme=Scheme(kind="float", bits=4, group_size=32, scale_format="e8m0"),
+    ),
     "nf4": Target(
         name="nf4",
         format="bnb-nf4-dq",

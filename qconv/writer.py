@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -83,7 +84,7 @@ class CheckpointWriter:
         self._specs = {spec.name: spec for spec in specs}
         self._files = _shards_of(list(self._specs.values()), max_shard_bytes) if files is None else files
         self._places: dict[str, tuple[int, int]] = {}
-        self._pending = set(self._specs)
+        self._pending = {name: prod(spec.shape) for name, spec in self._specs.items()}  # elements to come
         self._handles: list[int] = []
         self._behind: WriteBehind | None = None
         self.digests: dict[str, str] = {}
@@ -155,20 +156,40 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the tensor was not announced like this, or one before it could not be written.
         """
-        spec = self._specs.get(name)
-        if spec is None or name not in self._pending:
-            raise CheckpointError(f"{self.out}: tensor {name!r} was {'written twice' if spec else 'not announced'}")
+        spec = self._announced(name)
         if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
             raise CheckpointError(
                 f"{self.out}: tensor {name!r} announced as {spec.dtype} {spec.shape}, "
                 f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
+        self._write(name, 0, tensor)
+
+    def write_part(self, name: str, begin: int, tensor: Tensor) -> None:
+        """`write` for neighbouring elements of a tensor, from element ``begin``; each element comes once."""
+        spec = self._announced(name)
+        if begin + tensor.numel() > prod(spec.shape) or tensor.dtype != spec.dtype:
+            raise CheckpointError(
+                f"{self.out}: tensor {name!r} announced as {spec.dtype} {spec.shape}, "
+                f"got {tensor.numel()} elements of {tensor.dtype} from element {begin}"
+            )
+        self._write(name, begin, tensor)
+
+    def _announced(self, name: str) -> TensorSpec:
+        spec = self._specs.get(name)
+        if spec is None or name not in self._pending:
+            raise CheckpointError(f"{self.out}: tensor {name!r} was {'written twice' if spec else 'not announced'}")
+        return spec
+
+    def _write(self, name: str, begin: int, tensor: Tensor) -> None:
         assert self._behind is not None  # tensors are written inside of the context
+        handle, offset = self._places[name]
         try:
-            self._behind.write(*self._places[name], tensor)
+            self._behind.write(handle, offset + begin * tensor.dtype.itemsize, tensor)
         except OSError as error:
             raise disk_error(self.partial, error) from error
-        self._pending.discard(name)
+        self._pending[name] -= tensor.numel()
+        if self._pending[name] <= 0:
+            del self._pending[name]
 
     def _count(self, handle: int, offset: int, num_bytes: int) -> None:
         """A file that is complete goes to the disk for good at once, while others are written."""

@@ -11,6 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qconv.assemble import Filling, write_tensors
+from qconv.layout import plan_layout
+from qconv.progress import QUIET
+from qconv.types import Checkpoint
+from qconv.writer import CheckpointWriter
+from tests.merge_cases import trained
+
 PREFIX = "base_model.model."
 SIZES: dict[str, Any] = {  # bitsandbytes' CPU kernels decode rows of less than 64 wrongly
     "vocab_size": 64,
@@ -27,6 +34,20 @@ SIZES: dict[str, Any] = {  # bitsandbytes' CPU kernels decode rows of less than 
     "pad_token_id": None,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt_oss": {  # a window that is shorter than the rows of tests, and positions that YaRN stretches
+        "num_local_experts": 4,
+        "intermediate_size": 96,
+        "sliding_window": 5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 8,
+        },
+    },
     "mixtral": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 64},
@@ -34,6 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 STORED = {"mixtral": "block_sparse_moe"}
 ROLES = {"mixtral": ("w1", "w3", "w2")}
+ROUTERS = {"gpt_oss": "router"}
 
 
 def stored_module(family: str) -> str:
@@ -43,6 +65,25 @@ def stored_module(family: str) -> str:
 def roles(family: str) -> tuple[str, str, str]:
     """Gate, up and down as files call them."""
     return ROLES.get(family, ("gate_proj", "up_proj", "down_proj"))
+
+
+def adapted(model: nn.Module, family: str, config: dict[str, Any]) -> nn.Module:
+    """A trained peft model; in ``target_parameters`` the router is called ``gate``."""
+    router = f"{ROUTERS.get(family, 'gate')}.weight"
+    targets = [router if name == "gate.weight" else name for name in config["target_parameters"]]
+    return trained(model, **(config | {"target_parameters": targets}))
+
+
+def written_model(view: Checkpoint, folder: Path) -> nn.Module:
+    """What transformers loads from the plain output of a view."""
+    layout = plan_layout(view, "fp32", None, ())
+    with CheckpointWriter(folder, layout.specs, 1 << 30) as writer:
+        write_tensors([Filling(writer=writer, layout=layout)], view, (), QUIET)
+        writer.write_json("config.json", layout.config)
+        writer.commit()
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
 
 
 def moe(family: str, **changes: Any) -> nn.Module:

@@ -135,7 +135,7 @@ INT8 = {"a.weight": torch.ones(2, 2, dtype=torch.int8)}
 REFUSED = {
     "fp8": (PLAIN, {"quant_method": "fp8"}, "read are weights in blocks, .*found None"),
     "hqq": (PLAIN, {"quant_method": "hqq"}, "quantized with 'hqq', which is not read; read are bitsandbytes"),
-    "mxfp4": (PLAIN, {"quant_method": "mxfp4"}, "'mxfp4'"),
+    "mxfp4": (PLAIN, {"quant_method": "mxfp4"}, "announces gpt-oss-mxfp4, but no tensor ends in '.weight_blocks'"),
     "gguf": (PLAIN, {"quant_method": "gguf"}, "'gguf'"),
     "int8 of bitsandbytes": (
         INT8 | {"a.SCB": torch.ones(2)},

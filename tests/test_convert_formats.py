@@ -26,6 +26,7 @@ ONE_SCHEME = {
     "fp8-block": BLOCKS,
     "nvfp4-pack-quantized": fp4_cases.NVFP4,
     "mxfp4-pack-quantized": fp4_cases.MXFP4A16,
+    "gpt-oss-mxfp4": fp4_cases.MXFP4A16,
 }
 
 

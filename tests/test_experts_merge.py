@@ -21,8 +21,18 @@ from qconv.merge import load_adapter, merge
 from qconv.records import write_train_record
 from qconv.runners import streamed
 from qconv.types import Checkpoint
-from tests.expert_cases import FAMILIES, PREFIX, moe, roles, save_fused, save_linear_adapter, stored_module
-from tests.merge_cases import IDS, edit_adapter, logits, plain_model, save_model, trained
+from tests.expert_cases import (
+    FAMILIES,
+    PREFIX,
+    adapted,
+    moe,
+    roles,
+    save_fused,
+    save_linear_adapter,
+    stored_module,
+    written_model,
+)
+from tests.merge_cases import IDS, edit_adapter, logits, save_model, trained
 from tests.test_streaming import run
 
 peft = pytest.importorskip("peft")
@@ -61,7 +71,7 @@ def unmerged(folder: Path, adapter: Path) -> Tensor:
 def check(base: Checkpoint, adapter: Path, expected: Tensor, before: Tensor, tmp_path: Path) -> None:
     assert float((expected - before).abs().max()) > 1e-2, "the adapter must matter for the comparison to mean anything"
     loaded = load_adapter(adapter, base)
-    close(logits(plain_model(merge(base, [loaded]), tmp_path / "plain")), expected)
+    close(logits(written_model(merge(base, [loaded]), tmp_path / "plain")), expected)
     (found,) = run(streamed(base, loaded, None, "cpu"), [IDS])
     close(found, expected)
 
@@ -72,7 +82,7 @@ def test_lora_on_fused_experts(family: str, case: str, tmp_path: Path) -> None:
     model = moe(family)
     before = logits(model)
     folder = save_model(model, tmp_path / "base")
-    trained(model, **BARE[case]).save_pretrained(tmp_path / "adapter")
+    adapted(model, family, BARE[case]).save_pretrained(tmp_path / "adapter")
     expected = unmerged(folder, tmp_path / "adapter")
     check(dequantize(open_checkpoint(folder)), tmp_path / "adapter", expected, before, tmp_path)
 
@@ -92,14 +102,14 @@ def test_a_base_that_is_stored_fused(family: str, tmp_path: Path) -> None:
     model = moe(family)
     separate = dequantize(open_checkpoint(save_model(model, tmp_path / "base")))
     fused = dequantize(open_checkpoint(save_fused(model, tmp_path / "fused")))
-    assert any(name.endswith("experts.down_proj") for name in fused.source.specs())
+    assert any(name.endswith("experts.down_proj") for name in open_checkpoint(tmp_path / "fused").specs())
     assert {name: spec.shape for name, spec in fused.specs().items()} == {
         name: spec.shape for name, spec in separate.specs().items()
     }
     for name in separate.specs():
         assert torch.equal(fused.read(name), separate.read(name))
     before = logits(model)
-    trained(model, **BARE["experts, router and attention"]).save_pretrained(tmp_path / "adapter")
+    adapted(model, family, BARE["experts, router and attention"]).save_pretrained(tmp_path / "adapter")
     check(fused, tmp_path / "adapter", unmerged(tmp_path / "base", tmp_path / "adapter"), before, tmp_path)
 
 
@@ -130,9 +140,9 @@ def test_a_base_in_nf4_has_its_experts_in_16_bits(family: str, tmp_path: Path) -
                 stored = bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
             parameter.copy_(stored)
     before = logits(model)
-    adapted = trained(model, **BARE["experts, router and attention"])
-    adapted.save_pretrained(tmp_path / "adapter")
-    check(base, tmp_path / "adapter", logits(adapted), before, tmp_path)
+    unmerged_model = adapted(model, family, BARE["experts, router and attention"])
+    unmerged_model.save_pretrained(tmp_path / "adapter")
+    check(base, tmp_path / "adapter", logits(unmerged_model), before, tmp_path)
 
 
 def test_a_base_with_experts_in_nf4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +250,9 @@ def test_factors_exchanged_between_experts_show(tmp_path: Path) -> None:
 
 def test_experts_of_other_families_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     _, adapter = fused_adapter(tmp_path)
-    with pytest.raises(AdapterError, match="bare parameters is read for mixtures of experts of the families mixtral"):
+    with pytest.raises(
+        AdapterError, match="bare parameters is read for mixtures of experts of the families gpt_oss, mixtral"
+    ):
         load_adapter(adapter, open_checkpoint(tiny_llama))
 
 

@@ -8,13 +8,15 @@ from qconv.convert.bnb import BnbState
 from qconv.convert.bnb_format import Bnb4bit, BnbLinear, encode_linear, meta_linear, read_linear
 from qconv.convert.bnb_kernels import quant_map
 from qconv.convert.bnb_kernels import simulate as simulate_weight
-from qconv.convert.dequantize import FORMATS, DequantizedCheckpoint, dequantize
+from qconv.convert.dequantize import COMPRESSED, FORMATS, DequantizedCheckpoint, dequantize
 from qconv.convert.format import Format
+from qconv.convert.fused_experts import FusedOutput, FusedPlan, is_fused, plan_fused, separate_experts
 from qconv.convert.ggml_blocks import GGML_FORMATS
 from qconv.convert.mixed import mixed_config
 from qconv.convert.simulate import simulate_training_base
 
 __all__ = [
+    "COMPRESSED",
     "FORMATS",
     "GGML_FORMATS",
     "Bnb4bit",
@@ -22,12 +24,17 @@ __all__ = [
     "BnbState",
     "DequantizedCheckpoint",
     "Format",
+    "FusedOutput",
+    "FusedPlan",
     "dequantize",
     "encode_linear",
+    "is_fused",
     "meta_linear",
     "mixed_config",
+    "plan_fused",
     "quant_map",
     "read_linear",
+    "separate_experts",
     "simulate_training_base",
     "simulate_weight",
 ]

@@ -21,6 +21,7 @@ which rounds once more. Left out: block scales, nvfp4, mixed schemes; ``int-quan
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from torch import Tensor
 from qconv.convert.bitpack import num_words, pack_last, unpack_last
 from qconv.convert.format import TensorReader, check_group_size, check_values, shape_of_weight
 from qconv.errors import CheckpointError, NumericsError, SchemeError
+from qconv.experts import expert_of
 from qconv.types import QuantizedLinear, Scheme, TensorSpec
 
 INPUT_SCALE = ".input_scale"
@@ -310,7 +312,7 @@ def config_of(
         "format": name,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": list(ignored_modules),
+        "ignore": list(dict.fromkeys(_ignored(module) for module in ignored_modules)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -328,3 +330,9 @@ def only_group(config: Mapping[str, Any], location: str) -> tuple[Mapping[str, A
     if config.get("kv_cache_scheme"):
         raise CheckpointError(f"{location}: quantization_config: quantized key-value caches are not read")
     return group["weights"], group.get("input_activations")
+
+
+def _ignored(module: str) -> str:
+    """How ``ignore`` names a module; the experts of a layer all at once, whatever an engine calls their linears."""
+    expert = expert_of(module)
+    return module if expert is None else rf"re:{re.escape(expert.experts)}\..*"

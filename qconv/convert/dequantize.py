@@ -20,8 +20,9 @@ from qconv.convert.compressed_tensors import INPUT_SCALE, FloatQuantized, PackQu
 from qconv.convert.format import Format
 from qconv.convert.fp4 import INPUT_GLOBAL_SCALE, MXFP4, NVFP4, Fp4Packed
 from qconv.convert.fp8_block import Fp8Block
-from qconv.convert.fused_experts import fused_experts, logical_specs, read_part
+from qconv.convert.fused_experts import separate_experts
 from qconv.convert.ggml_blocks import GGML_FORMATS, GgmlBlocks
+from qconv.convert.gpt_oss import GptOssMxfp4
 from qconv.convert.gptq import Gptq
 from qconv.convert.int_quantized import IntQuantized
 from qconv.convert.module_config import config_for, formats_of
@@ -39,11 +40,12 @@ FORMATS: Mapping[str, Format] = {
     "nvfp4-pack-quantized": NVFP4,
     "mxfp4-pack-quantized": MXFP4,
     "fp8-block": Fp8Block(),
+    "gpt-oss-mxfp4": GptOssMxfp4(),
 }
 
 COMPRESSED = ("pack-quantized", "float-quantized", "int-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
 READ = (
-    "bitsandbytes 4-bit (nf4, fp4), GPTQ, AWQ gemm, fp8 with block scales, "
+    "bitsandbytes 4-bit (nf4, fp4), GPTQ, AWQ gemm, fp8 with block scales, gpt-oss's mxfp4, "
     f"compressed-tensors {', '.join(COMPRESSED[:-1])} and {COMPRESSED[-1]}"
 )
 
@@ -79,6 +81,7 @@ class DequantizedCheckpoint:
     of experts that lie fused.
 
     Attributes:
+        source: the checkpoint, with experts that lie fused taken apart.
         kind: ``"plain"``, ``"bnb-nf4"``, ``"bnb-nf4-dq"``, ``"bnb-fp4"``, ``"bnb-fp4-dq"``, ``"gguf-KIND"`` by the kind
             of most matrices, a key of `FORMATS`, or several of them with ``+`` between.
         quantized_modules: names without ``.weight``, in the order of the checkpoint.
@@ -88,7 +91,7 @@ class DequantizedCheckpoint:
     """
 
     def __init__(self, source: Checkpoint):
-        self.source = source
+        self.source = source = separate_experts(source)
         self.schemes: dict[str, Scheme] = {}
         self._formats: dict[str, Format | GgmlBlocks] = {}  # of each module
         self._states: dict[str, bnb.BnbState] = {}
@@ -99,8 +102,7 @@ class DequantizedCheckpoint:
         self._parts: dict[str, tuple[str, ...]] = {}  # logical weight -> stored tensors
         self.kind = self._detect(quantization)
         self.scheme = min(self.schemes.values(), key=lambda scheme: scheme.bits, default=None)
-        self._experts = fused_experts(source)
-        self._specs = MappingProxyType(logical_specs(self._logical_specs(), self._experts))
+        self._specs = MappingProxyType(self._logical_specs())
         _refuse_leftovers(source, self._specs)
 
     @property
@@ -146,8 +148,6 @@ class DequantizedCheckpoint:
             return ggml.decode(self.source, name, self._ggml[name], device)
         if name in self._parts:
             return self.read_quantized(name.removesuffix(".weight"), device).dequantize()
-        if name in self._experts:
-            return read_part(self.source, self._experts[name], device)
         return self.source.read(name, device)
 
     def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
@@ -156,8 +156,6 @@ class DequantizedCheckpoint:
 
     def _read_parts(self, name: str) -> tuple[str, ...]:
         """The stored tensors that `read` reads."""
-        if name in self._experts:
-            return ()  # ranges are not read ahead
         state = self._states.get(name)
         return self._parts.get(name, (name,)) if state is None else (*state.companions, name)
 
@@ -207,7 +205,7 @@ class DequantizedCheckpoint:
         if method == "gguf" and quantization is not None and "kind" in quantization:
             self._find_ggml()
             return f"gguf-{quantization['kind']}"
-        if method not in ("gptq", "awq", "compressed-tensors", "fp8"):
+        if method not in ("gptq", "awq", "compressed-tensors", "fp8", "mxfp4"):
             raise CheckpointError(f"{self.location}: quantized with {method!r}, which is not read; read are {READ}")
         assert isinstance(quantization, dict)
         self._find_modules(_formats_of(method, quantization, self.location), quantization)
@@ -316,8 +314,8 @@ def dequantize(checkpoint: Checkpoint) -> DequantizedCheckpoint:
 
 def _formats_of(method: str, config: Mapping[str, Any], location: str) -> list[Format]:
     """The layouts that a configuration names: one, but for compressed-tensors with several."""
-    if method in ("awq", "fp8"):
-        return [FORMATS[{"awq": "awq", "fp8": "fp8-block"}[method]]]
+    if method in ("awq", "fp8", "mxfp4"):
+        return [FORMATS[{"fp8": "fp8-block", "mxfp4": "gpt-oss-mxfp4"}.get(method, method)]]
     if method == "gptq":
         name = str(config.get("checkpoint_format") or "gptq").lower()
         if config.get("is_marlin_format"):

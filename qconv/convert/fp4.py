@@ -9,7 +9,7 @@ are multiplied before they become float8. MXFP4: ``weight_scale`` uint8 [N, K / 
 Rounding points: none in what is stored. Readers divide the scales by the global scale in float32: exact here, where
 it is a power of two; files of other tools are read with the same one rounding.
 
-Left out: MXFP6 and MXFP8, MXFP4 beside float8 inputs, gpt-oss' own layout of MXFP4 experts.
+gpt-oss' own layout of the same numbers is in `gpt_oss.py`. Left out: MXFP6 and MXFP8, MXFP4 beside float8 inputs.
 """
 
 from __future__ import annotations

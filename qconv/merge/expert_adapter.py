@@ -1,8 +1,9 @@
 """LoRA on fused experts and other bare parameters (peft's ``target_parameters``), seen as LoRA on linears.
 
 Method: peft 0.21 `ParamWrapper`. For a parameter of E experts A is ``[E * R, in]``, expert by expert, and B is
-``[out, R * E]``, the expert running fastest; the update of expert e is ``scaling * B_e @ A_e``. Of ``gate_up_proj`` the
-rows of B above are the gate's and those below the up projection's, and both share A. Wrappers nest: of two parameters
+``[out, R * E]``, the expert running fastest; the update of expert e is ``scaling * B_e @ A_e``, whichever way the
+parameter is stored. Of ``gate_up_proj`` the rows of B above are the gate's and those below the up projection's, or they
+take turns, as in the parameter (`experts.py`), and both share A. Wrappers nest: of two parameters
 of one module the one that was wrapped last has its tensors under the module's own name, the other under
 ``base_layer``. Parameters of two dimensions (a router's ``weight``) have plain A and B.
 
@@ -36,7 +37,7 @@ _FACTOR = re.compile(
 
 @dataclass(frozen=True)
 class _Range:
-    """Rows, and every so many of the columns, of a stored tensor."""
+    """Some of the rows and columns of a stored tensor."""
 
     stored: str
     rows: slice = field(default_factory=lambda: slice(None))
@@ -88,7 +89,7 @@ class ExpertAdapter:
         where = self._ranges[name]
         if where.is_whole:
             return self.files.read(where.stored, device)
-        if where.columns == slice(None):
+        if where.columns == slice(None) and where.rows.step is None:
             begin = where.rows.start * self._specs[name].shape[1]
             return self.files.read_part(where.stored, begin, self._specs[name].shape, device)
         return self._read_whole(where.stored)[where.rows, where.columns].contiguous().to(device)
@@ -168,7 +169,7 @@ class _ExpertFactor:
         found: re.Match[str],
         pattern_names: dict[str, str],
     ):
-        self._where, self._stored, self._base = where, stored, base
+        self._where, self._stored, self._base, self._names = where, stored, base, names
         self._factor = found["factor"]
         self._running = found["module"]
         self._experts = names.stored_name(self._running)
@@ -207,12 +208,12 @@ class _ExpertFactor:
         rank = self._shape[outer] // num_experts
         result = {}
         for number in range(num_experts):
-            for place, linear in enumerate(self._linears):
+            for linear in self._linears:
                 module = f"{self._experts}.{number}.{linear}"
                 if self._factor == "A":
                     where = _Range(self._stored, slice(number * rank, (number + 1) * rank))
                 else:
-                    rows = slice(place * n, (place + 1) * n)
+                    rows = self._names.outputs(self._parameter, linear, features)
                     where = _Range(self._stored, rows, slice(number, None, num_experts))
                 result[f"{PREFIX}{module}.lora_{self._factor}.weight"] = where
                 self._pattern_names[module] = f"{self._running}.{self._parameter}"

@@ -23,6 +23,7 @@ _FORMATS = {
     "w8a16": ("compressed-tensors pack-quantized (8-bit)", "compressed-tensors"),
     "fp8": ("compressed-tensors float-quantized (FP8)", "compressed-tensors"),
     "fp8-block": ("FP8 with 128 x 128 blocks (DeepSeek-V3 layout)", ""),
+    "gpt-oss-mxfp4": ("MXFP4 experts, as gpt-oss is published", ""),
     "nf4": ("bitsandbytes NF4 with double quantization", "bitsandbytes"),
     "w4a8": ("compressed-tensors pack-quantized (INT8 activations)", "compressed-tensors"),
     "w4a8-fp8": ("compressed-tensors pack-quantized (FP8 activations)", "compressed-tensors"),

@@ -31,7 +31,8 @@ def refusal(served: Served) -> str | None:
             "it reads NVFP4 of compressed-tensors with rounded inputs alone, and this has weights alone "
             "(pull request 40022 would add it); " + instead("nvfp4, or w4a16", served)
         )
-    if any(s.scale_format == "e8m0" or (s.bits == 4 and s.kind == "int" and s.rounds_activations)
+    is_compressed = served.layout != "gpt-oss-mxfp4"
+    if is_compressed and any(s.scale_format == "e8m0" or (s.bits == 4 and s.kind == "int" and s.rounds_activations)
            for s in served.schemes):  # fmt: skip
         return "nobody tried whether it reads such weights of compressed-tensors; " + instead("w4a16", served)
     return None
