@@ -83,11 +83,17 @@ class ExpertNames:
 
 _QWEN = ExpertNames()
 FAMILIES: Mapping[str, ExpertNames] = {
+    "deepseek_v2": _QWEN,
+    "deepseek_v3": _QWEN,
+    "dots1": _QWEN,
+    "flex_olmo": _QWEN,
+    "glm4_moe": _QWEN,
     "gpt_oss": ExpertNames(router="router", transposed=True, interleaved=True, biases=True, fused_in_files=True),
     "mixtral": ExpertNames(stored="block_sparse_moe", gate="w1", up="w3", down="w2"),
     "olmoe": _QWEN,
     "qwen2_moe": replace(_QWEN, unquantized=("shared_expert_gate",)),
     "qwen3_moe": _QWEN,
+    "qwen3_next": replace(_QWEN, unquantized=("shared_expert_gate",)),
 }
 """By ``model_type``."""
 
@@ -114,6 +120,12 @@ def expert_of(module: str) -> ExpertLinear | None:
     """The expert that a linear is of, by its module's name; None for all other linears."""
     found = _LINEAR.fullmatch(module)
     return None if found is None else ExpertLinear(found[1], int(found[2]), found[3])
+
+
+def stays_float32(name: str) -> bool:
+    """Whether a tensor is kept in float32 in any model: what is added to scores only to choose experts (DeepSeek-V3
+    technical report, 2024, section 2.1.2) is large beside the differences that decide."""
+    return name.endswith(".e_score_correction_bias")
 
 
 def has_experts(names: Iterable[str]) -> bool:

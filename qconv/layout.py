@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qconv.convert import FORMATS, Bnb4bit, FusedPlan, meta_linear, mixed_config, plan_fused
 from qconv.errors import CheckpointError, SchemeError
+from qconv.experts import stays_float32
 from qconv.gguf import GgufPlan, plan_gguf
 from qconv.plain_tensors import is_plain_float
 from qconv.quantization_config import QuantizationConfig
@@ -245,5 +246,5 @@ def _specs(
 
 
 def _stored_spec(spec: TensorSpec, storage: torch.dtype) -> TensorSpec:
-    dtype = storage if is_plain_float(spec.dtype) else spec.dtype
+    dtype = storage if is_plain_float(spec.dtype) and not stays_float32(spec.name) else spec.dtype
     return TensorSpec(name=spec.name, shape=spec.shape, dtype=dtype)

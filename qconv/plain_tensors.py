@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qconv.errors import NumericsError
+from qconv.experts import stays_float32
 from qconv.finite import all_finite, is_surely_finite
 from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
@@ -59,7 +60,7 @@ def _write_from_gpu(
     is_finite: dict[str, Tensor] = {}
     for name in names:
         with TIMELINE.stage("decode and merge"):
-            stored = _cast(view.read(name, device), storage)
+            stored = _cast(name, view.read(name, device), storage)
             if is_plain_float(stored.dtype):
                 is_finite[name] = is_surely_finite(stored)
         writer.write(name, stored)
@@ -117,7 +118,7 @@ def to_storage(view: Checkpoint, name: str, tensor: Tensor, storage: torch.dtype
     Raises:
         NumericsError: a value overflows the storage dtype or is not finite.
     """
-    stored = _cast(tensor, storage)
+    stored = _cast(name, tensor, storage)
     if is_plain_float(stored.dtype) and not all_finite(stored):
         where = f"{view.location}: tensor {name!r}"
         num_bad = int((~torch.isfinite(tensor)).sum())
@@ -133,5 +134,5 @@ def to_storage(view: Checkpoint, name: str, tensor: Tensor, storage: torch.dtype
     return stored
 
 
-def _cast(tensor: Tensor, storage: torch.dtype) -> Tensor:
-    return tensor.to(storage) if is_plain_float(tensor.dtype) else tensor
+def _cast(name: str, tensor: Tensor, storage: torch.dtype) -> Tensor:
+    return tensor.to(storage) if is_plain_float(tensor.dtype) and not stays_float32(name) else tensor

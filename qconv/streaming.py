@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qconv.experts import stays_float32
 from qconv.skeleton import build_skeleton, check_parameters, find_blocks, tied_names
 from qconv.types import Checkpoint, TensorSpec
 
@@ -187,7 +188,7 @@ class StreamedModel(BlockModel):
         """A runnable decoder layer holding ``tensors`` (as `read_block` names them), cast to the compute dtype."""
         block = copy.deepcopy(self._layers[index])
         for name, tensor in tensors.items():
-            _assign(block, name, _cast(tensor, self.compute_dtype))
+            _assign(block, name, tensor if stays_float32(name) else _cast(tensor, self.compute_dtype))
         block.to(self.device).eval()
         if self._decorate is not None:
             self._decorate(self.block_prefix(index), block)

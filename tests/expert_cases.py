@@ -53,6 +53,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
 }
+_SHARED: dict[str, Any] = {  # a dense layer, then one with a shared expert
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+_LATENT: dict[str, Any] = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+ALIKE: dict[str, dict[str, Any]] = {  # in what concerns experts
+    "deepseek_v2": _SHARED | _LATENT | {"num_experts": 4},
+    "deepseek_v3": _SHARED | _LATENT,
+    "dots1": _SHARED,
+    "flex_olmo": {"num_experts": 4},
+    "glm4_moe": _SHARED,
+    "qwen3_next": {
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 64,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+}
 STORED = {"mixtral": "block_sparse_moe"}
 ROLES = {"mixtral": ("w1", "w3", "w2")}
 ROUTERS = {"gpt_oss": "router"}
@@ -88,11 +122,14 @@ def written_model(view: Checkpoint, folder: Path) -> nn.Module:
 
 def moe(family: str, **changes: Any) -> nn.Module:
     torch.manual_seed(21)
-    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family] | changes))
+    config = AutoConfig.for_model(family, **(SIZES | (FAMILIES | ALIKE)[family] | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # differences that bfloat16 does not have
+                buffer.copy_(7 + torch.randn_like(buffer) * 0.01)
     return model.eval()
 
 

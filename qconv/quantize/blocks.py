@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qconv.experts import stays_float32
 from qconv.progress import QUIET, Progress
 from qconv.quantization_config import Folding, QuantizationConfig, Statistic
 from qconv.quantize.activations import Activations
@@ -287,7 +288,7 @@ def _advance(
     hidden: Activations,
 ) -> None:
     """Replaces the hidden states by what the block makes of them with its weights as they will be stored."""
-    stored = {name: tensor.to(storage) for name, tensor in others.items()}
+    stored = {name: tensor if stays_float32(name) else tensor.to(storage) for name, tensor in others.items()}
     for name, linear in linears.items():  # one float32 copy at a time
         stored[name] = linear.dequantize().to(model.compute_dtype)
     block = model.build_block(index, stored)
