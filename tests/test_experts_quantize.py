@@ -25,20 +25,27 @@ from qconv.fidelity import audit_all
 from qconv.inputs import load_candidate, load_reference
 from qconv.overrides import OverrideConfig
 from qconv.quantization_config import QuantizationConfig
+from qconv.quantize import blocks
 from qconv.quantize.activations import Activations
+from qconv.quantize.blocks import QuantizeRequest, quantize_blocks
+from qconv.quantize.folds import Fold, folds_of
 from qconv.quantize.gather import gather
 from qconv.quantize.memory import ModelShape
 from qconv.skeleton import linear_weights
 from qconv.streaming import BlockModel, StreamedModel
+from qconv.types import Scheme
 from qconv.validate.attribution import attribute
 from qconv.validate.resident import ResidentModel
 from tests.cli_cases import decoded_weights, job, stored_tensors
-from tests.expert_cases import moe, roles, save_fused, stored_module
-from tests.merge_cases import TensorsInMemory, save_model, trained
+from tests.conftest import copy_tokenizer
+from tests.expert_cases import ALIKE, moe, roles, save_fused, stored_module
+from tests.merge_cases import IDS, TensorsInMemory, save_model, trained
+from tests.test_pipeline import Unrounded
 from tests.test_streaming import run
 
 peft = pytest.importorskip("peft")
 FAMILIES = ["mixtral", "qwen3_moe"]
+MOE_FAMILIES = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
 LAYER = 1  # of both the one whose experts are looked at
 BARE = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -129,6 +136,84 @@ def test_hidden_states_go_on_as_without_the_second_pass(tmp_path: Path) -> None:
     assert all(torch.equal(h_BSH, expected[number]) for number, h_BSH in hidden.each())
 
 
+# Scales in the norm before the experts
+
+
+def loud(family: str) -> TensorsInMemory:
+    """A 16-bit model, the inputs of whose experts have a few loud channels, as trained ones have."""
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "moe_intermediate_size": 64, "num_attention_heads": 8}
+    model = moe(family, **sizes).to(torch.bfloat16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight[::32] *= 60
+    names = dequantize(TensorsInMemory(dict(model.state_dict()), model.config.to_dict() | {"dtype": "float32"}))
+    return TensorsInMemory({name: names.read(name) for name in names.specs()}, names.config)
+
+
+def folded(
+    view: TensorsInMemory, monkeypatch: pytest.MonkeyPatch, keep: Callable[[Fold], bool], rounded: bool
+) -> TensorsInMemory:
+    """The model after some of its folds, linears in AWQ's 4 bits or as the folds left them, all stored in bfloat16."""
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "folds_of", lambda *of: tuple(fold for fold in folds_of(*of) if keep(fold)))
+        if not rounded:
+            patch.setattr(blocks, "solve", lambda weights, *_: {n: Unrounded(weights.pop(n)) for n in list(weights)})
+        request = QuantizeRequest(
+            config=QuantizationConfig(target="awq"),
+            scheme=Scheme(group_size=64, symmetric=False),
+            weights=[
+                name for name in linear_weights(view) if name.split(".")[-2] in roles(view.config["model_type"])[:2]
+            ],
+            storage=torch.bfloat16,
+            model_type=view.config["model_type"],
+        )
+        ids_BS = torch.randint(64, (8, 64), generator=torch.Generator().manual_seed(9))
+        tensors = dict(view.tensors)
+        for block in quantize_blocks(StreamedModel(view, "cpu", torch.float32), [request], [ids_BS]):
+            tensors |= dict(block.plain) | {name: linear.dequantize() for name, linear in block.linears.items()}
+    stored = {name: t if rounded and name in request.weights else t.bfloat16() for name, t in tensors.items()}
+    return TensorsInMemory(stored, view.config)
+
+
+def before_experts(fold: Fold) -> bool:
+    return bool(fold.beside)
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_scales_before_experts_change_neither_scores_nor_anything_else(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored in bfloat16, router and all, the model computes what it did: powers of two round nothing."""
+    view = loud(family)
+    after = folded(view, monkeypatch, before_experts, rounded=False)
+    router = f"model.layers.0.{stored_module(family)}.gate"
+    changed = {
+        name.removesuffix(".weight") for name, t in after.tensors.items() if not torch.equal(t, view.tensors[name])
+    }
+    gate, up, down = roles(family)
+    experts = [f"model.layers.0.{stored_module(family)}.experts.{number}" for number in range(4)]
+    assert {router, "model.layers.0.post_attention_layernorm"} <= changed
+    assert {f"{expert}.{role}" for expert in experts for role in (gate, up)} <= changed
+    assert not any(name.endswith(down) for name in changed)
+    if family == "qwen2_moe":
+        sparse = "model.layers.0.mlp"
+        assert {f"{sparse}.shared_expert.gate_proj", f"{sparse}.shared_expert_gate"} <= changed
+    s_K = (after.tensors[f"{router}.weight"] / view.tensors[f"{router}.weight"])[0]
+    assert set(s_K.tolist()) <= {2.0**n for n in range(-8, 9)}
+    assert len(set(s_K.tolist())) > 1
+    (expected,), (found,) = (run(StreamedModel(v, "cpu", torch.float32), [IDS]) for v in (view, after))
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_scales_before_experts_are_worth_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = loud(family)
+    held_out = torch.randint(64, (8, 48), generator=torch.Generator().manual_seed(2))
+    results = [view, *(folded(view, monkeypatch, keep, True) for keep in (lambda f: False, before_experts))]
+    expected, without, with_scales = (run(StreamedModel(v, "cpu", torch.float32), [held_out])[0] for v in results)
+    assert mean_kl(expected, with_scales) < 0.85 * mean_kl(expected, without)
+
+
 # What is written
 
 
@@ -184,6 +269,10 @@ def test_experts_are_quantized_and_routers_are_not(made: Any, family: str, targe
         assert all(sum(numbers) == 2 * 8 * 64 for numbers in tokens.values())  # two experts for each of 8 rows of 64
         experts = [n for n in source.specs() if n.endswith(f".experts.0.{roles(family)[0]}.weight")]
         assert {f"{name.rsplit('.', 3)[0]}" for name in experts} == tokens.keys()
+        for report in ("qconv-report.md", "qconv-report.html"):
+            text = (out / report).read_text()
+            assert "alibration tokens of experts" in text
+            assert "; ".join(map(str, next(iter(tokens.values())))) in text
 
 
 def in_memory(view: Any, family: str) -> dict[str, Tensor]:
@@ -244,6 +333,38 @@ def test_a_fused_base_gives_the_same_output(tmp_path: Path, new_job: Callable[..
         assert torch.equal(tensor.view(torch.uint8), outputs[1][name].view(torch.uint8)), name
 
 
+@pytest.mark.parametrize("family", ALIKE)
+def test_families_alike_are_written_as_transformers_loads_them(
+    family: str, tmp_path: Path, new_job: Callable[..., MergeJob]
+) -> None:
+    """Calibrated, so that blocks run, too. What chooses experts stays as it is, its float32 biases to the bit."""
+    model = moe(family, vocab_size=2048).to(torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = 7 + torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)) * 0.01
+    folder = save_model(model, tmp_path / "base")
+    copy_tokenizer(folder)
+    config = QuantizationConfig(target="w4a16", group_size=8)
+    (outcome,) = pipeline.run(new_job(tmp_path / "out", folder, quantization=config))
+    stored, before = stored_tensors(tmp_path / "out"), stored_tensors(folder)
+    kept = [name for name in before if ".gate." in name or "shared_expert_gate" in name]
+    assert kept
+    assert all(torch.equal(stored[name], before[name]) and stored[name].dtype == before[name].dtype for name in kept)
+    assert any(name.endswith("e_score_correction_bias") for name in kept) == (
+        family in ("deepseek_v3", "dots1", "glm4_moe")
+    )
+    view = dequantize(open_checkpoint(tmp_path / "out"))
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    experts = loaded.model.layers[LAYER].mlp.experts
+    for name, expected in in_memory(view, family).items():
+        assert torch.equal(getattr(experts, name), expected.bfloat16()), name
+    assert outcome.fidelity["total"]["kl"]["mean"] < 0.1
+    assert not [finding for finding in outcome.document["findings"] if finding["severity"] == "error"]
+
+
 # What is refused
 
 
@@ -285,12 +406,12 @@ def test_targets_that_would_leave_experts_behind_are_refused(
 # What an audit finds
 
 
-@pytest.mark.parametrize("target", ["w4a16", "gptq", "fp8", "fp8-block"])
+@pytest.mark.parametrize("target", ["w4a16", "gptq", "awq", "fp8", "fp8-block"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_stale_expert_is_named(
     made: Any, family: str, target: str, tmp_path: Path, new_job: Callable[..., MergeJob]
 ) -> None:
-    """One linear of one expert is that of the base, as if its update had been lost."""
+    """One linear of one expert is that of the base, as if its update had been lost; AWQ's scales of it were others."""
     base, adapter, clean, _ = made(family, target, **TARGETS[target])
     reference = load_reference(open_checkpoint(base), str(adapter), "16bit")
     assert not [f for f in audit_all(reference, load_candidate(str(clean), None), "cpu") if f["severity"] == "error"]
@@ -304,8 +425,10 @@ def test_one_stale_expert_is_named(
     tensors |= {name: stale[name] for name in tensors if name.startswith(f"{module}.")}
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     found = audit_all(reference, load_candidate(str(damaged), None), "cpu")
-    errors = [finding for finding in found if finding["severity"] == "error"]
-    assert [finding["tensors"] for finding in errors] == [[f"{module}.weight"]], found
+    errors = [(finding["code"], finding["tensors"]) for finding in found if finding["severity"] == "error"]
+    assert errors[0] == ("adapter-partly-applied", [f"{module}.weight"]), found
+    producer = module.replace(roles(family)[2], roles(family)[1])  # took the scales of the one that is gone
+    assert errors[1:] == ([("scales-unbalanced", [f"{producer}.weight"])] if target == "awq" else []), found
 
 
 @pytest.mark.parametrize("runs", ["streamed", "whole"])

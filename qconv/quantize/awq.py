@@ -77,6 +77,7 @@ def search_scale(
     name: str = "linear",
     *,
     share: Callable[[Tensor], Tensor] | None = None,
+    powers_of_two: bool = False,
 ) -> AwqScale:
     """The channel scale that minimises the output error of linears that share an input.
 
@@ -91,6 +92,7 @@ def search_scale(
         name: for messages.
         share: applied to the best scale, ``[K]`` to ``[K]``, whose loss is ``loss_after`` then and may exceed
             ``loss_before``.
+        powers_of_two: round every scale that is tried to one.
 
     Raises:
         NumericsError: NaN or infinity in an argument.
@@ -100,6 +102,8 @@ def search_scale(
     w_NK = sample_rows(weights)
     w_mean_K = _mean_relative_magnitude(w_NK, scheme)
     s_CK = torch.cat([torch.ones_like(mean_abs_K).unsqueeze(0), _candidates(mean_abs_K, w_mean_K)])
+    if powers_of_two:
+        s_CK = nearest_powers(s_CK)
     # A loss that is not a number never wins; the first of equals does: plain rounding, then small exponents.
     loss_C = _losses(w_NK, s_CK, gram_KK, scheme).nan_to_num(nan=float("inf"))
     best = loss_C.argmin()
@@ -123,6 +127,11 @@ def search_scale(
         loss_before=before,
         loss_after=after,
     )
+
+
+def nearest_powers(s: Tensor) -> Tensor:
+    """Powers of two, nearest by ratio."""
+    return torch.ldexp(torch.ones_like(s), s.log2().round().int())
 
 
 def _candidates(mean_abs_K: Tensor, w_mean_K: Tensor) -> Tensor:

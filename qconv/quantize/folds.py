@@ -13,31 +13,38 @@ channel where it is produced, which leaves the function unchanged. Two kinds of 
 A model family that is not in the table gets no scales, which the report counts.
 
 In a layer of experts the rows of each expert's up projection take the scales of its own down projection. The norm
-before gate and up projections keeps its weight: the router reads the same input, so its weight would have to be
-multiplied by s and rounded once more, and tokens near a tie would go to other experts.
+before it feeds gate and up projections of all experts and of shared ones, and the router, which stays in 16 bits: its
+weight is multiplied by s. So that this rounds nothing, and every token goes where it went, these scales are powers of
+two. (llm-compressor 0.13 takes any scale, and multiplies and rounds a router that is a linear; one that is a parameter
+it leaves as it is, and says so in a comment.)
 
 Dimension legend: K = input features of the scaled linears, P = features of the producer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from qconv.experts import FAMILIES, expert_of
+from qconv.experts import FAMILIES, ExpertNames, expert_of
 
 
 @dataclass(frozen=True)
 class Fold:
-    """``targets`` share an input that ``source`` produces; names are local to a decoder block."""
+    """``targets`` share an input that ``source`` produces; names are local to a decoder block.
+
+    Attributes:
+        beside: linears that read the same input and are not quantized; where there are any, scales are powers of two.
+    """
 
     kind: Literal["norm", "norm_plus_one", "rows"]
     source: str
     targets: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
 
 def _family(kind: Literal["norm", "norm_plus_one"], mlp_norm: str) -> tuple[Fold, ...]:
@@ -59,6 +66,7 @@ FOLDS: Mapping[str, tuple[Fold, ...]] = {
     "gemma2": _family("norm_plus_one", "pre_feedforward_layernorm"),
     "gemma3_text": _family("norm_plus_one", "pre_feedforward_layernorm"),
     "mixtral": _LLAMA,
+    "olmoe": tuple(fold for fold in _LLAMA if fold.source != "self_attn.v_proj"),  # may clip values
     "qwen2_moe": _LLAMA,
     "qwen3_moe": _LLAMA,
     "phi3": (
@@ -78,7 +86,25 @@ def folds_of(model_type: str, weights: Iterable[str]) -> tuple[Fold, ...]:
         return folds
     downs = [module for module in modules if module.rpartition(".")[2] == names.down]
     inner = tuple(Fold("rows", f"{down.rpartition('.')[0]}.{names.up}", (down,)) for down in downs)
-    return (*(fold for fold in folds if all(target in modules for target in fold.targets)), *inner)
+    return (*(_in_sparse_block(fold, names, modules) for fold in folds if not _is_dense(fold, modules)), *inner)
+
+
+def _is_dense(fold: Fold, modules: Collection[str]) -> bool:
+    """Whether the fold is between the linears of a dense MLP, which the block does not have."""
+    return fold.kind == "rows" and not all(target in modules for target in fold.targets)
+
+
+def _in_sparse_block(fold: Fold, names: ExpertNames, modules: Collection[str]) -> Fold:
+    """A norm before a dense MLP feeds all linears of experts, shared ones too, that take hidden features."""
+    if all(target in modules for target in fold.targets):
+        return fold
+    sparse, roles = f"{names.stored}.", (names.gate, names.up)
+    return Fold(
+        fold.kind,
+        fold.source,
+        tuple(module for module in modules if module.startswith(sparse) and module.rpartition(".")[2] in roles),
+        tuple(name for name in (sparse + part for part in (names.router, *names.unquantized)) if name in modules),
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Legend: T = tokens, t = tokens that are kept, K = in features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,15 @@ class InputSample:
     def divided_by(self, s_K: Tensor) -> InputSample:
         """The same of the inputs ``x / s``."""
         return InputSample(self.x_tK / s_K, self.max_abs_K / s_K)
+
+
+def pooled_samples(samples: Sequence[InputSample]) -> InputSample | None:
+    """Of several inputs together, as many tokens as one sample has; None of none."""
+    if not samples:
+        return None
+    x_tK = torch.cat([sample.x_tK for sample in samples])
+    step = -(-len(x_tK) // SAMPLE_TOKENS)
+    return InputSample(x_tK[::step], torch.stack([sample.max_abs_K for sample in samples]).amax(0))
 
 
 class SampleAccumulator:

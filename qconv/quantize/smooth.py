@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qconv.quantize.awq import sample_rows
+from qconv.quantize.awq import nearest_powers, sample_rows
 from qconv.quantize.grid import check_finite, grid_of_range, quantize_dequantize, range_of
 from qconv.quantize.int8 import fake_quantize_per_token
 from qconv.quantize.sample import InputSample
@@ -56,6 +56,8 @@ def search_smoothing(
     scheme: Scheme,
     name: str = "linear",
     share: Callable[[Tensor], Tensor] | None = None,
+    *,
+    powers_of_two: bool = False,
 ) -> SmoothScale:
     """The channel scale that minimises the output error of linears that share an input.
 
@@ -66,6 +68,7 @@ def search_smoothing(
         name: for messages.
         share: applied to the best scale, ``[K]`` to ``[K]``, whose loss is ``loss_after`` then and may exceed
             ``loss_before``.
+        powers_of_two: round every scale that is tried to one.
 
     Raises:
         NumericsError: NaN or infinity in a weight.
@@ -77,6 +80,8 @@ def search_smoothing(
     s_CK = torch.stack(
         [torch.ones_like(w_max_K), *(smoothing_scale(sample.max_abs_K, w_max_K, alpha) for alpha in ALPHAS)]
     )
+    if powers_of_two:
+        s_CK = nearest_powers(s_CK)
     loss_C = torch.stack([_loss(w_nK, s_K, sample.x_tK, scheme) for s_K in s_CK])
     best = int(loss_C.argmin())
     s_K, loss_after = s_CK[best], loss_C[best]
