@@ -65,6 +65,8 @@ FOLDS: Mapping[str, tuple[Fold, ...]] = {
     "gemma": _family("norm_plus_one", "post_attention_layernorm"),
     "gemma2": _family("norm_plus_one", "pre_feedforward_layernorm"),
     "gemma3_text": _family("norm_plus_one", "pre_feedforward_layernorm"),
+    "dots1": _LLAMA,
+    "glm4_moe": _LLAMA,
     "mixtral": _LLAMA,
     "olmoe": tuple(fold for fold in _LLAMA if fold.source != "self_attn.v_proj"),  # may clip values
     "qwen2_moe": _LLAMA,
