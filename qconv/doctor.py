@@ -33,7 +33,7 @@ PACKAGES: Mapping[str, str] = {
     "tokenizers": "text",
     "peft": "qconv train; the reference on a GPU, and of adapters that are no LoRA",
     "bitsandbytes": "qconv train; the reference on a GPU",
-    "compressed-tensors": "transformers with w4a16, w8a16, fp8 and int8 outputs",
+    "compressed-tensors": "transformers with w4a16, w8a16, w4a8, fp8, int8, nvfp4 and mxfp4 outputs",
     "gguf": "outputs and candidates for llama.cpp",
     "triton": "fused kernels on a GPU",
     "lm_eval": "--tasks",
