@@ -195,7 +195,7 @@ def test_the_adapters_tokenizer_and_template_win(
 def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -> None:
     """Bounds are about three times what was measured: KL 0.0033 (gptq), 0.0054 (awq), 0.0082 (rtn), 0.0002 (8 bits).
 
-    With 3 bits under 0.025 and with 2 bits 0.063 to 0.074, both by gptq.
+    With 3 bits under 0.025 and with 2 bits 0.063 to 0.074, both by gptq; 0.031 where MXFP4 rounds inputs, too.
     """
     out = output(variant)
     report = report_of(out)
@@ -259,7 +259,7 @@ def test_report_of_every_output(output: Callable[..., Path], variant: Variant) -
     assert 0 < low < kl["mean"] < high
     rounds_inputs = scheme is not None and scheme.dynamic_activations
     limit = 0.006 if rounds_inputs and variant.bits == 8 else {8: 5e-4, 4: 0.025, 3: 0.06, 2: 0.2}[variant.bits]
-    assert kl["mean"] < limit
+    assert kl["mean"] < (0.1 if variant.target == "mxfp4" else limit)
     assert [block["block"] for block in fidelity["blocks"]] == [0, 1, 2, 3]
     assert fidelity["adapter_effect_retained"]["value"] == pytest.approx(
         1 - kl["mean"] / fidelity["base_without_adapter"]["kl"]["mean"]
