@@ -127,7 +127,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_bnb(source: Path, folder: Path, quant_type: str = "nf4", double: bool = True) -> None:
+def save_bnb(
+    source: Path, folder: Path, quant_type: str = "nf4", double: bool = True, max_shard_size: str = "5GB"
+) -> None:
     """Quantizes with bitsandbytes on load, and saves as transformers does."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -138,7 +140,8 @@ def save_bnb(source: Path, folder: Path, quant_type: str = "nf4", double: bool =
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype="auto").save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype="auto")
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     copy_tokenizer(folder)
 
 
