@@ -1,11 +1,15 @@
 """Prints the peak host memory of a merge beside its bound: 2 shards + 300 MB above the interpreter's own.
 
     .venv/bin/python benchmarks/memory.py --out build/memory
+    .venv/bin/python benchmarks/memory.py --out build/memory --gguf
 
 Two models: SmolLM2-135M (NF4) written in 20 MB shards, and a synthetic 4 GB bfloat16 checkpoint (32 blocks of 4
 linears of 4096 x 3840, trained as ``16bit``) written in 500 MB shards. Each merge is its own process; its peak is the
 kernel's VmHWM. The interpreter's own memory is that of a process that has imported what a merge imports and run a
 merge of a model of a few kilobytes.
+
+``--gguf`` prints that of GGUF files by llama.cpp's rule instead, beside 2 shards of 500 MB + 500 MB: four layers in the
+shape of a 1B model (`shapes.py`), whose embedding alone takes 1 GB in float32.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from shapes import build
 
 from qconv.types import TensorSpec
 from qconv.writer import CheckpointWriter
@@ -27,8 +32,12 @@ import sys
 from pathlib import Path
 from qconv import pipeline
 from qconv.config import MergeJob, OutputConfig
-base, adapter, out, shard, kind = sys.argv[1:]
-output = OutputConfig(out=Path(out), max_shard_bytes=int(shard))
+from qconv.quantization_config import QuantizationConfig
+base, adapter, out, shard, kind, target = sys.argv[1:]
+if target:
+    output = OutputConfig(out=Path(out), quantization=QuantizationConfig(target=target, algorithm="ggml"))
+else:
+    output = OutputConfig(out=Path(out), max_shard_bytes=int(shard))
 pipeline.run(MergeJob(base=base, adapter=adapter, outputs=(output,), validation=None,
                       device="cpu", trained_on=kind or None, overwrite=True))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -59,8 +68,8 @@ def build_synthetic(folder: Path, blocks: int, n: int, k: int) -> tuple[Path, Pa
     return base, adapter
 
 
-def peak_kilobytes(base: Path, adapter: Path, out: Path, shard: int, kind: str) -> int:
-    arguments = [sys.executable, "-c", RUN, str(base), str(adapter), str(out), str(shard), kind]
+def peak_kilobytes(base: Path, adapter: Path, out: Path, shard: int, kind: str, target: str = "") -> int:
+    arguments = [sys.executable, "-c", RUN, str(base), str(adapter), str(out), str(shard), kind, target]
     return int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -69,11 +78,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/memory"))
     parser.add_argument("--base", type=Path, help="SmolLM2 in NF4 [default: built]")
     parser.add_argument("--adapter", type=Path, help="an adapter for it [default: random]")
+    parser.add_argument("--gguf", action="store_true", help="GGUF files of four layers of a 1B model")
     arguments = parser.parse_args()
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     small, small_adapter = build_synthetic(out / "small", 1, 64, 64)
     own = peak_kilobytes(small, small_adapter, out / "candidate", 1_000_000, "16bit") * 1024
+    if arguments.gguf:
+        print_gguf(out, own)
+        return
     smol, smol_adapter = arguments.base, arguments.adapter
     if smol is None:
         smol, smol_adapter = build_smollm2_with_adapter(out)
@@ -90,6 +103,15 @@ def main() -> None:
         print(
             f"| {label} | {shard / 1e6:.0f} | {peak / 1e6:.0f} | {(peak - own) / 1e6:.0f} | {bound:.0f} |", flush=True
         )
+
+
+def print_gguf(out: Path, own: int) -> None:
+    base, adapter = build("1b", out / "1b", "cpu", layers=4)
+    print(f"interpreter and libraries: {own / 1e6:.0f} MB\n")
+    print("| merge | peak MB | above the interpreter MB | bound MB |\n|---|---|---|---|")
+    for target in ("gguf-f16", "gguf-q8_0", "gguf-q4_0"):
+        peak = peak_kilobytes(base, adapter, out / "candidate", 0, "", target) * 1024
+        print(f"| 1B NF4, 4 layers -> {target} | {peak / 1e6:.0f} | {(peak - own) / 1e6:.0f} | 1500 |", flush=True)
 
 
 def build_smollm2_with_adapter(out: Path) -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ a batch, and batches in float64.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -38,10 +39,11 @@ def input_squares(
     batches = torch.split(rows_RS, max(1, BATCH_TOKENS // rows_RS.shape[1]))
     hidden = Activations.embed(model, batches, "host" if device.startswith("cuda") else "device")
     sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
     for index in progress.track(range(model.num_blocks), "importance", model.num_blocks):
         block, prefix = model.load_block(index), model.block_prefix(index)
         handles = [
-            linear.register_forward_pre_hook(_adding(sums, f"{prefix}{name}.weight"))
+            linear.register_forward_pre_hook(_adding(sums, counts, f"{prefix}{name}.weight"))
             for name, linear in block_linears(block).items()
         ]
         for number, h_BSH in hidden.each():
@@ -51,13 +53,14 @@ def input_squares(
     bad = next((name for name, sums_K in sums.items() if not bool(sums_K.isfinite().all())), None)
     if bad is not None:
         raise NumericsError(f"{view.location}: {bad}: expected finite inputs, found NaN or infinity among them")
-    return {name: InputSquares(sums_K=sums_K.cpu(), num_tokens=rows_RS.numel()) for name, sums_K in sums.items()}
+    return {name: InputSquares(sums_K=sums_K.cpu(), num_tokens=counts[name]) for name, sums_K in sums.items()}
 
 
-def _adding(sums: dict[str, Tensor], name: str) -> Any:
+def _adding(sums: dict[str, Tensor], counts: Counter[str], name: str) -> Any:
     def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x_TK = args[0].detach().reshape(-1, args[0].shape[-1])
         found_K = x_TK.float().square().sum(0).double()
+        counts[name] += len(x_TK)
         sums[name] = sums[name] + found_K if name in sums else found_K
 
     return add

@@ -193,6 +193,21 @@ def test_experts_are_calibrated_and_judged_from_the_file(
     assert decoded(out).keys() == dequantize(open_checkpoint(base)).specs().keys()
 
 
+def test_an_importance_matrix_counts_the_tokens_of_each_expert(
+    saved: Callable[..., tuple[Path, nn.Module]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base, _ = saved("olmoe")
+    config = QuantizationConfig(target="gguf-f16", imatrix=True)
+    options = job(tmp_path_factory, tmp_path / "out", base, quantization=config, validation=None)
+    pipeline.run(options)
+    stored = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "out" / "model.imatrix").tensors}
+    assert stored["blk.0.ffn_down_exps.weight.in_sum2"].shape == (4, 96)
+    assert stored["blk.1.ffn_up_exps.weight.in_sum2"].shape == (4, 64)
+    chosen, all_tokens = stored["blk.0.ffn_up_exps.weight.counts"], stored["blk.0.attn_q.weight.counts"]
+    assert chosen.shape == (4, 1)
+    assert chosen.sum() == 2 * all_tokens.sum()  # two experts for each token
+
+
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
