@@ -34,7 +34,7 @@ NOT_MEASURABLE = (
 def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None, has_adapter: bool) -> list[str]:
     """What maintained engines are known not to load, although the format holds it; and what a format costs."""
     notes = []
-    if TARGETS[quantization.target].gguf_kind is not None:
+    if TARGETS[quantization.target].gguf_kind is not None or TARGETS[quantization.target].is_onnx:
         return []
     if quantization.target == "gpt-oss-mxfp4" and quantization.resolved_algorithm == "rtn":
         notes.append(
@@ -185,6 +185,9 @@ def _describe_output(output: OutputConfig, layout: Layout, has_adapter: bool) ->
         )
         yield from (f"of these: {line}" for line in _mixture(layout))
     elif output.quantization is not None:
+        if layout.onnx is not None:
+            yield f"building an ONNX graph in {layout.onnx.dtype}"
+            return
         rule = "bitsandbytes 4-bit blocks" if layout.gguf is None else "by llama.cpp's rule"
         yield f"quantizing {len(layout.quantized)} linears to {output.quantization.target} ({rule})"
     if output.quantization is not None:
@@ -268,7 +271,7 @@ def stages(
     if output.quantization is not None and layout.scheme is not None:
         scheme = layout.scheme
         result["quantization"] = {
-            "format": layout.format,
+            "format": TARGETS[output.quantization.target].format,
             "algorithm": output.quantization.resolved_algorithm,
             "bits": scheme.bits,
             "group_size": scheme.group_size,
@@ -282,7 +285,7 @@ def stages(
             **_asked(output, output.quantization),
             **dict(sorted(counts.items())),
         }
-    elif output.quantization is not None:
+    elif output.quantization is not None and layout.onnx is None:
         result["quantization"] = {
             "format": layout.format,
             "algorithm": output.quantization.resolved_algorithm,

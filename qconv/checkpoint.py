@@ -1,4 +1,4 @@
-"""Reading model and adapter folders: safetensors (or one GGUF file), lazily, one tensor at a time.
+"""Reading model and adapter folders: safetensors (or one GGUF file, or ONNX), lazily, one tensor at a time.
 
 The header is parsed here because the reader of the safetensors library accepts duplicate keys, and an index may point
 anywhere (format: https://github.com/huggingface/safetensors#format). Pickled weights are never opened.
@@ -18,6 +18,7 @@ import torch
 from qconv.config import HUB_ID
 from qconv.errors import CheckpointError
 from qconv.gguf import open_gguf
+from qconv.onnx import GENAI_CONFIG, is_onnx_folder, open_onnx
 from qconv.stored_tensors import FileCheckpoint
 from qconv.suggest import did_you_mean_path
 from qconv.types import TensorSpec
@@ -101,6 +102,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> FileChec
     if len(packed) == 1 and not any(folder.glob("*.safetensors")):
         return open_gguf(packed[0], folder)
     config = read_json(folder / "config.json", "a model folder has a config.json")
+    if is_onnx_folder(folder) and not any(folder.glob("*.safetensors")):
+        return open_onnx(folder, config, read_json(folder / GENAI_CONFIG, ""))
     checkpoint = _open_weights(folder, config)
     if "quantization_config" not in config and any(name.endswith(".qweight") for name in checkpoint.specs()):
         _add_quantization(config, folder)

@@ -50,7 +50,7 @@ from qconv.cli_serving import pack
 from qconv.config import MergeJob
 from qconv.own_process import begin, expand_segments, keep_freed_memory, without_collections
 from qconv.progress import as_json_lines
-from qconv.targets import GGUF_TARGETS, PLAIN_DTYPES, TARGETS
+from qconv.targets import GGUF_TARGETS, ONNX_PLAIN, PLAIN_DTYPES, TARGETS
 from qconv.timeline import TIMELINE
 from qconv.unused import refuse_unused
 
@@ -144,8 +144,8 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
     "--to",
     "target",
     required=True,
-    type=Choice([*PLAIN_DTYPES, *GGUF_TARGETS, "lora", "safetensors"]),
-    help="Plain dtype or uncalibrated GGUF of a model; of an adapter plain LoRA, or pickled tensors as safetensors.",
+    type=Choice([*PLAIN_DTYPES, *GGUF_TARGETS, *ONNX_PLAIN, "lora", "safetensors"]),
+    help="Plain dtype, uncalibrated GGUF or ONNX of a model; plain LoRA or safetensors of an adapter.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete.")
@@ -153,7 +153,9 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
 @click.option(
     "--base", shell_complete=folders, help="lora: the adapter's base, where the adapter stores tensors of it."
 )
-@click.option("--dtype", type=Choice(PLAIN_DTYPES), help="lora: dtype of the factors [default: fp32]")
+@click.option(
+    "--dtype", type=Choice(PLAIN_DTYPES), help="lora: dtype of the factors; onnx: of the graph [default: fp32]"
+)
 @reading_options
 @click.option("--revision", help="Branch, tag or commit, when the model or adapter is a hub id.")
 @push_options
@@ -202,10 +204,9 @@ def convert(source: str, target: str, **options: Any) -> Answer:
 )
 @click.option(
     "--engine",
-    type=Choice(["qconv", "transformers"]),
-    default="qconv",
-    show_default=True,
-    help="What runs the candidate: weights decoded by qconv, or transformers with its own quantized kernels.",
+    type=Choice(["qconv", "transformers", "onnxruntime"]),
+    help="What runs the candidate: weights decoded by qconv, transformers with its own quantized kernels, or ONNX "
+    "Runtime [default: onnxruntime for a folder of it, else qconv]",
 )
 @trained_on_option
 @adapter_options

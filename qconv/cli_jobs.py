@@ -18,7 +18,7 @@ from qconv.overrides import parse_override
 from qconv.progress import Progress
 from qconv.quantization_config import QuantizationConfig, parse_budget, parse_widths
 from qconv.side_files import is_adapter
-from qconv.targets import GGUF_TARGETS, TARGETS, gguf_file_name
+from qconv.targets import GGUF_TARGETS, ONNX_PLAIN, TARGETS, gguf_file_name
 from qconv.training_config import TrainConfig
 
 
@@ -192,7 +192,7 @@ def validation_config(options: dict[str, Any]) -> ValidationConfig:
         defaults=not options["no_default_gates"],
         control_tokens=options["control_tokens"],
         attribution=options["attribution"],
-        engine=options.get("engine", "qconv"),
+        engine=options.get("engine"),
         prompts=options["prompts"],
         new_tokens=options["new_tokens"],
         tasks=options["tasks"],
@@ -226,7 +226,9 @@ def check_conversion(source: str, target: str, options: dict[str, Any]) -> None:
             "qconv extract makes a LoRA of two models"
         )
     of_lora = ["base", "dtype", "rank", "rank_scaling", "qa_lora", "ir_qlora"]
-    strange = ["max_shard_size"] if of_adapter else of_lora
+    strange = (
+        ["max_shard_size"] if of_adapter else [name for name in of_lora if name != "dtype" or target not in ONNX_PLAIN]
+    )
     strange += [*of_lora, "revision"] if target == "safetensors" else []
     given = [f"--{name.replace('_', '-')}" for name in strange if options[name] is not None]
     if given:
@@ -241,6 +243,10 @@ def convert_job(model: str, target: str, options: dict[str, Any]) -> MergeJob:
     if target in GGUF_TARGETS:
         quantization = QuantizationConfig(target=target, algorithm="ggml")
         output = OutputConfig(out=options["out"], quantization=quantization, max_shard_bytes=size)
+    elif target in ONNX_PLAIN:
+        quantization = QuantizationConfig(target=target)
+        dtype = options["dtype"]
+        output = OutputConfig(out=options["out"], quantization=quantization, dtype=dtype, max_shard_bytes=size)
     else:
         output = OutputConfig(out=options["out"], dtype=target, max_shard_bytes=size)
     return MergeJob(

@@ -61,7 +61,8 @@ class ValidationConfig:
         control_tokens: tokens for the controls (merge alone, base alone, noise floor); None = one in ten, or
             all when a gate is about them.
         attribution: measure which block and linear costs what: always, never, or when a gate does not pass.
-        engine: what runs the candidate: qconv's own decoding, or transformers with its quantized kernels.
+        engine: what runs the candidate: qconv's own decoding, transformers with its quantized kernels, or ONNX Runtime;
+            None = ONNX Runtime where the candidate is its folder, else qconv's own.
         prompts: whose greedy answers are compared: ``"default"`` or a file; None = none.
         new_tokens: length of those answers.
         tasks: of lm-evaluation-harness, names or YAML files.
@@ -79,7 +80,7 @@ class ValidationConfig:
     defaults: bool = True
     control_tokens: int | None = None
     attribution: Literal["auto", "always", "never"] = "auto"
-    engine: Literal["qconv", "transformers"] = "qconv"
+    engine: Literal["qconv", "transformers", "onnxruntime"] | None = None
     prompts: str | None = None
     new_tokens: int = NEW_TOKENS
     tasks: tuple[str, ...] = ()
@@ -116,7 +117,7 @@ class OutputConfig:
     Attributes:
         out: the folder; it must not exist, unless it may be overwritten.
         quantization: None = write a plain checkpoint.
-        dtype: storage dtype of unquantized tensors; None = the base's.
+        dtype: storage dtype of unquantized tensors; None = the base's, and float32 of ONNX.
         max_shard_bytes: largest file of weights.
         not_taken: options that were given for several outputs and are not for this one, each with the reason; for the
             report.
@@ -137,12 +138,19 @@ class OutputConfig:
                 raise UsageError(f"--max-shard-size: {target.name} is one file, however large; drop it")
             if self.dtype is not None and target.gguf_kind in ("f16", "bf16", "f32"):
                 raise UsageError(f"--dtype: {target.name} says the dtype itself; drop it, or choose another target")
+        if target is not None and target.is_onnx and self.max_shard_bytes != MAX_SHARD_BYTES:
+            raise UsageError(f"--max-shard-size: {target.name} has its weights in one file, however large; drop it")
         if self.max_shard_bytes < 1_000_000:
             raise UsageError(f"--max-shard-size must be at least 1MB, got {self.max_shard_bytes} bytes")
 
     @property
     def is_calibrated(self) -> bool:
         return self.quantization is not None and self.quantization.needs_text
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether it becomes a folder of ONNX Runtime GenAI."""
+        return self.quantization is not None and TARGETS[self.quantization.target].is_onnx
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +194,8 @@ class MergeJob:
     def __post_init__(self) -> None:
         if self.tensor_parallel is not None and self.tensor_parallel < 1:
             raise UsageError(f"--tp takes a number of GPUs, 1 or more, got {self.tensor_parallel}")
+        if self.tensor_parallel is not None and any(output.is_onnx for output in self.outputs):
+            raise UsageError("--tp: ONNX Runtime GenAI runs a model on one device; drop it")
         if self.trained_on is not None and self.trained_on not in BNB_KINDS:
             raise UsageError(f"--trained-on takes {', '.join(BNB_KINDS)}, got {self.trained_on}")
         if self.adapter is not None and self.combination is not None:

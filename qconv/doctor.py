@@ -39,6 +39,9 @@ PACKAGES: Mapping[str, str] = {
     "lm_eval": "--tasks",
     "datasets": "text from data sets of a hub; --tasks",
     "pyarrow": "text from .parquet files; --tasks",
+    "onnxruntime-genai": "ONNX outputs",
+    "onnxruntime": "ONNX outputs and candidates",
+    "onnx": "ONNX outputs and candidates",
     "gptqmodel": "transformers with gptq and awq outputs",
     "vllm": "serving",
 }
@@ -50,6 +53,9 @@ _EXTRAS = {
     "datasets": "datasets",
     "pyarrow": "datasets",
     "lm_eval": "eval",
+    "onnxruntime-genai": "onnx",
+    "onnxruntime": "onnx",
+    "onnx": "onnx",
 }
 _REQUIREMENT = re.compile(r"\s*([\w.-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;()]*)\)?\s*(?:;(.*))?")
 _BOUND = re.compile(r"\s*(>=|<=|==|!=|>|<)\s*([\w.+]+)\s*")

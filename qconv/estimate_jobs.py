@@ -36,6 +36,7 @@ from qconv.streaming import StreamedModel
 from qconv.types import Checkpoint, TensorSpec
 from qconv.writer import json_text, rooms_of
 
+BUILDER_LIBRARIES = 900_000_000  # torch, transformers and onnxruntime-genai, in a process of their own
 ENCODED_AT_ONCE = 300_000_000  # temporaries of encoding to bitsandbytes' 4 bits; see `convert/bnb_kernels.py`
 
 
@@ -170,6 +171,9 @@ def _making_stages(making: _Making) -> Iterator[Stage]:
     for output, layout in pairs:
         if layout.scheme is None:
             yield _alone_stage(making, output, layout)
+    for output, layout in pairs:
+        if layout.onnx is not None:
+            yield _build_stage(making, output, layout)
 
 
 def _quantize_stage(making: _Making, pairs: Sequence[tuple[OutputConfig, Layout]]) -> Stage:
@@ -285,6 +289,17 @@ def _alone_stage(making: _Making, output: OutputConfig, layout: Layout) -> Stage
         host=host,
         gpu=steps if making.on_gpu else {},
         units=units,
+    )
+
+
+def _build_stage(making: _Making, output: OutputConfig, layout: Layout) -> Stage:
+    """The builder has the model as it is stored and as it will be, in a process of its own; then both are run."""
+    return Stage(
+        name=f"build ONNX{_of(making.job, output)}",
+        reads=3 * layout.built_bytes,  # by the builder, to compare, and to run
+        writes=layout.built_bytes,
+        host={"build": {"model in the builder": 2 * layout.built_bytes, "libraries of the builder": BUILDER_LIBRARIES}},
+        units={"start running": 1.0, "write": float(layout.built_bytes)},
     )
 
 

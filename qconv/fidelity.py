@@ -138,7 +138,7 @@ def measure_fidelity(
         is_audited=found is not None,
     )
     if candidate is not None:
-        result.models = (lineup.entrants[0].model, lineup.entrants[1].model)
+        result.models = (lineup.entrants[0].model, lineup.decoded or lineup.entrants[1].model)
         _finish(result, config, folder, progress)
     return result
 
@@ -221,8 +221,9 @@ def audit_all(reference: Reference, candidate: Candidate, device: str) -> list[d
 
 def _finish(result: Fidelity, config: ValidationConfig, folder: Path, progress: Progress) -> None:
     """Adds what is derived from the comparison, or comes after it."""
-    worst = min(block["sqnr_db"] for block in result.facts["blocks"])
-    result.measured["block_sqnr_db_min"] = Measurement.exact(worst)
+    if result.facts["blocks"]:  # an engine that runs the candidate whole shows none
+        worst = min(block["sqnr_db"] for block in result.facts["blocks"])
+        result.measured["block_sqnr_db_min"] = Measurement.exact(worst)
     if "base_without_adapter" in result.pairs:
         add_effect(result, result.pairs["base_without_adapter"])
     tokenizer = corpus.load_tokenizer(folder)

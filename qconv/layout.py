@@ -17,6 +17,7 @@ from qconv.convert import FORMATS, Bnb4bit, FusedPlan, meta_linear, mixed_config
 from qconv.errors import CheckpointError, SchemeError
 from qconv.experts import stays_float32
 from qconv.gguf import GgufPlan, plan_gguf
+from qconv.onnx import OnnxPlan, plan_onnx
 from qconv.plain_tensors import is_plain_float
 from qconv.quantization_config import QuantizationConfig
 from qconv.selection import chosen_linears, kept_linears, schemes_of
@@ -46,6 +47,7 @@ class Layout:
         extra_files: further JSON files, by name.
         gguf: of a GGUF file, what lies in it under which name; ``specs`` are then those of the file.
         fused: of a family whose files hold experts fused, what lies where in them; ``specs`` likewise.
+        onnx: what is built of the folder when it is written; all else here is then of the folder before.
     """
 
     specs: list[TensorSpec]
@@ -58,11 +60,17 @@ class Layout:
     extra_files: Mapping[str, Mapping[str, Any]]
     gguf: GgufPlan | None = None
     fused: FusedPlan | None = None
+    onnx: OnnxPlan | None = None
 
     @property
     def handed_over(self) -> torch.dtype:
         """The dtype that unquantized tensors are handed over in; those of a GGUF file get theirs at the end."""
         return self.storage if self.gguf is None else torch.float32
+
+    @property
+    def built_bytes(self) -> int:
+        """Room for what is built of the tensors: an ONNX graph has no more than they, rounded to its dtype."""
+        return 0 if self.onnx is None else sum(spec.num_bytes for spec in self.specs)
 
     @property
     def head(self) -> str | None:
@@ -95,7 +103,31 @@ def plan_layout(
         SchemeError: the scheme fits not every linear; names the first and the sizes that would fit.
         UsageError: a budget that is out of reach, or a pattern that matches nothing.
     """
+    if quantization is not None and TARGETS[quantization.target].is_onnx:
+        return _plan_onnx(view, dtype or "fp32", quantization, linears)
     storage = PLAIN[dtype] if dtype else config_dtype(view.config)
+    return _plan(view, storage, quantization, linears, kept or {})
+
+
+def _plan_onnx(view: Checkpoint, dtype: str, quantization: QuantizationConfig, linears: Collection[str]) -> Layout:
+    """A plain folder, or one in the GPTQ layout, for the model builder to read.
+
+    Beside codes all is written in float32, since the builder computes with the scales before it stores codes.
+    """
+    bits = None if quantization.resolved_algorithm == "plain" else TARGETS[quantization.target].bits[0]
+    plan = plan_onnx(view.config, view.location, dtype, bits)
+    if bits is None:
+        return replace(_plan(view, PLAIN[dtype], None, linears, {}), onnx=plan)
+    return replace(_plan(view, torch.float32, quantization, linears, {}), onnx=plan)
+
+
+def _plan(
+    view: Checkpoint,
+    storage: torch.dtype,
+    quantization: QuantizationConfig | None,
+    linears: Collection[str],
+    kept: Mapping[str, Scheme],
+) -> Layout:
     config = {key: value for key, value in view.config.items() if key not in _DROPPED}
     config["dtype"] = _CONFIG_NAMES[storage]
     if quantization is None:
@@ -110,7 +142,7 @@ def plan_layout(
             extra_files={},
         )
     else:
-        layout = _plan_quantized(view, quantization, linears, storage, config, kept or {})
+        layout = _plan_quantized(view, quantization, linears, storage, config, kept)
     fused = plan_fused(view.config, layout.specs)
     return layout if fused is None else replace(layout, specs=fused.specs, fused=fused)
 
@@ -140,7 +172,7 @@ def _plan_quantized(
         if not quantization.keeps_codes:
             default, schemes = schemes_of(view, linears, quantization)
         return _plan_gguf(view, target.gguf_kind, linears, storage, config, default, schemes)
-    format_ = FORMATS[target.format]
+    format_ = FORMATS["gptq" if target.is_onnx else target.format]
     if quantization.budget is not None:
         quantization = before_measuring(view, linears, quantization, format_, storage)
     if not quantization.keeps_codes:
@@ -166,7 +198,7 @@ def _plan_quantized(
         quantized=frozenset(linears),
         scheme=default,
         schemes=schemes,
-        format=target.format,
+        format=format_.name,
         config=config,
         extra_files=format_.extra_files(config["quantization_config"]),
     )

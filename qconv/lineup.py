@@ -87,6 +87,7 @@ class Lineup:
     Attributes:
         runs: how reference and candidate are computed, for the report.
         notes: what is not measured, and why.
+        decoded: the candidate in torch, where an engine runs it that shows no blocks.
     """
 
     reference: Reference
@@ -98,6 +99,7 @@ class Lineup:
     pairs: list[Pair] = field(default_factory=list)
     runs: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    decoded: BlockModel | None = None
 
     def enter(self, name: str, model: BlockModel, num_rows: int, rows_per_batch: int | None = None) -> None:
         batch = rows_per_batch or self.rows_per_batch
@@ -175,6 +177,12 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
             other, lineup.runs[CANDIDATE] = candidate_model(candidate, views.stored, device, keep, config.engine)
         lineup.enter(CANDIDATE, other, config.rows)
         lineup.pair("total", REFERENCE, CANDIDATE)
+        if not other.shows_hidden_states:
+            lineup.decoded = streamed(views.stored, None, None, device, keep)
+            lineup.notes.append(
+                "ONNX Runtime runs the candidate whole: hidden states were not compared, and attribution, answers to "
+                "prompts and tasks are of its weights decoded by qconv"
+            )
     controls = control_rows(config)
     if reference.adapter is not None:
         lineup.enter("merged", streamed(views.merged, None, None, device), controls)

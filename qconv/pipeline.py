@@ -25,6 +25,7 @@ from qconv.gguf import IMATRIX_NAME, model_file, write_imatrix
 from qconv.held_out import loss_facts, merge_losses
 from qconv.importance import input_squares
 from qconv.inputs import load_candidate, load_reference, resolve_device
+from qconv.onnx_export import export
 from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run_tasks
 from qconv.plan import make_plan, stored_blocks
 from qconv.progress import QUIET, Progress
@@ -107,10 +108,13 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
         for number, making in enumerate(makings):
             writer, output = making.writer, making.output
             writer.finish_tensors()
-            digests.add("candidate", writer.partial, writer.digests)
+            built = export(writer.partial, making.layout, progress) if making.layout.onnx is not None else None
+            digests.add("candidate", writer.partial, writer.digests if built is None else None)
             facts = stages(
                 job, output, reference, merged, making.layout, calibration, plan.calibration_text, making.counts
             )
+            if built is not None:
+                facts["onnx"] = built
             if making.expert_tokens:
                 facts["calibration_tokens_of_experts"] = making.expert_tokens
             if making.zero_moves.groups:

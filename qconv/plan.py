@@ -93,6 +93,9 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
     adapter_folder = reference.side_folder
     tokenizer = tokenizer_folder(source.folder, adapter_folder)
     _check_before_work(job, reference, merged, tokenizer, adapter_comes or reference.adapter is not None)
+    if any(output.is_onnx for output in job.outputs):
+        with concerning("base"):
+            corpus.load_tokenizer(tokenizer)  # for the text that the graph is run on
     with concerning("calibration"):
         calibration, calibration_text = _calibration_rows(job, merged, tokenizer, progress)
     vocabulary = None
@@ -109,6 +112,7 @@ def make_plan(job: MergeJob, progress: Progress, adapter_comes: bool = False) ->
             files=None
             if vocabulary is None or layout.gguf is None
             else [gguf_file(layout.gguf, vocabulary, output.out)],
+            made_of_them=layout.built_bytes,
         )
         for output, layout in zip(job.outputs, layouts, strict=True)
     ]

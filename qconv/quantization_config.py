@@ -9,7 +9,7 @@ from typing import Literal
 
 from qconv.errors import SchemeError, UsageError
 from qconv.overrides import OverrideConfig, check_pattern
-from qconv.targets import TARGETS, Algorithm
+from qconv.targets import ONNX_BLOCKS, TARGETS, Algorithm
 from qconv.types import Scheme
 
 Folding = Literal["awq", "smoothquant"]
@@ -82,6 +82,12 @@ class QuantizationConfig:
             )
         if self.group_size is not None and self.group_size != -1 and self.group_size < 8:
             raise SchemeError(f"--group-size must be at least 8, or -1 for one group per row, got {self.group_size}")
+        if target.is_onnx and self.group_size not in (None, *ONNX_BLOCKS):
+            raise UsageError(
+                f"--group-size: {self.target} has blocks of {', '.join(map(str, ONNX_BLOCKS))}, got {self.group_size}"
+            )
+        if target.is_onnx and self.ignore:
+            raise UsageError(f"--ignore: {self.target} quantizes all linears of the decoder blocks alike; drop it")
         if self.activations is not None and self.target != "fp8":
             raise UsageError(f"--activations belongs to --requant fp8, got {self.target}")
         self._check_damping()
@@ -137,6 +143,8 @@ class QuantizationConfig:
             raise UsageError(
                 f"--lm-head: {self.target} chooses the kind of the output head by llama.cpp's rule; drop it"
             )
+        if self.lm_head and target.is_onnx:
+            raise UsageError(f"--lm-head: {self.target} keeps the output head unquantized; drop it")
         if self.lm_head and not target.mixed_bits:
             raise UsageError(
                 f"--lm-head: readers of {self.target} expect the output head in 16 bits; "
@@ -278,7 +286,7 @@ class QuantizationConfig:
 
     def min_zero(self, symmetric: bool) -> Literal[0, 1]:
         """The smallest zero point, see `Scheme`."""
-        return 1 if TARGETS[self.target].format == "gptq" and not symmetric else 0
+        return 1 if TARGETS[self.target].format in ("gptq", "matmul-nbits") and not symmetric else 0
 
 
 def parse_budget(text: str) -> float:

@@ -1,8 +1,9 @@
 """Runnable models from what lies on disk: a checkpoint in any format that is read, with or without an unmerged adapter.
 
-Three ways to run one: transformers with bitsandbytes' kernels and peft's unmerged adapter, whole on a
+Four ways to run one: transformers with bitsandbytes' kernels and peft's unmerged adapter, whole on a
 GPU (`validate/resident.py`); transformers with its own quantized kernels, whole (``--engine
-transformers``); or decoded by qconv and run block by block, which needs neither kernels nor memory.
+transformers``); ONNX Runtime, whole, what is its folder; or decoded by qconv and run block by block, which needs
+neither kernels nor memory.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import nn
 
 from qconv.adapter_configs import CombinationConfig
 from qconv.convert import DequantizedCheckpoint, dequantize
-from qconv.errors import AdapterError
+from qconv.errors import AdapterError, UsageError
 from qconv.experts import expert_of
 from qconv.layout import config_dtype
 from qconv.merge import DampenedCheckpoint, Dampening, MergedCheckpoint, merge, trained_experts
+from qconv.onnx import LAYERS_NAME, OnnxCheckpoint, OnnxSession
 from qconv.quantize.fp4_inputs import fake_quantize_fp4
 from qconv.quantize.fp8_static import fake_quantize_static
 from qconv.quantize.int8 import fake_quantize_inputs
@@ -28,6 +30,7 @@ from qconv.skeleton import block_linears
 from qconv.stored_tensors import FileCheckpoint
 from qconv.streaming import BlockModel, Decorate, StreamedModel
 from qconv.types import Adapter, BnbKind, Checkpoint, Scheme
+from qconv.validate.onnx_model import OnnxModel
 from qconv.validate.reference import unmerged
 from qconv.validate.resident import load_resident, load_whole, why_not_resident
 
@@ -202,14 +205,20 @@ def _has_experts_in_4_bits(reference: Reference) -> bool:
 
 
 def candidate_model(
-    candidate: Candidate, view: Checkpoint, device: str, keep: bool, engine: str
+    candidate: Candidate, view: Checkpoint, device: str, keep: bool, engine: str | None
 ) -> tuple[BlockModel, str]:
     """The candidate and which implementation runs it, for the report.
 
+    Args:
+        engine: see `ValidationConfig`.
+
     Raises:
-        CheckpointError: transformers cannot load it (``engine="transformers"``).
+        CheckpointError: transformers (``engine="transformers"``) or ONNX Runtime cannot load it.
         AdapterError: peft cannot (the same).
+        UsageError: ``engine="onnxruntime"`` for another folder.
     """
+    if runs_in_onnxruntime(candidate, engine):
+        return _onnx_model(candidate, device)
     if engine == "transformers":
         if candidate.adapter is not None and candidate.adapter.name_rules:
             raise AdapterError(
@@ -225,6 +234,25 @@ def candidate_model(
         kinds = {s.input_words for s in _rounding_inputs(candidate.view).values()}
         how += f", inputs of quantized linears rounded to {' and '.join(sorted(kinds))} as engines do"
     return streamed(view, candidate.adapter, inputs, device, keep), how
+
+
+def runs_in_onnxruntime(candidate: Candidate, engine: str | None) -> bool:
+    """Whether a candidate is run whole by ONNX Runtime, so that its blocks cannot be looked at."""
+    return engine == "onnxruntime" or (engine is None and isinstance(candidate.source, OnnxCheckpoint))
+
+
+def _onnx_model(candidate: Candidate, device: str) -> tuple[BlockModel, str]:
+    source = candidate.source
+    if not isinstance(source, OnnxCheckpoint):
+        raise UsageError(
+            f"--engine onnxruntime runs folders of ONNX Runtime GenAI (--requant onnx and others), and "
+            f"{source.location} is none"
+        )
+    if candidate.adapter is not None:
+        raise UsageError("--candidate-adapter: an ONNX graph is run without one; give --engine qconv to decode it")
+    session = OnnxSession(source.graph_file)
+    blocks = int(source.config["num_hidden_layers"])
+    return OnnxModel(session, blocks, LAYERS_NAME, device), session.runs
 
 
 def streamed(

@@ -37,8 +37,13 @@ blocks) and the module, after its weights are in place; may attach forward hooks
 
 
 class BlockModel(ABC):
-    """A causal language model that is run one decoder block at a time."""
+    """A causal language model that is run one decoder block at a time.
 
+    Attributes:
+        shows_hidden_states: what `run_block` gives are hidden states, and not something that stands for them.
+    """
+
+    shows_hidden_states = True
     layers_name: str
     num_blocks: int
     device: str

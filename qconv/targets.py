@@ -10,7 +10,18 @@ from qconv.types import Scheme
 
 PLAIN_DTYPES = ("bf16", "fp16", "fp32")
 Algorithm = Literal[
-    "rtn", "gptq", "awq", "awq+gptq", "fp8", "smoothquant", "smoothquant+gptq", "int8", "bnb", "ggml", "zeros"
+    "rtn",
+    "gptq",
+    "awq",
+    "awq+gptq",
+    "fp8",
+    "smoothquant",
+    "smoothquant+gptq",
+    "int8",
+    "bnb",
+    "ggml",
+    "plain",
+    "zeros",
 ]
 
 
@@ -38,6 +49,11 @@ class Target:
         """Of ggml's kinds of tensors, for a GGUF file."""
         return self.format.removeprefix("gguf-") if self.format.startswith("gguf-") else None
 
+    @property
+    def is_onnx(self) -> bool:
+        """A folder of ONNX Runtime GenAI."""
+        return self.format in ("onnx", "matmul-nbits")
+
 
 _GGUF_BITS = {"q4_0": 4, "q4_1": 4, "q8_0": 8, "q5_0": 5, "q5_1": 5, "f16": 16, "bf16": 16, "f32": 32}
 GGUF_READERS = "llama.cpp, Ollama, LM Studio, transformers (decoded while loading)"
@@ -55,6 +71,22 @@ def _gguf(kind: str, bits: int) -> Target:
         symmetric=None,
         readers=GGUF_READERS,
         scheme=Scheme(bits=bits, group_size=32, symmetric=not kind.endswith("_1")) if is_solved else None,
+    )
+
+
+ONNX_READERS = "ONNX Runtime GenAI, ONNX Runtime"
+ONNX_BLOCKS = (128, 64, 32, 16)  # block sizes that MatMulNBits has and models' widths are multiples of
+
+
+def _onnx(bits: int) -> Target:
+    """Linears in blocks of codes; what is not quantized in float32, unless --dtype says otherwise."""
+    return Target(
+        name=f"onnx-int{bits}",
+        format="matmul-nbits",
+        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        bits=(bits,),
+        symmetric=True,
+        readers=ONNX_READERS,
     )
 
 
@@ -201,8 +233,12 @@ TARGETS: Mapping[str, Target] = {
         symmetric=None,
         readers="transformers + bitsandbytes, vLLM",
     ),
+    "onnx": Target(name="onnx", format="onnx", algorithms=("plain",), bits=(16,), symmetric=None, readers=ONNX_READERS),
+    "onnx-int4": _onnx(4),
+    "onnx-int8": _onnx(8),
     **{f"gguf-{kind}": _gguf(kind, bits) for kind, bits in _GGUF_BITS.items()},
 }
+ONNX_PLAIN = ("onnx",)  # without codes: what convert makes
 GGUF_TARGETS = tuple(target.name for target in TARGETS.values() if target.gguf_kind is not None)
 
 

@@ -61,6 +61,7 @@ class CheckpointWriter:
         overwrite: replace an existing ``out`` at commit; until then it stays as it is.
         with_digests: hash the weights files while they are written.
         files: where the tensors lie; None = in shards of safetensors.
+        made_of_them: bytes that are made of the tensors beside them, before they go.
 
     Attributes:
         digests: SHA-256 (hex) of the weights files by name, from `finish_tensors` on, if they were asked for.
@@ -77,8 +78,10 @@ class CheckpointWriter:
         overwrite: bool = False,
         with_digests: bool = False,
         files: Sequence[PlannedFile] | None = None,
+        made_of_them: int = 0,
     ):
         self.out = out
+        self._made_of_them = made_of_them
         self._folder = WorkFolder(out, overwrite)
         self.partial = self._folder.path
         self._specs = {spec.name: spec for spec in specs}
@@ -120,7 +123,7 @@ class CheckpointWriter:
     @property
     def num_bytes(self) -> int:
         """Room that the folder will take on the disk, with some to spare."""
-        return sum(spec.num_bytes for spec in self._specs.values()) + SIDE_BYTES
+        return sum(spec.num_bytes for spec in self._specs.values()) + self._made_of_them + SIDE_BYTES
 
     @property
     def weights_bytes(self) -> int:

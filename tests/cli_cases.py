@@ -74,10 +74,10 @@ NEWER = ("w4a8", "w4a8-fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16")  # have t
 def all_variants() -> Iterator[Variant]:
     """Everything that `TARGETS` permits; few bits, version 2 of GPTQ and `NEWER` with their own algorithm alone.
 
-    GGUF files are no safetensors; they have tests of their own.
+    GGUF files and ONNX graphs are no safetensors; they have tests of their own.
     """
     for target in TARGETS.values():
-        if target.gguf_kind is not None:
+        if target.gguf_kind is not None or target.is_onnx:
             continue
         choices = [None] if target.symmetric is None else [True] if target.activations else [True, False]
         for algorithm, bits, symmetric in itertools.product(target.algorithms, target.bits, choices):

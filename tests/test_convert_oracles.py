@@ -117,6 +117,6 @@ TAKES_ASYM = [t for t in TARGETS.values() if t.symmetric is not None and t.activ
 
 
 @pytest.mark.parametrize("target", TAKES_ASYM, ids=lambda target: target.name)
-def test_version_1_alone_keeps_zero_points_above_0(target: Any) -> None:
+def test_version_1_and_what_is_built_of_it_keep_zero_points_above_0(target: Any) -> None:
     config = QuantizationConfig(target=target.name, group_size=32, symmetric=False)
-    assert config.scheme_for([64], "model").min_zero == (1 if target.format == "gptq" else 0)
+    assert config.scheme_for([64], "model").min_zero == (1 if target.format in ("gptq", "matmul-nbits") else 0)

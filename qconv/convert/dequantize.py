@@ -25,6 +25,7 @@ from qconv.convert.ggml_blocks import GGML_FORMATS, GgmlBlocks
 from qconv.convert.gpt_oss import GptOssMxfp4
 from qconv.convert.gptq import Gptq
 from qconv.convert.int_quantized import IntQuantized
+from qconv.convert.matmul_nbits import MatMulNBits
 from qconv.convert.module_config import config_for, formats_of
 from qconv.errors import CheckpointError
 from qconv.read_ahead import read_ahead
@@ -83,7 +84,8 @@ class DequantizedCheckpoint:
     Attributes:
         source: the checkpoint, with experts that lie fused taken apart.
         kind: ``"plain"``, ``"bnb-nf4"``, ``"bnb-nf4-dq"``, ``"bnb-fp4"``, ``"bnb-fp4-dq"``, ``"gguf-KIND"`` by the kind
-            of most matrices, a key of `FORMATS`, or several of them with ``+`` between.
+            of most matrices, ``"onnx"`` or ``"onnx-intBITS"`` by the bits of most linears, a key of `FORMATS`, or
+            several of them with ``+`` between.
         quantized_modules: names without ``.weight``, in the order of the checkpoint.
         schemes: of the integer or float8 codes of each quantized module; of modules in bitsandbytes' 4 bits and in most
             kinds of ggml's blocks there is none.
@@ -93,7 +95,7 @@ class DequantizedCheckpoint:
     def __init__(self, source: Checkpoint):
         self.source = source = separate_experts(source)
         self.schemes: dict[str, Scheme] = {}
-        self._formats: dict[str, Format | GgmlBlocks] = {}  # of each module
+        self._formats: dict[str, Format | GgmlBlocks | MatMulNBits] = {}  # of each module
         self._states: dict[str, bnb.BnbState] = {}
         self._ggml: dict[str, str] = {}  # kind of each weight in blocks
         config = dict(source.config)
@@ -205,6 +207,8 @@ class DequantizedCheckpoint:
         if method == "gguf" and quantization is not None and "kind" in quantization:
             self._find_ggml()
             return f"gguf-{quantization['kind']}"
+        if method == "onnx" and quantization is not None and "modules" in quantization:
+            return self._find_nbits(quantization["modules"])
         if method not in ("gptq", "awq", "compressed-tensors", "fp8", "mxfp4"):
             raise CheckpointError(f"{self.location}: quantized with {method!r}, which is not read; read are {READ}")
         assert isinstance(quantization, dict)
@@ -236,6 +240,17 @@ class DequantizedCheckpoint:
             if fmt is not None and fmt.scheme.symmetric:
                 module = weight.removesuffix(".weight")
                 self._formats[module], self.schemes[module] = fmt, fmt.scheme
+
+    def _find_nbits(self, nodes: Mapping[str, Mapping[str, Any]]) -> str:
+        """Linears of an ONNX graph with codes, by what the attributes of their nodes say."""
+        fmt, specs = MatMulNBits(), self.source.specs()
+        for module, node in nodes.items():
+            self._formats[module], self.schemes[module] = fmt, fmt.scheme_of(node, f"{self.location}: {module}")
+            self._parts[f"{module}.weight"] = tuple(
+                module + suffix for suffix in fmt.suffixes if module + suffix in specs
+            )
+        bits = [scheme.bits for scheme in self.schemes.values()]
+        return f"onnx-int{max(set(bits), key=bits.count)}" if bits else "onnx"
 
     def _find_modules(self, formats: list[Format], config: Mapping[str, Any]) -> None:
         """Every quantized module with its format and scheme; ``formats`` are those that the configuration names."""

@@ -86,7 +86,7 @@ def _solve(
                 name: quantize(weights.pop(name), scheme, where + name, num_candidates=FP8_CANDIDATES)
                 for name in list(weights)
             }
-        case "bnb" | "ggml" | "zeros":
+        case "bnb" | "ggml" | "plain" | "zeros":
             raise AssertionError("weights without a choice are encoded as they are written, and kept codes not solved")
         case "int8" | "smoothquant":
             return {name: int8.quantize_per_channel(weights.pop(name), scheme, where + name) for name in list(weights)}

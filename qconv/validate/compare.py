@@ -96,7 +96,8 @@ class Comparison:
 
     Attributes:
         pairs: statistics by the name of the pair.
-        blocks: error of the second entrant against the first, per block, when it is the candidate.
+        blocks: error of the second entrant against the first, per block, when it is the candidate and shows hidden
+            states.
     """
 
     pairs: Mapping[str, PairStatistics]
@@ -172,7 +173,7 @@ def compare(
             with TIMELINE.stage(f"blocks: {runner.name}"):
                 runner.step(index)
         settle()
-        if len(runners) > 1 and runners[1].name == CANDIDATE:
+        if len(runners) > 1 and runners[1].name == CANDIDATE and entrants[1].model.shows_hidden_states:
             with TIMELINE.stage("block errors"):
                 blocks.append(_block_error(index, runners[0], runners[1]))
         if after_block is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from qconv.checkpoint import INDEX_NAME, open_adapter_files, open_checkpoint, read_json
 from qconv.corpus import calibration_digest
 from qconv.errors import CheckpointError
+from qconv.onnx import GENAI_CONFIG, OnnxCheckpoint
 from qconv.records import TRAIN_RECORD_NAME, read_train_record
 from qconv.side_files import tokenizer_files
 from qconv.stored_tensors import FileCheckpoint
@@ -230,6 +231,8 @@ def _model_files(checkpoint: FileCheckpoint) -> list[Path]:
     """config.json, the index where there is one, and the shards that are read (not other weights beside them)."""
     shards = {checkpoint.file_of(name) for name in checkpoint.specs()}
     names = [checkpoint.folder / name for name in ("config.json", INDEX_NAME)]
+    if isinstance(checkpoint, OnnxCheckpoint):
+        shards |= {checkpoint.graph_file, checkpoint.folder / GENAI_CONFIG}
     return [file for file in names if file.is_file()] + sorted(shards)
 
 
