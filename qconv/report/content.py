@@ -26,14 +26,12 @@ class Budget:
     """One distance in the three-way account of where the error comes from.
 
     Attributes:
-        key: its name in the document.
         label: for people.
         meaning: which two models it compares.
         kl: mean KL in nats per token; low and high: 95% interval, or None.
         is_context: not part of the error: what the adapter changes, and what rounding alone does.
     """
 
-    key: str
     label: str
     meaning: str
     kl: float
@@ -75,7 +73,7 @@ def budgets(document: Document) -> list[Budget]:
             continue
         low, high = bounds(at(pair, "kl", "interval_95")) or (None, None)
         found.append(
-            Budget(key=key, label=label, meaning=meaning, kl=mean, low=low, high=high, is_context=is_context, pair=pair)
+            Budget(label=label, meaning=meaning, kl=mean, low=low, high=high, is_context=is_context, pair=pair)
         )
     return found
 
