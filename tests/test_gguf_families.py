@@ -19,6 +19,8 @@ from qconv.config import MergeJob, OutputConfig
 from qconv.convert import dequantize
 from qconv.errors import CheckpointError
 from qconv.gguf.families import family_of, family_of_keys
+from qconv.plan import make_plan
+from qconv.progress import QUIET
 from qconv.quantization_config import QuantizationConfig
 from tests.cli_cases import job, report_of
 from tests.conftest import copy_tokenizer
@@ -88,9 +90,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
     return make
 
 
-def written(base: Path, out: Path, target: str = "gguf-f32") -> Path:
+def job_of(base: Path, out: Path, target: str) -> MergeJob:
     output = OutputConfig(out=out, quantization=QuantizationConfig(target=target))  # type: ignore[arg-type]
-    pipeline.run(MergeJob(base=str(base), outputs=(output,), validation=None, device="cpu"))
+    return MergeJob(base=str(base), outputs=(output,), validation=None, device="cpu")
+
+
+def written(base: Path, out: Path, target: str = "gguf-f32") -> Path:
+    pipeline.run(job_of(base, out, target))
     return out
 
 
@@ -151,6 +157,8 @@ def test_experts_of_a_layer_are_one_tensor_and_routers_stay_in_float32(
 ) -> None:
     base, _ = saved(case, intermediate_size=64, moe_intermediate_size=64)
     out = written(base, tmp_path / "out", "gguf-f16")
+    planned = make_plan(job_of(base, tmp_path / "elsewhere" / "out", "gguf-f16"), QUIET).writers[0]
+    assert planned.weights_bytes == file_in(out).stat().st_size
     source, stored = dequantize(open_checkpoint(base)), tensors_of(out)
     module, up = ("block_sparse_moe", "w3") if case == "mixtral" else ("mlp", "up_proj")
     tensor = stored["blk.1.ffn_up_exps.weight"]
