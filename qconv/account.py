@@ -36,7 +36,7 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None, has_ad
     notes = []
     if TARGETS[quantization.target].gguf_kind is not None or TARGETS[quantization.target].is_onnx:
         return []
-    if quantization.target == "gpt-oss-mxfp4" and quantization.resolved_algorithm == "rtn":
+    if has_adapter and quantization.target == "gpt-oss-mxfp4" and quantization.resolved_algorithm == "rtn":
         notes.append(
             "rounding to nearest puts the merged weights of an MXFP4 base back on its own numbers, and takes the "
             "adapter's update of experts back; by gptq other weights make up for it (docs/formats.md)"
