@@ -5,6 +5,7 @@ Settings are those of a caller who sets none: keys and values are kept in float1
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
 
     (file,) = Path(request["folder"]).glob("*.gguf")
     longest = max(len(row) for row in request["rows"])
-    model = Llama(str(file), n_ctx=longest + 1, n_batch=longest, logits_all=True, verbose=False)
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or None  # as many as everything else; None: its own choice
+    model = Llama(
+        str(file),
+        n_ctx=longest + 1,
+        n_batch=longest,
+        n_threads=threads,
+        n_threads_batch=threads,
+        logits_all=True,
+        verbose=False,
+    )
     logprobs = [value for row in request["rows"] for value in score(model, row)]
     return {"logprobs": logprobs, "text": generate(model, request["prompt"], request["new_tokens"])}
 
