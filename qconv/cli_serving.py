@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tp", default=1, show_default=True, help="GPUs that the engine splits the model among.")
 @click.option("--context", type=int, help="Tokens of a sequence at most [default: the model's, at most 8192]")
-@click.option("--concurrency", default=16, show_default=True, help="Sequences at a time.")
+@click.option("--concurrency", type=int, help="Sequences at a time [default: 16; ort-genai: 1]")
 @click.option(
     "--kv-dtype",
     type=Choice(["auto", "fp8"]),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv import __version__
-from qconv.errors import CapacityError, CheckpointError, QconvError, SchemeError
+from qconv.errors import CapacityError, CheckpointError, QconvError, SchemeError, UsageError
 from qconv.expected_answers import ExpectedAnswer, expected_answers, why_not_whole
 from qconv.inputs import resolve_device
 from qconv.progress import QUIET, Progress
@@ -24,11 +24,13 @@ from qconv.served_model import ServedModel, open_served
 from qconv.serving import ENGINES, FOREIGN, Engine, Request, Served, ServedAdapter
 from qconv.serving.memory import ServingMemory, serving_memory
 from qconv.serving.page import launch_script, read_me
-from qconv.serving_config import PackConfig
+from qconv.serving_config import DEFAULT_CONCURRENCY, PackConfig
 from qconv.tensor_parallel import check_parallel
 from qconv.work_folder import PACK_SIGN, check_inputs, check_output, check_place, publishing
 
 PACK_FORMAT = 1
+ORT_GENAI = "ort-genai"
+_ONNX = f"{{folder}} holds an ONNX graph ({{layout}}), which ONNX Runtime GenAI runs: --for {ORT_GENAI}"
 UNRECORDED_TOKENS = 16
 _PROMPT_ALONE = "The capital of France is"
 _ITEMSIZE = {"float32": 4}
@@ -54,10 +56,11 @@ def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
         CheckpointError, AdapterError, UsageError: see `open_served`; ``out`` cannot be written.
     """
     if config.engine in FOREIGN:
-        model = open_served(config, port=1)
-        raise SchemeError(FOREIGN[config.engine].format(folder=config.model, layout=model.served.layout))
+        model = open_served(config, port=1, concurrency=1)
+        words = _ONNX if model.served.is_onnx else FOREIGN[config.engine]
+        raise SchemeError(words.format(folder=config.model, layout=model.served.layout))
     engine = ENGINES[config.engine]
-    model = open_served(config, config.port or engine.port)
+    model = open_served(config, config.port or engine.port, _concurrency(engine, config))
     out = config.out or _beside(config, engine)
     check_output(out, config.overwrite)
     if out.is_dir() and any(out.iterdir()) and not (out / PACK_SIGN).is_file():
@@ -66,6 +69,8 @@ def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
     check_inputs(out, [model.source.folder, *(adapter.source for adapter in config.adapters)])
     served = model.served
     reason = engine.refusal(served)
+    if served.is_onnx and engine.name != ORT_GENAI:
+        reason = _ONNX.format(folder=config.model, layout=served.layout)
     if reason is not None:
         raise SchemeError(f"{engine.title} does not load {config.model}: {reason}")
     warnings = check_parallel(model.shape, model.linears(), served.num_gpus, config.model)
@@ -98,6 +103,14 @@ def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
     with publishing(out, config.overwrite) as partial:
         _write(partial, engine, model, document, memory, cases)
     return Packed(out=out, document=document)
+
+
+def _concurrency(engine: Engine, config: PackConfig) -> int:
+    """Raises `UsageError` for more sequences than the engine runs at a time."""
+    most = engine.most_at_a_time
+    if config.concurrency is not None and most is not None and config.concurrency > most:
+        raise UsageError(f"--concurrency {config.concurrency}: the server for {engine.title} runs {most} at a time")
+    return config.concurrency or most or DEFAULT_CONCURRENCY
 
 
 def _beside(config: PackConfig, engine: Engine) -> Path:

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qconv.checkpoint import SafetensorsCheckpoint, open_adapter_files, open_checkpoint
+from qconv.checkpoint import open_adapter_files, open_checkpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.convert.dequantize import CONV1D_MODELS
 from qconv.decoder_shape import DecoderShape
 from qconv.errors import AdapterError, CheckpointError, SchemeError, UsageError
+from qconv.gguf import GgufCheckpoint
 from qconv.merge import load_adapter
 from qconv.records import read_train_record
 from qconv.runners import Candidate
@@ -50,7 +51,7 @@ class ServedModel:
         return parallel_linears(self.view.specs(), layouts, self.view.schemes, is_transposed)
 
 
-def open_served(config: PackConfig, port: int) -> ServedModel:
+def open_served(config: PackConfig, port: int, concurrency: int) -> ServedModel:
     """Opens what is packed, from headers; adapters are read once.
 
     Raises:
@@ -65,7 +66,7 @@ def open_served(config: PackConfig, port: int) -> ServedModel:
             f"{config.model} is an adapter: name the model that serves it, and it as --adapter {config.model}"
         )
     source = open_checkpoint(config.model)
-    if not isinstance(source, SafetensorsCheckpoint):
+    if isinstance(source, GgufCheckpoint):
         raise SchemeError(
             f"{config.model} holds a GGUF file, which needs no pack: llama.cpp serves it as it is (llama-server -m "
             "FILE), Ollama with the Modelfile that qconv writes beside it (ollama create NAME -f Modelfile). For "
@@ -93,7 +94,7 @@ def open_served(config: PackConfig, port: int) -> ServedModel:
         num_gpus=config.num_gpus,
         num_kv_heads=shape.num_kv_heads,
         context=_context(config, shape),
-        concurrency=config.concurrency,
+        concurrency=concurrency,
         cache_dtype=config.cache_dtype,
         port=port,
     )

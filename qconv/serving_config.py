@@ -11,6 +11,7 @@ from qconv.errors import UsageError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 DEFAULT_CONTEXT = 8192
+DEFAULT_CONCURRENCY = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class PackConfig:
         adapters: plain LoRAs to serve beside the model.
         num_gpus: that the engine splits the model among.
         context: tokens of a sequence at most; None = the model's, at most `DEFAULT_CONTEXT`.
-        concurrency: sequences at a time.
+        concurrency: sequences at a time; None = `DEFAULT_CONCURRENCY`, or as many as the engine takes.
         cache_dtype: of keys and values.
         gpu_memory: bytes of each GPU; None = not compared.
         name: that requests call the model; None = its folder's.
@@ -54,7 +55,7 @@ class PackConfig:
     adapters: tuple[AdapterSource, ...] = ()
     num_gpus: int = 1
     context: int | None = None
-    concurrency: int = 16
+    concurrency: int | None = None
     cache_dtype: Literal["auto", "fp8"] = "auto"
     gpu_memory: int | None = None
     name: str | None = None

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qconv import onnx_export, pipeline
 from qconv.checkpoint import open_checkpoint
-from qconv.cli import cli
+from qconv.cli import cli, main
 from qconv.config import MergeJob, OutputConfig, ValidateJob, ValidationConfig
 from qconv.convert import dequantize
 from qconv.convert.matmul_nbits import MatMulNBits
@@ -498,3 +503,70 @@ def test_convert_keeps_the_weights(converted: Path, tmp_path: Path) -> None:
     strange = CliRunner().invoke(cli, words)
     assert strange.exit_code == 2
     assert "--dtype is not for models" in strange.output
+
+
+# Packs
+
+
+def packed(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str, Any]:
+    capsys.readouterr()
+    main(["pack", *map(str, words), "--device", "cpu", "--json"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_pack_serves_what_the_smoke_test_expects(
+    int4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launch script starts ONNX Runtime GenAI itself."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("He went into the\nThe United\n")
+    out, port = tmp_path / "pack", free_port()
+    document = packed(capsys, int4, "--for", "ort-genai", "-o", out, "--prompts", prompts, "--port", str(port))
+    assert document["layout"] == "onnx-int4"
+    assert document["answers"] > 0
+    assert document["memory"]["cache_bytes_per_token"] == 2 * 4 * 2 * 64 * 4  # keys and values in float32
+    assert document["memory"]["concurrency"] == 1
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = [sys.executable, "-I", "-S", str(out / "smoke_test.py"), "--wait", "120"]
+    server = subprocess.Popen([out / "launch.sh", "--host", "127.0.0.1"], env=environment, stdout=subprocess.PIPE)
+    try:
+        smoke = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert smoke.returncode == 0, smoke.stdout
+        assert smoke.stdout.count(": ok") == len(json.loads((out / "smoke.json").read_text())["cases"])
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        for body, match in (
+            ({"prompt": "a", "stream": True}, "not answered here: stream"),
+            ({"prompt": "a", "model": "other"}, "model 'other' is not here"),
+            ({"prompt": "a", "max_tokens": 5000}, "the context is 1024"),
+            ({}, "a text as prompt"),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(urllib.request.Request(url, data=json.dumps(body).encode()))
+            assert caught.value.code == 400
+            assert match in caught.value.read().decode()
+    finally:
+        server.terminate()
+        server.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_what_a_pack_refuses(int4: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, code, match in (
+        ((int4, "--for", "vllm"), 3, "holds an ONNX graph (onnx-int4)"),
+        ((converted, "--for", "ollama"), 3, "holds an ONNX graph (onnx)"),
+        ((int4, "--for", "ort-genai", "--tp", "2"), 3, "drop --tp"),
+        ((int4, "--for", "ort-genai", "--kv-dtype", "fp8"), 3, "drop --kv-dtype"),
+        ((int4, "--for", "ort-genai", "--concurrency", "2"), 2, "runs 1 at a time"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(["pack", *map(str, words), "--device", "cpu", "--no-answers", "-o", str(tmp_path / "out")])
+        assert int(str(caught.value.code)) == code
+        assert match in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -7,11 +7,12 @@ one is from its documentation or source at the address in the module, or measure
 from qconv.serving.engine import Engine, Request, Served, ServedAdapter
 from qconv.serving.foreign import FOREIGN
 from qconv.serving.launcher import LORAX, TGI
+from qconv.serving.ort_genai import ORT_GENAI
 from qconv.serving.sglang import SGLANG
 from qconv.serving.triton import TRITON
 from qconv.serving.trtllm import TRTLLM
 from qconv.serving.vllm import VLLM
 
-ENGINES = {engine.name: engine for engine in (VLLM, SGLANG, TGI, TRITON, TRTLLM, LORAX)}
+ENGINES = {engine.name: engine for engine in (VLLM, SGLANG, TGI, TRITON, TRTLLM, LORAX, ORT_GENAI)}
 
 __all__ = ["ENGINES", "FOREIGN", "Engine", "Request", "Served", "ServedAdapter"]

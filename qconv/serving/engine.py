@@ -32,7 +32,7 @@ class Served:
     Attributes:
         name: that requests call it.
         path: as the engine finds it.
-        layout: ``"plain"``, ``"bnb-..."``, a key of `convert.FORMATS`, or several with ``+`` between.
+        layout: ``"plain"``, ``"bnb-..."``, ``"onnx..."``, a key of `convert.FORMATS`, or several with ``+`` between.
         schemes: the different ones of its linears.
         quantization: ``quantization_config`` of its config.json.
         dtype: of what is not quantized.
@@ -59,6 +59,11 @@ class Served:
     cache_dtype: str = "auto"
     host: str = "0.0.0.0"
     port: int = 8000
+
+    @property
+    def is_onnx(self) -> bool:
+        """A graph, which other engines do not read."""
+        return self.layout.startswith("onnx")
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -101,6 +106,7 @@ class Engine:
     links_model: whether these have to lie in the model's folder: then a folder of links to its files is made.
     request: asks the model, or an adapter, for so many tokens of a greedy answer.
     ready: path that answers once it serves.
+    most_at_a_time: sequences; None = as many as fit.
     sources: where all of this is from.
     """
 
@@ -114,6 +120,7 @@ class Engine:
     files: Callable[[Served], dict[str, str]] = lambda _: {}
     links_model: Callable[[Served], bool] = lambda _: False
     ready: str = "/health"
+    most_at_a_time: int | None = None
     sources: tuple[str, ...]
 
 

@@ -9,9 +9,5 @@ FOREIGN = {
         "Ollama's Modelfile names a GGUF file (https://docs.ollama.com/import), and {folder} holds safetensors "
         "({layout}); --requant gguf-q4_0, or convert --to gguf-q8_0, makes one, and a Modelfile beside it"
     ),
-    "ort-genai": (
-        "ONNX Runtime GenAI takes an ONNX model (https://onnxruntime.ai/docs/genai/), and {folder} holds safetensors "
-        "({layout}); build one of a plain output (without --requant) with onnxruntime_genai.models.builder"
-    ),
 }
 """By name: the words of the refusal, with places for the folder and its layout."""
