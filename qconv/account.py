@@ -215,7 +215,7 @@ def model_card(document: Mapping[str, Any], job: MergeJob, output: OutputConfig,
         base_model=str(recorded) if local and recorded else job.base,
         adapter=_adapters(job),
         license=_license(reference.source.folder),
-        relation="quantized" if output.quantization else "merge",
+        relation="quantized" if output.is_quantized else "merge",
         tags=["qconv", *([output.quantization.target] if output.quantization else [])],
     )
 

@@ -327,6 +327,8 @@ def following_a_merge(job: MergeJob, output: OutputConfig) -> tuple[str, ...]:
     kind = None if target is None else TARGETS[target.target].gguf_kind
     if kind is not None:
         return (*lines, shlex.join(["llama-cli", "-m", str(output.out / gguf_file_name(kind))]))
+    if output.is_onnx:
+        return (*lines, shlex.join(["qconv", "pack", str(output.out), "--for", "ort-genai"]))
     # That one vLLM does not take.
     if target is None or not (target.target in ("gptq", "gptq_v2") and target.symmetric is False):
         lines.append(shlex.join(["vllm", "serve", str(output.out)]))

@@ -148,6 +148,11 @@ class OutputConfig:
         return self.quantization is not None and self.quantization.needs_text
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether it gets codes, or is only another file format."""
+        return self.quantization is not None and self.quantization.resolved_algorithm != "plain"
+
+    @property
     def is_onnx(self) -> bool:
         """Whether it becomes a folder of ONNX Runtime GenAI."""
         return self.quantization is not None and TARGETS[self.quantization.target].is_onnx

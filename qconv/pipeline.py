@@ -203,7 +203,7 @@ def _judge_output(
     progress: Progress,
 ) -> dict[str, Any]:
     """The report on what was just written, read back from its bytes."""
-    command = "merge" if job.adapters else "quantize" if output.quantization else "convert"
+    command = "merge" if job.adapters else "quantize" if output.is_quantized else "convert"
     config = job.validation
     if config is None:
         return conclude(

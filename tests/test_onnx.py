@@ -322,6 +322,18 @@ def test_qwen2_in_8_bits(
     assert mean_kl(model.float().eval(), tmp_path / "out") < 0.01
 
 
+def test_the_model_card_says_how_to_run_it(int4: Path, converted: Path, tmp_path: Path) -> None:
+    """Its code is run as it stands."""
+    card = (int4 / "README.md").read_text()
+    assert "library_name: onnx" in card
+    assert "vllm" not in card
+    code = card.partition("```python\n")[2].partition("\n```")[0]
+    (tmp_path / "this-folder").symlink_to(int4)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("The capital of France is")
+    assert report_of(converted)["command"] == "convert"
+
+
 # What goes wrong
 
 

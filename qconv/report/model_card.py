@@ -32,7 +32,23 @@ _FORMATS = {
     "nvfp4a16": ("compressed-tensors nvfp4-pack-quantized (weights)", "compressed-tensors"),
     "mxfp4a16": ("compressed-tensors mxfp4-pack-quantized (weights)", "compressed-tensors"),
     "int8": ("compressed-tensors int-quantized (W8A8 INT8)", "compressed-tensors"),
+    "onnx": ("an ONNX graph", ""),
+    "onnx-int4": ("an ONNX graph (4-bit MatMulNBits)", ""),
+    "onnx-int8": ("an ONNX graph (8-bit MatMulNBits)", ""),
 }
+_OF_GENAI = """\
+# needs: pip install onnxruntime-genai
+import onnxruntime_genai as og
+
+model = og.Model("./this-folder")
+tokenizer = og.Tokenizer(model)
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=64)
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode("The capital of France is"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))"""
 
 
 def model_card(
@@ -87,7 +103,7 @@ def _front_matter(
         parents = (base_model, adapter) if relation == "merge" else (base_model,)
         yield from (f"- {yaml_scalar(parent)}" for parent in parents if is_hub_id(parent))
         yield f"base_model_relation: {relation}"
-    yield "library_name: transformers"
+    yield f"library_name: {'onnx' if _is_onnx(document) else 'transformers'}"
     if license:
         yield f"license: {yaml_scalar(license)}"
     target = at(document, "subject", "target")
@@ -141,6 +157,9 @@ def _serving(document: Document) -> Iterator[str]:
     target = at(document, "subject", "target")
     yield "## Serve it"
     yield ""
+    if _is_onnx(document):
+        yield from ("```python", *_OF_GENAI.splitlines(), "```")
+        return
     yield "```sh"
     yield "vllm serve ./this-folder"
     yield "```"
@@ -153,6 +172,10 @@ def _serving(document: Document) -> Iterator[str]:
     yield 'model = AutoModelForCausalLM.from_pretrained("./this-folder", device_map="auto")'
     yield 'tokenizer = AutoTokenizer.from_pretrained("./this-folder")'
     yield "```"
+
+
+def _is_onnx(document: Document) -> bool:
+    return str(at(document, "subject", "target")).startswith("onnx")
 
 
 def _fidelity(document: Document) -> Iterator[str]:
