@@ -17,7 +17,7 @@ from qconv.convert import FORMATS, Bnb4bit, FusedPlan, meta_linear, mixed_config
 from qconv.errors import CheckpointError, SchemeError
 from qconv.experts import stays_float32
 from qconv.gguf import GgufPlan, plan_gguf
-from qconv.onnx import OnnxPlan, plan_onnx
+from qconv.onnx import OnnxPlan, plan_onnx, without_window
 from qconv.plain_tensors import is_plain_float
 from qconv.quantization_config import QuantizationConfig
 from qconv.selection import chosen_linears, kept_linears, schemes_of
@@ -117,8 +117,10 @@ def _plan_onnx(view: Checkpoint, dtype: str, quantization: QuantizationConfig, l
     bits = None if quantization.resolved_algorithm == "plain" else TARGETS[quantization.target].bits[0]
     plan = plan_onnx(view.config, view.location, dtype, bits)
     if bits is None:
-        return replace(_plan(view, PLAIN[dtype], None, linears, {}), onnx=plan)
-    return replace(_plan(view, torch.float32, quantization, linears, {}), onnx=plan)
+        layout = _plan(view, PLAIN[dtype], None, linears, {})
+    else:
+        layout = _plan(view, torch.float32, quantization, linears, {})
+    return replace(layout, config=without_window(layout.config), onnx=plan)
 
 
 def _plan(

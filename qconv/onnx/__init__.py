@@ -2,7 +2,7 @@
 
 from qconv.onnx.builder import GENAI_CONFIG, MODEL_FILE, build, check_family, take_over
 from qconv.onnx.package import check_packages
-from qconv.onnx.plan import OnnxPlan, plan_onnx
+from qconv.onnx.plan import OnnxPlan, plan_onnx, without_window
 from qconv.onnx.reader import LAYERS_NAME, OnnxCheckpoint, is_onnx_folder, open_onnx
 from qconv.onnx.session import OnnxSession
 
@@ -20,4 +20,5 @@ __all__ = [
     "open_onnx",
     "plan_onnx",
     "take_over",
+    "without_window",
 ]

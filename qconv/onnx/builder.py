@@ -49,7 +49,7 @@ def build(source: Path, out: Path, dtype: str, bits: int | None) -> None:
         CheckpointError: the builder failed; quotes it.
     """
     provider = "cpu" if dtype == "fp32" else "cuda"
-    options = ["hf_token=false"]
+    options = ["hf_token=false", "fuse_qk_norm_gqa=false"]  # fused norms of heads run on GPUs alone
     precision = dtype
     if bits is not None:
         precision = f"int{bits}"

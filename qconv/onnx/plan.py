@@ -35,6 +35,23 @@ class OnnxPlan:
         return _ROUNDED_INPUTS if self.bits is not None and self.dtype == "fp32" else _TOLERANCES[self.dtype]
 
 
+def without_window(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a graph that attends to everything: a sliding window becomes the length of the context.
+
+    The builder leaves mistral's window out of the graph, which would then compute something else beyond it.
+    """
+    window = config.get("sliding_window")
+    if window is None or not config.get("use_sliding_window", True):
+        return dict(config)
+    changed = {**config, "sliding_window": None}
+    changed["max_position_embeddings"] = min(int(config["max_position_embeddings"]), int(window))
+    if "use_sliding_window" in config:
+        changed["use_sliding_window"] = False
+    if config.get("layer_types"):
+        changed["layer_types"] = ["full_attention"] * len(config["layer_types"])
+    return changed
+
+
 def plan_onnx(config: Mapping[str, Any], location: str, dtype: str, bits: int | None) -> OnnxPlan:
     """Plans a folder.
 
