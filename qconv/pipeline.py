@@ -27,7 +27,7 @@ from qconv.importance import input_squares
 from qconv.inputs import load_candidate, load_reference, resolve_device
 from qconv.onnx_export import export
 from qconv.outcome import Outcome, Provenance, conclude, make_report_folder, run_tasks
-from qconv.plan import make_plan, stored_blocks
+from qconv.plan import Plan, make_plan, stored_blocks
 from qconv.progress import QUIET, Progress
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
 from qconv.quantize.zeros import ZeroMoves
@@ -91,13 +91,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             for output, layout, writer in zip(job.outputs, plan.layouts, plan.writers, strict=True)
         ]
         for making in makings:
-            writer, layout = making.writer, making.layout
-            writer.write_json("config.json", layout.config)
-            for file_name, content in layout.extra_files.items():
-                writer.write_json(file_name, content)
-            if layout.gguf is not None and plan.vocabulary is not None:
-                writer.write_text("Modelfile", model_file(layout.gguf.file_name, plan.vocabulary.turns))
-            writer.copy_files(side_files(reference.source.folder, plan.adapter_folder))
+            _write_beside(making, plan)
         blocks = _quantized_blocks(job, makings, reference, merged, calibration, device, progress)
         write_tensors(makings, merged, blocks, progress, device)
         _write_importance(job, makings, merged, calibration, device, progress)
@@ -113,21 +107,18 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             facts = stages(
                 job, output, reference, merged, making.layout, calibration, plan.calibration_text, making.counts
             )
-            if built is not None:
-                facts["onnx"] = built
-            if making.expert_tokens:
-                facts["calibration_tokens_of_experts"] = making.expert_tokens
             if making.zero_moves.groups:
-                facts["zero points"] = making.zero_moves.facts()
                 progress.say(f"{output.out}: {making.zero_moves.line()}")
-            if number in choices:
-                facts["budget"] = choices[number].facts()
-            if combined:
-                facts["combination"] = combined
-            if sweep:
-                facts["rank"] = sweep.facts()
-            if losses:
-                facts["held-out loss"] = losses
+            further = {
+                "onnx": built,
+                "calibration_tokens_of_experts": making.expert_tokens,
+                "zero points": making.zero_moves.groups and making.zero_moves.facts(),
+                "budget": number in choices and choices[number].facts(),
+                "combination": combined,
+                "rank": sweep and sweep.facts(),
+                "held-out loss": losses,
+            }
+            facts |= {name: found for name, found in further.items() if found}
             documents.append(_judge_output(job, output, reference, writer.partial, facts, digests, device, progress))
             with TIMELINE.stage("report"):
                 write_reports(writer.partial, documents[-1], (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
@@ -143,6 +134,17 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             make_report_folder(folder)
             write_reports(folder, outcome.document)
     return outcomes
+
+
+def _write_beside(making: _Making, plan: Plan) -> None:
+    """All of an output's files but its tensors and reports."""
+    writer, layout = making.writer, making.layout
+    writer.write_json("config.json", layout.config)
+    for file_name, content in layout.extra_files.items():
+        writer.write_json(file_name, content)
+    if layout.gguf is not None and plan.vocabulary is not None:
+        writer.write_text("Modelfile", model_file(layout.gguf.file_name, plan.vocabulary.turns))
+    writer.copy_files(side_files(plan.reference.source.folder, plan.adapter_folder))
 
 
 def _write_importance(
