@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qconv.errors import NumericsError, SchemeError
+from qconv.finite import all_finite
 
 BLOCK = 32
 Kind = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
@@ -127,9 +128,9 @@ def _inverse(d: Tensor) -> Tensor:
 
 
 def _check_finite(numbers: Tensor, w: Tensor, kind: str, name: str) -> None:
-    if bool(torch.isfinite(numbers).all()):
+    if all_finite(numbers):
         return
-    if not bool(torch.isfinite(w).all()):
+    if not all_finite(w):
         raise NumericsError(f"{name}: has NaN or infinity; the file is damaged or training diverged: fetch it again")
     raise NumericsError(
         f"{name}: does not fit {kind}, whose numbers are float16: largest magnitude {float(w.abs().max()):g}; choose "
