@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qconv.targets import TARGETS
 from scripts.engines.agreement import LIMIT, Check
-from scripts.engines.plan import ARTIFACTS, ENGINES, NOTES, readers_of
+from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_MADE, NOTES, readers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def render(found: Found) -> str:
         "## Target by target\n\n" + _targets(found),
         "## What was read\n\n" + _table(read),
         "## What was refused\n\n" + _refusals(refused),
-        "## What was not run\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in found.not_run.items()),
+        "## What was not run\n\n" + "\n".join(_not_run(found)),
         "## Settings\n\n" + "\n".join(_settings()),
         "## Text\n\n" + _texts(found.prompt, read),
         "## Versions\n\n" + _versions(found.versions),
@@ -89,6 +89,11 @@ def _engines(checks: Sequence[Check]) -> str:
         names = [check.artifact for check in checks if check.engine == engine]
         words.append(f"{engine} ({', '.join(f'`{name}`' for name in names)})")
     return ", ".join(words)
+
+
+def _not_run(found: Found) -> list[str]:
+    readers = [f"- {name}: {reason}" for name, reason in found.not_run.items()]
+    return readers + [f"- `{name}`: {reason}" for name, reason in NOT_MADE.items()]
 
 
 def _settings() -> list[str]:
