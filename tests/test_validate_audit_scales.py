@@ -27,22 +27,8 @@ def test_the_middle_under_other_errors_and_another_factor() -> None:
         assert (scales + scales).middle() == 2 * scales.middle()
 
 
-def test_a_weak_fold_is_followed_in_the_few_channels_that_show_it() -> None:
-    """Divided by scales near 1, nearly all weights of a bfloat16 norm round back to 1; those that do not are seen."""
-    generator = torch.Generator().manual_seed(0)
-    norm_K = torch.ones(4096)
-    norm_K[:40] = 1 + 2.0**-6
-    error_K = torch.full((4096,), 1e-3)
-    linear_K = norm_K + error_K * torch.randn(4096, generator=generator)
-    wanted = Scales.of(norm_K)
-    assert not is_hidden(wanted, Scales.of(linear_K, error_K))
-    assert follows(Scales.of(linear_K, error_K), wanted)
-    unscaled_K = 1 + error_K * torch.randn(4096, generator=generator)
-    assert not follows(Scales.of(unscaled_K, error_K), wanted)
-
-
 @pytest.mark.parametrize("spread", [0.003, 0.006, 0.02])
-def test_a_fold_weaker_than_the_grid_s_steps_is_followed(spread: float) -> None:
+def test_a_weak_fold_is_followed_or_cannot_be_refuted(spread: float) -> None:
     """An NF4 base, divided by a norm's scales and rounded to nearest on an integer grid of 4 bits."""
     generator = torch.Generator().manual_seed(0)
     weight_NK = simulate_weight((torch.randn(4096, 256, generator=generator) * 0.02).bfloat16(), "nf4-dq").float()
@@ -54,7 +40,18 @@ def test_a_fold_weaker_than_the_grid_s_steps_is_followed(spread: float) -> None:
     stored_NK = (((groups_NGK / step).round() + zero).clamp(0, 15) - zero).mul(step).reshape(4096, 256)
     fit = measure(Stored(plain=stored_NK, quantized=None, nearest_is_known=False), weight_NK, None)
     assert fit is not None
-    own = Scales.of(fit.channels.column_K, fit.channels.column_error_K)
-    assert follows(own, Scales.of(1 / norm_K))
-    assert not follows(own, Scales.of(norm_K))
+    own, wanted = Scales.of(fit.channels.column_K, fit.channels.column_error_K), Scales.of(1 / norm_K)
+    assert is_hidden(wanted, own, 0.5 / 15) == (spread < 0.01)
+    assert is_hidden(wanted, own, 0.5 / 15) or follows(own, wanted)
+    assert not follows(own, -wanted)
     assert not follows(own, Scales.of(norm_K[torch.randperm(256, generator=generator)]))
+
+
+def test_scales_within_half_a_step_cannot_be_refuted() -> None:
+    """A weight on a grid of 4 bits, divided by them and rounded to that grid, is as it was."""
+    norm_K = torch.linspace(0.97, 1.03, 256)
+    own = Scales.of(torch.ones(256), torch.full((256,), 1e-3))
+    assert is_hidden(Scales.of(norm_K), own, half_step=0.5 / 15)
+    assert not is_hidden(Scales.of(norm_K), own, half_step=0.5 / 255)
+    norm_K[7] = 1.05
+    assert not is_hidden(Scales.of(norm_K), own, half_step=0.5 / 15)

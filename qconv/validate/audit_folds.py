@@ -59,7 +59,7 @@ def judge_folds(block: Sequence[TensorAudit], config: Mapping[str, Any]) -> Fold
     verdict = FoldVerdict()
     linears = [t for t in block if t.fit is not None]
     columns = {t.name: _column_scales(t) for t in linears}
-    norms = _match_norms(block, columns, verdict)
+    norms = _match_norms(block, columns, {t.name: _half_step(t) for t in linears}, verdict)
     rows = {t.name: _row_scales(t, columns[t.name], norms) for t in linears}
     consumed = _judge_pairs(linears, columns, rows, norms, config, verdict)
     for linear in linears:
@@ -82,14 +82,16 @@ def judge_folds(block: Sequence[TensorAudit], config: Mapping[str, Any]) -> Fold
     return verdict
 
 
-def _match_norms(block: Sequence[TensorAudit], columns: Mapping[str, Scales], verdict: FoldVerdict) -> dict[str, _Norm]:
+def _match_norms(
+    block: Sequence[TensorAudit], columns: Mapping[str, Scales], half_steps: Mapping[str, float], verdict: FoldVerdict
+) -> dict[str, _Norm]:
     """For each linear the norm whose scales it has, if there is one."""
     vectors = {t.name: Scales.of(t.ratio_K) for t in block if t.ratio_K is not None and not t.name.endswith(".bias")}
     moved = {name: scales for name, scales in vectors.items() if scales.log_K.abs().max() > 0}
     norms: dict[str, _Norm] = {}
     for linear, own in columns.items():
         alike = {name: scales for name, scales in moved.items() if len(scales) == len(own)}
-        hidden = {name for name, scales in alike.items() if is_hidden(scales, own)}
+        hidden = {name for name, scales in alike.items() if is_hidden(scales, own, half_steps[linear])}
         verdict.explained |= hidden
         matching = {
             name: (own - scales).spread()
@@ -108,6 +110,11 @@ def _match_norms(block: Sequence[TensorAudit], columns: Mapping[str, Scales], ve
         if is_scaled and max(factors) - min(factors) < EVEN_FACTOR:
             verdict.scaled_norms.append(norm)
     return norms
+
+
+def _half_step(linear: TensorAudit) -> float:
+    """Of a grid of integers, relative to its largest value."""
+    return 0.0 if linear.bits is None else 0.5 / (2**linear.bits - 1)
 
 
 def _column_scales(linear: TensorAudit) -> Scales:

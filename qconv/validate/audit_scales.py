@@ -109,33 +109,35 @@ class Scales:
         return float(((self.log_K - self.middle()) / self.error_K).square().mean().sqrt()) if len(self) else 0.0
 
 
-def is_hidden(wanted: Scales, own: Scales) -> bool:
+def is_hidden(wanted: Scales, own: Scales, half_step: float = 0.0) -> bool:
     """Whether the wanted scales cannot be refuted: too weak around their middle to be seen among the own ones.
 
     Their middle is a factor of the whole weight, which shows however noisy single channels are.
+
+    Args:
+        half_step: of the grid that the weight with the own scales is stored on, relative to its largest value. Scales
+            that move no value by more may be lost in its codes, all of them where the base lies on a grid itself.
     """
-    x = (wanted.log_K - wanted.middle()) / (wanted + own).error_K
-    if len(own) != len(wanted) or float(x.square().sum().sqrt()) >= MIN_ERRORS:
+    if len(own) != len(wanted):
+        return False
+    away_K = wanted.log_K - wanted.middle()
+    x_K = away_K / (wanted + own).error_K
+    if float(x_K.square().sum().sqrt()) >= MIN_ERRORS and float(away_K.abs().max()) > half_step:
         return False
     return not wanted.is_factor or abs(own.middle() - wanted.middle()) < abs(wanted.middle()) / 2
 
 
 def follows(own: Scales, wanted: Scales) -> bool:
-    """Whether scales are the wanted ones up to a common factor: as a whole, and in most strong channels.
-
-    Where most of the wanted ones are noise, as those of a weak AWQ fold in a norm of 8 significant bits, the channels
-    that are not decide.
-    """
-    if len(own) != len(wanted) or len(own) < LEAST_CHANNELS:
+    """Whether scales are the wanted ones up to a common factor: as a whole, and in most strong channels."""
+    if len(own) != len(wanted) or len(own) < LEAST_CHANNELS or wanted.errors() < LEADER_ERRORS:
         return False
     difference = own - wanted
     error_K = difference.error_K
     x_K = (wanted.log_K - wanted.weighted(error_K).middle()) / error_K
     y_K = (own.log_K - own.weighted(error_K).middle()) / error_K
-    compared_K = slice(None) if wanted.errors() >= LEADER_ERRORS else x_K.abs() > MIN_ERRORS
-    power = float(x_K[compared_K].square().sum())
+    power = float(x_K.square().sum())
     most_off = MOST_OFF if wanted.spread() > WEAK_SPREAD else MOST_OFF_WEAK
-    if power**0.5 < MIN_ERRORS or abs(float((x_K * y_K)[compared_K].sum()) / power - 1) > most_off:
+    if power**0.5 < MIN_ERRORS or abs(float((x_K * y_K).sum()) / power - 1) > most_off:
         return False
     if difference.errors() > max(LEADER_ERRORS, 0.5 * float(y_K.square().mean().sqrt())):
         return False
