@@ -253,7 +253,7 @@ def test_mistyped_words_are_answered_with_the_nearest() -> None:
         "train a --learning-rat 1": "did you mean --learning-rate?",
         "convert a --requant awq": "it is an option of merge, demo",
         "merge a b --requant aqw": "did you mean awq?",
-        "quantize a --to W4A61": "did you mean w4a16 or w8a16?",
+        "quantize a --to W4A61": "did you mean w4a16 or w4a8?",
         "convert a --to bf61": "did you mean bf16?",
         "merge a b --trained-on nf4dq": "did you mean nf4-dq or nf4?",
         "completion bahs": "did you mean bash?",
@@ -357,8 +357,8 @@ def test_bash_completes_with_the_script(tmp_path: Path) -> None:
     command.chmod(0o755)
     script = (
         f'PATH="{tmp_path}:$PATH"; eval "$(qconv completion bash)"\n'
-        "COMP_WORDS=(qconv quantize m --to w4); COMP_CWORD=4\n"
-        '_qconv_completion qconv w4 --to; echo "${COMPREPLY[@]}"; complete -p qconv\n'
+        "COMP_WORDS=(qconv quantize m --to w4a1); COMP_CWORD=4\n"
+        '_qconv_completion qconv w4a1 --to; echo "${COMPREPLY[@]}"; complete -p qconv\n'
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     reply, registered = done.stdout.splitlines()

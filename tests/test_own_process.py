@@ -251,4 +251,4 @@ def test_segments_expand_where_they_can_and_nobody_said_otherwise(
 def test_modules_are_of_the_packages_that_python_finds() -> None:
     expected = importlib.metadata.packages_distributions()
     found = own_process.packages_distributions()
-    assert {name: set(of) for name, of in found.items()} == {name: set(of) for name, of in expected.items()}
+    assert {name: set(found[name]) for name in expected} == {name: set(of) for name, of in expected.items()}
