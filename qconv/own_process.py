@@ -10,8 +10,8 @@ A command lasts from the moment that it is typed until the prompt is back, so st
 - `bitsandbytes` hands a few fallbacks for CPUs to `torch.compile` when it is imported, which imports the whole
   compiler; on a GPU they are never called, and uncompiled they compute the same (`import_uncompiled`). `transformers`
   tells the compiler of functions that it shall leave alone, which imports it too; nothing is compiled here (`begin`).
-- `transformers` before 5.20 asks at its import which package every installed module is of, and Python looks for every
-  file of every package to answer; here the packages' lists of files are believed (`packages_distributions`).
+- `transformers` 5.17 asks at its import which package every installed module is of (5.23 no longer does), and Python
+  looks for every file of every package to answer; here their lists of files are believed (`packages_distributions`).
 - The allocator of torch holds twice the GPU memory that blocks of changing sizes need, unless its segments may grow
   (`expand_segments`).
 - glibc gives large blocks of memory back to the system when they are freed, and gets them back page by page, zeroed. A
