@@ -12,11 +12,11 @@ from torch import Tensor
 
 from qconv.convert import DequantizedCheckpoint, quant_map, simulate_weight
 from qconv.lineup import Views
+from qconv.on_the_way import mark
 from qconv.runners import Candidate, Reference
 from qconv.timeline import TIMELINE
 from qconv.validate.audit import Begun, WeightAudit
 from qconv.validate.audit_cells import MOST_ELEMENTS, cell_findings, cell_slope
-from qconv.validate.on_the_way import mark
 from qconv.validate.workers import one_worker
 
 _PROBED_WEIGHTS = 24

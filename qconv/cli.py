@@ -227,7 +227,7 @@ def validate(reference: str | None, adapter: str | None, candidate: str | None, 
     job = cli_jobs.validate_job(reference, adapter, candidate, options)
     if options["dry_run"]:
         return planned_validation(job)
-    begin(options["device"], [reference, adapter, candidate])
+    begin(options["device"], [reference, adapter, candidate], runs=True, unmerged=adapter is not None)
     with without_collections():
         from qconv import pipeline
 
@@ -299,7 +299,8 @@ def _run_job(job: MergeJob, options: dict[str, Any], command: str) -> Answer:
     push, progress = push_config(options, [output.out for output in job.outputs]), cli_jobs.progress_of(options)
     if options["dry_run"]:
         return planned_merge(job, command, progress)
-    begin(job.device, [job.base, *job.adapters], solves=cli_jobs.solves(job))
+    solves = cli_jobs.solves(job)
+    begin(job.device, [job.base, *job.adapters], solves, runs=solves)
     with without_collections():
         from qconv import pipeline
 

@@ -77,7 +77,8 @@ def _checked(recipe: Recipe) -> Answer:
 def _run(recipe: Recipe, options: dict[str, Any]) -> Answer:
     job, progress = recipe.job, cli_jobs.progress_of(options)
     texts, trained = [], None
-    begin(job.device, [job.base, *job.adapters], solves=cli_jobs.solves(job))
+    solves = cli_jobs.solves(job)
+    begin(job.device, [job.base, *job.adapters], solves, runs=solves)
     with without_collections():
         from qconv import pipeline
     if recipe.train is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconv.errors import CalibrationError, CheckpointError
+from qconv.own_process import importing_libraries
 from qconv.side_files import VOCABULARY_FILES
 from qconv.text_sources import Documents as Documents
 from qconv.text_sources import digest_texts
@@ -167,7 +168,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"{folder}: has no tokenizer; expected {' or '.join(VOCABULARY_FILES)} beside the weights: "
             "copy the tokenizer files of the base model there"
         )
-    from transformers import AutoTokenizer
+    with importing_libraries():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

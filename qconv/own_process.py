@@ -7,6 +7,9 @@ A command lasts from the moment that it is typed until the prompt is back, so st
 - Importing makes objects that stay. Looking through all of them for garbage, again and again, is a sixth of the time
   that torch and transformers take to import (`without_collections`).
 - Reading files from the disk and waking a GPU need no interpreter, and importing needs nothing else (`begin`).
+- Importing `transformers` is waiting for thousands of small files, too, while the job's own files can be looked at
+  (`begin`); but two threads that import parts of it at a time may meet half a module, so nobody else imports it
+  meanwhile (`importing_libraries`).
 - `bitsandbytes` hands a few fallbacks for CPUs to `torch.compile` when it is imported, which imports the whole
   compiler; on a GPU they are never called, and uncompiled they compute the same (`import_uncompiled`). `transformers`
   tells the compiler of functions that it shall leave alone, which imports it too; nothing is compiled here (`begin`).
@@ -44,6 +47,7 @@ _FETCHED_AT_ONCE = 8 << 20
 
 
 _is_own = False
+_importing: threading.Thread | None = None
 
 
 def leave_out_unused() -> None:
@@ -104,7 +108,13 @@ def without_collections(stays: bool = True) -> Iterator[None]:
         gc.enable()
 
 
-def begin(device: str, folders: Iterable[str | os.PathLike[str] | None] = (), solves: bool = False) -> None:
+def begin(
+    device: str,
+    folders: Iterable[str | os.PathLike[str] | None] = (),
+    solves: bool = False,
+    runs: bool = False,
+    unmerged: bool = False,
+) -> None:
     """Imports torch, and starts beside it what the job will wait for; call it before anything that imports torch.
 
     Does nothing in somebody else's process.
@@ -113,7 +123,10 @@ def begin(device: str, folders: Iterable[str | os.PathLike[str] | None] = (), so
         device: what the job will run on: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"auto"``.
         folders: models and adapters that it will read; what is not a folder here (a hub id) is passed over.
         solves: the job will use solvers of linear algebra, which torch loads when the first one is called.
+        runs: it will run a model of transformers.
+        unmerged: on a GPU, one with an adapter of peft over weights of bitsandbytes.
     """
+    global _importing
     if not _is_own:
         return
     found = [Path(folder) for folder in folders if folder is not None and Path(folder).is_dir()]
@@ -123,11 +136,36 @@ def begin(device: str, folders: Iterable[str | os.PathLike[str] | None] = (), so
     torch.compiler.disable = _not_compiled  # type: ignore[assignment]
     if device != "cpu":
         _in_background("qconv-wake-gpu", _wake_gpu, device, solves)
+    if runs:
+        _importing = _in_background("qconv-import", _import_libraries, unmerged and device != "cpu")
 
 
-def _in_background(name: str, function: object, *arguments: object) -> None:
+@contextmanager
+def importing_libraries() -> Iterator[None]:
+    """For imports of `transformers` and what builds on it: waits for those of `begin`, then `without_collections`."""
+    if _importing is not None:
+        _importing.join()
+    with without_collections():
+        yield
+
+
+def _in_background(name: str, function: object, *arguments: object) -> threading.Thread:
     # Daemons: an error elsewhere does not wait for them.
-    threading.Thread(target=function, args=arguments, name=name, daemon=True).start()  # type: ignore[arg-type]
+    thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)  # type: ignore[arg-type]
+    thread.start()
+    return thread
+
+
+def _import_libraries(with_adapters: bool) -> None:
+    with suppress(Exception), without_collections():  # what cannot be imported is told where it is used
+        import torch
+
+        importlib.import_module("transformers.models.auto.modeling_auto")
+        importlib.import_module("transformers.models.auto.tokenization_auto")
+        importlib.import_module("transformers.modeling_utils")
+        if with_adapters and torch.cuda.is_available():
+            import_uncompiled("bitsandbytes")
+            importlib.import_module("peft")
 
 
 def _fetch(folders: Iterable[Path]) -> None:
@@ -172,6 +210,12 @@ def _wake_gpu(device: str, solves: bool) -> None:
         if solves:
             torch.linalg.cholesky(ones)
         torch.cuda.synchronize(ones.device)
+        from qconv.triton_support import available
+
+        if available(ones):
+            from qconv.first_kernel import launch_first
+
+            launch_first(ones)
 
 
 def import_uncompiled(name: str) -> None:

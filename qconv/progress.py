@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, TypeVar
 
+from qconv.own_process import importing_libraries
+
 Item = TypeVar("Item")
 
 
@@ -140,7 +142,8 @@ QUIET = Progress()
 def quiet_libraries() -> Iterator[None]:
     """Without noise that asks nothing of the user: an absent CPU kernel for inference (training calls
     none), a deprecated name that peft reads, and a loading bar where no terminal shows it."""
-    from transformers.utils import logging as transformers_logging
+    with importing_libraries():
+        from transformers.utils import logging as transformers_logging
 
     kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
     kernels.addFilter(_is_not_about_kernels)

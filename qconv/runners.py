@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,11 @@ class Reference:
     combination: Combination | None = None
     merged_adapter: Adapter | None = None
     dampening: Dampening | None = None
+
+    @cached_property
+    def stored(self) -> DequantizedCheckpoint:
+        """The base as its files have it, decoded."""
+        return self.base if isinstance(self.base, DequantizedCheckpoint) else dequantize(self.source)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -144,21 +150,20 @@ def reference_model(reference: Reference, base: Checkpoint, device: str, keep: b
         keep: see `StreamedModel`.
     """
     adapter = reference.adapter
-    stored = dequantize(reference.source)
-    is_quantized = stored.kind.startswith("bnb-")  # else 16-bit, quantized as it is loaded
+    is_quantized = reference.stored.kind.startswith("bnb-")  # else 16-bit, quantized as it is loaded
     _, reason = _residence(reference, is_quantized, device)
     if reason is None:
         folder = None if adapter is None else Path(adapter.location)
         resident = load_resident(reference.source.folder, folder, reference.kind, is_quantized, device)
         return resident, f"bitsandbytes {'and peft kernels, adapter unmerged' if adapter else 'kernels'}"
-    model = streamed(base, adapter, _input_quantization(stored), device, keep)
+    model = streamed(base, adapter, _input_quantization(reference.stored), device, keep)
     how = "decoded by qconv" + (", adapter unmerged" if adapter else "")
     return model, f"{how} ({reason})" if reference.kind != "16bit" else how
 
 
 def resident_bytes(reference: Reference, device: str) -> int | None:
     """Memory of a reference that will run whole on the device; None where it runs block by block."""
-    num_bytes, reason = _residence(reference, dequantize(reference.source).kind.startswith("bnb-"), device)
+    num_bytes, reason = _residence(reference, reference.stored.kind.startswith("bnb-"), device)
     if reason is not None:
         return None
     adapter = reference.adapter
@@ -169,7 +174,7 @@ def _residence(reference: Reference, is_quantized: bool, device: str) -> tuple[i
     """Bytes of the base in 4 bits, and why it does not run whole on the device; None = it does."""
     num_bytes = sum(spec.num_bytes for spec in reference.source.specs().values()) // (1 if is_quantized else 3)
     reason = why_not_resident(device, reference.kind, num_bytes)
-    if reason is None and is_quantized and dequantize(reference.source).has_tau:
+    if reason is None and is_quantized and reference.stored.has_tau:
         reason = "bitsandbytes knows no tau of IR-QLoRA"
     if reason is None and reference.resizes_vocabulary:
         reason = "the adapter resizes the vocabulary, and peft does not load it on the base as it is"
@@ -198,9 +203,8 @@ def _why_not_peft(adapter: Adapter) -> str | None:
 
 def _has_experts_in_4_bits(reference: Reference) -> bool:
     """Whether experts are stored in 4 bits, or were trained with in 4 bits (before release 5 of transformers)."""
-    stored = dequantize(reference.source)
-    if stored.kind != "plain":
-        return any(expert_of(module) is not None for module in stored.quantized_modules)
+    if reference.stored.kind != "plain":
+        return any(expert_of(module) is not None for module in reference.stored.quantized_modules)
     return any(trained_experts(adapter.tensors) == "linears" for adapter in reference.adapters)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qconv.errors import CheckpointError
 from qconv.expert_modules import router_modules, separate_experts
 from qconv.experts import FAMILIES, expert_of, has_experts, names_of
-from qconv.own_process import without_collections
+from qconv.own_process import importing_libraries, without_collections
 from qconv.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def model_config(view: Checkpoint) -> PreTrainedConfig:
     Raises:
         CheckpointError: an unknown architecture, or values that it refuses.
     """
-    with without_collections():
+    with importing_libraries():
         from transformers import AutoConfig
 
     fields = {key: value for key, value in view.config.items() if key != "quantization_config"}
@@ -71,7 +71,7 @@ def build_skeleton(view: Checkpoint, dtype: torch.dtype) -> nn.Module:
     Experts are linears of their own, see `expert_modules`. A copy of the one that was built last, where config and
     dtype are the same: the models of a comparison are alike.
     """
-    with without_collections():
+    with importing_libraries():
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
@@ -80,13 +80,15 @@ def build_skeleton(view: Checkpoint, dtype: torch.dtype) -> nn.Module:
     if key not in _last_built:
         # The code of the family is imported when its model is built.
         with without_collections(), _blamed_on_config(view), init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            built: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
         names = names_of(view.config)
         if names is not None:
-            separate_experts(model, names)
+            separate_experts(built, names)
         _last_built.clear()
-        _last_built[key] = model
-    return copy.deepcopy(_last_built[key])
+        _last_built[key] = built
+    model = _last_built[key]
+    # Parameters without values are not worth copies: whoever fills one in puts another in its place.
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 @contextmanager

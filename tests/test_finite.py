@@ -10,7 +10,7 @@ import torch
 
 from qconv.convert import FORMATS
 from qconv.errors import NumericsError
-from qconv.finite import put_off, putting_off, settle
+from qconv.finite import put_off, putting_off, settle, settle_before
 from qconv.merge import merge, merged_weight
 from qconv.quantize.rtn import rtn
 from qconv.types import Adapter, LoraDelta, Scheme
@@ -47,6 +47,28 @@ def test_only_doubts_are_checked_and_only_when_they_are_settled() -> None:
         assert put_off(NO, failing("last", done))
         with pytest.raises(NumericsError, match="last"):
             settle()
+
+
+def test_settling_what_was_before_leaves_the_last_ones_for_later() -> None:
+    done: list[str] = []
+    with putting_off():
+        put_off(NO, lambda: done.append("first"))
+        settle_before()
+        assert done == []
+        put_off(NO, lambda: done.append("second"))
+        settle_before()
+        assert done == ["first"]
+        put_off(NO, failing("third", done))
+        with pytest.raises(NumericsError, match="third"):
+            settle()
+        assert done == ["first", "second", "third"]
+    with pytest.raises(NumericsError, match="weight"), putting_off():
+        put_off(NO, failing("weight", []))
+        settle_before()
+        raise NumericsError("activations")
+    with pytest.raises(NumericsError, match="weight"), putting_off():
+        put_off(NO, failing("weight", []))
+        settle_before()
 
 
 def test_the_end_settles() -> None:

@@ -111,6 +111,34 @@ for thread in threading.enumerate():
     run(script, str(tiny_llama), "library")
 
 
+def test_libraries_are_imported_beside_the_job_and_waited_for() -> None:
+    script = """
+import sys, threading
+from qconv import own_process
+own_process.leave_out_unused()
+own_process.begin("cpu", runs=True)
+[importing] = [thread for thread in threading.enumerate() if thread.name == "qconv-import"]
+with own_process.importing_libraries():
+    assert not importing.is_alive()
+    assert "transformers.modeling_utils" in sys.modules
+    assert "peft" not in sys.modules and "bitsandbytes" not in sys.modules
+"""
+    run(script)
+
+
+def test_the_first_kernel_leaves_its_tensor_as_it_is() -> None:
+    script = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from qconv.first_kernel import launch_first
+tensor = torch.arange(1.0, 5.0)
+launch_first(tensor)
+assert torch.equal(tensor, torch.arange(1.0, 5.0))
+"""
+    run(script)
+
+
 @pytest.mark.gpu
 def test_begin_wakes_the_gpu() -> None:
     script = """

@@ -11,6 +11,7 @@ by name: the kinds that `kinds/refused.py` lists, LoRA on convolutions and other
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qconv.adapter_configs import AdapterOptions
@@ -29,6 +30,8 @@ from qconv.merge.vocabulary import find_vocabulary
 from qconv.merge.whole_tensors import drop_unchanged, find_replacements
 from qconv.records import read_train_record
 from qconv.types import Adapter, Checkpoint, LoraDelta, Transform
+
+_READERS = 4
 
 
 def load_adapter(
@@ -106,7 +109,6 @@ def _check_values(source: AdapterSource) -> set[str]:
     files, where, kind = source.files, source.where, source.config.kind
     layers = [*source.names.layers.values(), source.names.shared]
     parts = {} if kind is None else {tensor: part.split(".")[0] for parts in layers for part, tensor in parts.items()}
-    zeros = set()
     for name, spec in files.specs().items():
         is_index = kind is not None and parts.get(name) in kind.indices
         if spec.dtype.is_floating_point is is_index:
@@ -116,6 +118,8 @@ def _check_values(source: AdapterSource) -> set[str]:
                 f"{where}: tensor {name!r}: expected floating point values, found {spec.dtype}; "
                 "save the adapter from an unquantized layer"
             )
+
+    def is_zero(name: str) -> bool:
         tensor = files.read(name).float()
         if not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
@@ -123,9 +127,10 @@ def _check_values(source: AdapterSource) -> set[str]:
                 f"{where}: tensor {name!r} has NaN or infinity in {bad} of {tensor.numel()} values; training diverged "
                 "or the file is damaged: use an earlier checkpoint of the adapter"
             )
-        if not tensor.any():
-            zeros.add(name)
-    return zeros
+        return not tensor.any()
+
+    with ThreadPoolExecutor(_READERS, "qconv-adapter") as pool:  # hundreds of small tensors, each alone on a core
+        return {name for name, zero in zip(files.specs(), pool.map(is_zero, files.specs()), strict=True) if zero}
 
 
 def _check_changes(transforms: Mapping[str, Transform], kind: Kind, zeros: set[str], where: str) -> None:

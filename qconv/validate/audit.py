@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.on_the_way import mark
 from qconv.types import Checkpoint
 from qconv.validate import audit_measure
 from qconv.validate.audit_folds import FoldVerdict, judge_folds
@@ -38,7 +39,6 @@ from qconv.validate.audit_rules import findings_of, is_coarse
 from qconv.validate.audit_stored import Stored, lies_on_blocks, share_after_encoding
 from qconv.validate.audit_tensor import TensorAudit
 from qconv.validate.audit_vectors import compare_vectors, has_plus_one
-from qconv.validate.on_the_way import mark
 
 MAX_ENCODINGS = 3
 MAX_SEARCHES = 12  # outliers for which other tensors are tried: more than that have one common cause

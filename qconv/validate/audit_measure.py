@@ -27,10 +27,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qconv.on_the_way import mark, to_host
 from qconv.validate.audit_gather import Nearest, fit_channels, gather, is_fused
 from qconv.validate.audit_regression import Regression, Sums, regress, solve
 from qconv.validate.audit_stored import Stored
-from qconv.validate.on_the_way import mark, to_host
 
 # Channel scales are divided out when they explain this share of the rest. Least squares on K free scales takes 1/N
 # of any noise (4e-3 at N = 256); the noise of GPTQ and of round to nearest was seen to give 0.09, which does no

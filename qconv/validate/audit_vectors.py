@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.on_the_way import to_host
 from qconv.validate.audit_stored import Stored
-from qconv.validate.on_the_way import to_host
 
 PLUS_ONE_MODELS = ("gemma", "recurrent_gemma", "qwen3_next")
 

@@ -14,14 +14,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, log10
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from qconv.corpus import TokenRows
 from qconv.errors import NumericsError
-from qconv.finite import settle
+from qconv.finite import settle, settle_before
+from qconv.on_the_way import mark, to_host
 from qconv.progress import QUIET, Progress
 from qconv.streaming import BlockModel
 from qconv.timeline import TIMELINE
@@ -35,6 +36,7 @@ _HEAD_BYTES = 1_000_000_000  # output embeddings that may be in memory together
 Observe = Callable[[Mapping[str, Distribution], Tensor], None]
 """Called with all distributions of some positions by entrant, and the actual next tokens, in order."""
 AfterBlock = Callable[[int], None]
+_Coming: TypeAlias = "Callable[[], BlockError]"
 REFERENCE, CANDIDATE = "reference", "candidate"
 WHOLE = {REFERENCE, CANDIDATE}  # see all rows; controls may see fewer
 
@@ -167,17 +169,25 @@ def compare(
     if before_blocks is not None:
         before_blocks()
     num_blocks = entrants[0].model.num_blocks
-    blocks = []
+    blocks: list[BlockError] = []
+    coming: _Coming | None = None
     for index in progress.track(range(num_blocks), "validate", num_blocks):
         for runner in runners:
             with TIMELINE.stage(f"blocks: {runner.name}"):
                 runner.step(index)
-        settle()
-        if len(runners) > 1 and runners[1].name == CANDIDATE and entrants[1].model.shows_hidden_states:
+        is_shown = len(runners) > 1 and runners[1].name == CANDIDATE and entrants[1].model.shows_hidden_states
+        begun = _begin_block_error(index, runners[0], runners[1]) if is_shown else None
+        # What a GPU answers is read one block later: it has work meanwhile.
+        settle_before()
+        if coming is not None:
             with TIMELINE.stage("block errors"):
-                blocks.append(_block_error(index, runners[0], runners[1]))
+                blocks.append(coming())
+        coming = begun
         if after_block is not None:
             after_block(index)
+    settle()
+    if coming is not None:
+        blocks.append(coming())
     by_name = {runner.name: runner for runner in runners}
     tables = {pair.name: PairStatistics(pair.name) for pair in pairs}
     for group in _groups(pairs, by_name):
@@ -206,8 +216,9 @@ def run_candidate(
             visit(row, head(runner.row(row))[0, :-1])
 
 
-def _block_error(index: int, reference: _Runner, candidate: _Runner) -> BlockError:
-    parts = []  # norms of each row: noise, signal, the candidate's own; not read before all are queued
+def _begin_block_error(index: int, reference: _Runner, candidate: _Runner) -> _Coming:
+    """Begins to measure; the result raises NumericsError where hidden states are not finite."""
+    parts = []  # norms of each row: noise, signal, the candidate's own
     for r_BSH, c_BSH in zip(reference.hidden, candidate.hidden, strict=True):
         if r_BSH.is_cuda:  # all rows of a batch at once: every call costs time
             r, c = r_BSH.float(), c_BSH.to(r_BSH.device).float()
@@ -216,9 +227,20 @@ def _block_error(index: int, reference: _Runner, candidate: _Runner) -> BlockErr
         for r_SH, c_SH in zip(r_BSH, c_BSH, strict=True):
             r, c = r_SH.float(), c_SH.float()
             parts.append(torch.stack([torch.linalg.vector_norm(x) for x in (c - r, r, c)])[None])
-    noise, signal, own = torch.cat(parts).double().square().sum(0).tolist()
+    [sums] = to_host([torch.cat(parts).double().square().sum(0)])
+    arrived = mark(reference.hidden[0].device)
+
+    def finish() -> BlockError:
+        arrived()
+        noise, signal, own = sums.tolist()
+        return _block_error(index, noise, signal, own, culprits=(reference.name, candidate.name))
+
+    return finish
+
+
+def _block_error(index: int, noise: float, signal: float, own: float, culprits: tuple[str, str]) -> BlockError:
     if not noise < inf or not signal < inf:
-        culprit = reference.name if not signal < inf else candidate.name
+        culprit = culprits[0] if not signal < inf else culprits[1]
         raise NumericsError(f"the hidden states of the {culprit} after block {index} are not finite")
     # A model whose hidden states are all zero has no direction and no signal: anything else is infinitely far.
     relative = (noise / signal) ** 0.5 if signal > 0 else (0.0 if noise == 0 else inf)

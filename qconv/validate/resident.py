@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qconv.errors import CheckpointError
-from qconv.own_process import import_uncompiled, without_collections
+from qconv.own_process import import_uncompiled, importing_libraries, without_collections
 from qconv.progress import quiet_libraries
 from qconv.skeleton import find_blocks
 from qconv.streaming import BlockModel
@@ -116,7 +116,7 @@ def load_resident(base: Path, adapter: Path | None, kind: BnbKind, is_quantized:
         adapter: PEFT adapter folder, or None.
         kind: how training saw the base.
     """
-    with TIMELINE.stage("import libraries"), without_collections():
+    with TIMELINE.stage("import libraries"), importing_libraries():
         import_uncompiled("bitsandbytes")
         from peft import PeftModel
         from transformers import AutoModelForCausalLM

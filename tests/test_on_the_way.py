@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qconv.validate.on_the_way import mark, to_host
+from qconv.on_the_way import mark, to_host
 
 
 @pytest.mark.parametrize(
