@@ -89,7 +89,10 @@ def gather(stored: Stored, expected: Tensor, base: Tensor | None, factor: Factor
         factor: of expected weight and update; None = 1.
     """
     if is_fused(stored, expected):
-        parts = _launch(stored, expected, base, factor or Factor.ones(expected))
+        from qconv.validate.audit_kernels import launch  # imports Triton
+
+        scales = factor or Factor.ones(expected)
+        parts = launch(stored, expected, base, scales.row_N, scales.column_K)
         row_PN, column_PK = (part.sum(1, dtype=torch.float64) for part in parts[:2])
         totals_4 = parts[2].sum(0, dtype=torch.float64)
         return Gathered(sums=Sums(row_PN, column_PK), totals_4=totals_4, nearest_is_known=stored.nearest_is_known)
@@ -120,10 +123,8 @@ def fit_channels(stored: Stored, expected: Tensor, num_rounds: int = 3) -> Facto
     ones = Factor.ones(expected)
     row_N, column_K = ones.row_N, ones.column_K
     for _ in range(num_rounds):
-        top_K, bottom_K = _products(stored, expected, Factor(row_N=row_N, column_K=ones.column_K), 0)
-        column_K = torch.where(bottom_K > 0, top_K / bottom_K.clamp_min(1e-300), 1.0).float()
-        top_N, bottom_N = _products(stored, expected, Factor(row_N=ones.row_N, column_K=column_K), 1)
-        row_N = torch.where(bottom_N > 0, top_N / bottom_N.clamp_min(1e-300), 1.0).float()
+        column_K = _slopes(stored, expected, Factor(row_N=row_N, column_K=ones.column_K), 0)
+        row_N = _slopes(stored, expected, Factor(row_N=ones.row_N, column_K=column_K), 1)
         middle = row_N.median()
         middle = torch.where(middle == 0, 1.0, middle)
         row_N = row_N / middle
@@ -131,12 +132,14 @@ def fit_channels(stored: Stored, expected: Tensor, num_rounds: int = 3) -> Facto
     return Factor(row_N=row_N, column_K=column_K)
 
 
-def _products(stored: Stored, expected: Tensor, factor: Factor, axis: int) -> tuple[Tensor, Tensor]:
-    """Sums of ``Wc * a`` and ``a * a`` along an axis, where ``a`` is the expected weight times the factor; float64."""
+def _slopes(stored: Stored, expected: Tensor, factor: Factor, axis: int) -> Tensor:
+    """Least-squares scales of ``Wc`` by ``a``, the expected weight times the factor, along an axis; float32."""
     if is_fused(stored, expected):
-        rows, columns, _ = _launch(stored, expected, None, factor)
-        aa, ya, _ = (columns if axis == 0 else rows).sum(1, dtype=torch.float64)
-        return ya + aa, aa
+        from qconv.validate.audit_kernels import launch, slopes  # imports Triton
+
+        rows, columns, _ = launch(stored, expected, None, factor.row_N, factor.column_K, whole=False)
+        found: Tensor = slopes(columns if axis == 0 else rows)
+        return found
     size = expected.shape[1 - axis]
     top, bottom = (torch.zeros(size, dtype=torch.float64, device=expected.device) for _ in "tb")
     for rows_n in _chunks(expected):
@@ -144,7 +147,7 @@ def _products(stored: Stored, expected: Tensor, factor: Factor, axis: int) -> tu
         place = slice(None) if axis == 0 else rows_n
         top[place] += (stored.values(rows_n) * a).sum(axis)
         bottom[place] += a.square_().sum(axis)
-    return top, bottom
+    return torch.where(bottom > 0, top / bottom.clamp_min(1e-300), 1.0).float()
 
 
 def is_fused(stored: Stored, expected: Tensor) -> bool:
@@ -157,13 +160,6 @@ def is_fused(stored: Stored, expected: Tensor) -> bool:
         and expected.dtype == torch.float32
         and available(expected)
     )
-
-
-def _launch(stored: Stored, expected: Tensor, base: Tensor | None, factor: Factor) -> tuple[Tensor, Tensor, Tensor]:
-    from qconv.validate.audit_kernels import launch  # imports Triton
-
-    found: tuple[Tensor, Tensor, Tensor] = launch(stored, expected, base, factor.row_N, factor.column_K)
-    return found
 
 
 def _chunks(tensor: Tensor) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""The Triton kernel of `audit_gather`, and its launch.
+"""The Triton kernels of `audit_gather`, and their launches.
 
 A program works on a tile of the weight: it computes the stored value from its code, multiplies what the sums need, adds
 up each product along both sides of the tile, and stores that. What the tiles stored is added up in float64.
@@ -57,6 +57,7 @@ def sums_kernel(
     max_code,
     has_base,
     HAS_ZEROS: tl.constexpr,
+    WHOLE: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -79,30 +80,66 @@ def sums_kernel(
         zero_RC = tl.full((R, C), 0.0, tl.float32) + mid_code
     y_RC = tl.where(is_in, (code_RC - zero_RC) * scale_RC - a_RC, 0.0)
 
-    scale_RC = tl.where(scale_RC == 0, 1.0, scale_RC)
-    quotient_RC = tl.minimum(tl.maximum(tl.div_rn(a_RC, scale_RC), -SAFE), SAFE) + ROUND - ROUND
-    nearest_RC = tl.minimum(tl.maximum(quotient_RC + zero_RC, 0.0), tl.full((R, C), 0.0, tl.float32) + max_code)
-    z_RC = tl.where(is_in, (nearest_RC - zero_RC) * scale_RC - a_RC, 0.0)
-
     _store_sums(a_RC, a_RC, row_ptr, column_ptr, 0, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
     _store_sums(y_RC, a_RC, row_ptr, column_ptr, 1, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
-    _store_sums(y_RC, y_RC, row_ptr, column_ptr, 2, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
-    off_RC = y_RC - z_RC
-    total = total_ptr + (pid_n * num_k + pid_k) * 4
-    tl.store(total, tl.sum(z_RC * a_RC))
-    tl.store(total + 1, tl.sum(z_RC * z_RC))
-    tl.store(total + 2, tl.sum(off_RC * off_RC))
-    if has_base != 0:
-        base_RC = tl.load(base_ptr + wide_R1 * base_stride + k_1C, mask=is_in, other=0.0).to(tl.float32)
-        d_RC = (expected_RC - base_RC) * factor_RC
-        _store_sums(a_RC, d_RC, row_ptr, column_ptr, 3, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
-        _store_sums(d_RC, d_RC, row_ptr, column_ptr, 4, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
-        _store_sums(y_RC, d_RC, row_ptr, column_ptr, 5, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
-        tl.store(total + 3, tl.sum(z_RC * d_RC))
+    if WHOLE:
+        _store_sums(y_RC, y_RC, row_ptr, column_ptr, 2, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
+        scale_RC = tl.where(scale_RC == 0, 1.0, scale_RC)
+        quotient_RC = tl.minimum(tl.maximum(tl.div_rn(a_RC, scale_RC), -SAFE), SAFE) + ROUND - ROUND
+        nearest_RC = tl.minimum(tl.maximum(quotient_RC + zero_RC, 0.0), tl.full((R, C), 0.0, tl.float32) + max_code)
+        z_RC = tl.where(is_in, (nearest_RC - zero_RC) * scale_RC - a_RC, 0.0)
+        off_RC = y_RC - z_RC
+        total = total_ptr + (pid_n * num_k + pid_k) * 4
+        tl.store(total, tl.sum(z_RC * a_RC))
+        tl.store(total + 1, tl.sum(z_RC * z_RC))
+        tl.store(total + 2, tl.sum(off_RC * off_RC))
+        if has_base != 0:
+            base_RC = tl.load(base_ptr + wide_R1 * base_stride + k_1C, mask=is_in, other=0.0).to(tl.float32)
+            d_RC = (expected_RC - base_RC) * factor_RC
+            _store_sums(a_RC, d_RC, row_ptr, column_ptr, 3, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
+            _store_sums(d_RC, d_RC, row_ptr, column_ptr, 4, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
+            _store_sums(y_RC, d_RC, row_ptr, column_ptr, 5, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
+            tl.store(total + 3, tl.sum(z_RC * d_RC))
+
+
+@triton.jit
+def slopes_kernel(aa_ptr, ya_ptr, slope_ptr, num_parts, size, C: tl.constexpr):
+    k_C = tl.program_id(0) * C + tl.arange(0, C)
+    aa_C = tl.zeros((C,), tl.float64)
+    ya_C = tl.zeros((C,), tl.float64)
+    place_C = k_C.to(tl.int64)
+    for _ in range(num_parts):
+        aa_C += tl.load(aa_ptr + place_C, mask=k_C < size, other=0.0).to(tl.float64)
+        ya_C += tl.load(ya_ptr + place_C, mask=k_C < size, other=0.0).to(tl.float64)
+        place_C += size
+    slope_C = tl.where(aa_C > 0, (ya_C + aa_C) / tl.where(aa_C > 0, aa_C, 1.0), 1.0)
+    tl.store(slope_ptr + k_C, slope_C.to(tl.float32), mask=k_C < size)
+
+
+def slopes(parts_PTK: Tensor) -> Tensor:
+    """Least-squares scales of ``y + a`` by ``a``, from what tiles have of ``a a`` and ``y a``; 1 where a is 0.
+
+    Args:
+        parts_PTK: of one side, as `launch` gives it: float32 ``[at least 2 pairs, tiles, K]``.
+
+    Returns:
+        float32 ``[K]``; sums and quotients are float64.
+    """
+    _, num_parts, size = parts_PTK.shape
+    result = parts_PTK.new_empty(size)
+    aa_TK, ya_TK = parts_PTK[0], parts_PTK[1]
+    grid = (triton.cdiv(size, TILE_COLUMNS),)
+    slopes_kernel[grid](aa_TK, ya_TK, result, num_parts, size, C=TILE_COLUMNS, num_warps=4)
+    return result
 
 
 def launch(
-    stored: Stored, expected_NK: Tensor, base_NK: Tensor | None, row_N: Tensor, column_K: Tensor
+    stored: Stored,
+    expected_NK: Tensor,
+    base_NK: Tensor | None,
+    row_N: Tensor,
+    column_K: Tensor,
+    whole: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the tiles found, on the device.
 
@@ -111,6 +148,7 @@ def launch(
         expected_NK: float32.
         base_NK: any float dtype, or None.
         row_N, column_K: float32 factors of expected weight and update.
+        whole: if not, only the first two pairs are found, and nothing of ``z``.
 
     Returns:
         float32, to be added up along dimension 1: of each of the 3 pairs of `Sums` (6 with a base) what tiles have
@@ -128,10 +166,10 @@ def launch(
     has_zeros = quantized.zeros_NG is not None
     zeros_NG = quantized.zeros_NG.contiguous() if has_zeros else quantized.codes_NK
     tiles = triton.cdiv(num_rows, TILE_ROWS), triton.cdiv(num_columns, TILE_COLUMNS)
-    num_pairs = 6 if has_base else 3
+    num_pairs = (6 if has_base else 3) if whole else 2
     rows = expected_NK.new_empty(num_pairs, tiles[1], num_rows)
     columns = expected_NK.new_empty(num_pairs, tiles[0], num_columns)
-    totals = expected_NK.new_zeros(*tiles, NUM_TOTALS)
+    totals = expected_NK.new_zeros(*(tiles if whole else (0, 0)), NUM_TOTALS)
     sums_kernel[tiles](
         expected_NK,
         base_NK,
@@ -154,6 +192,7 @@ def launch(
         quantized.scheme.max_code,
         int(has_base),
         HAS_ZEROS=has_zeros,
+        WHOLE=whole,
         R=TILE_ROWS,
         C=TILE_COLUMNS,
         num_warps=WARPS,
