@@ -535,6 +535,23 @@ def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@pytest.mark.parametrize("imported", ["qconv.own_process", "click", "qconv.config", "qconv.doctor"])
+def test_interrupt_while_something_is_imported(imported: str) -> None:
+    script = """
+import os, signal, sys
+wanted, sys.argv[1:] = sys.argv[1], ["doctor"]
+class Finder:
+    def find_spec(self, name, *_):
+        if name == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from qconv.__main__ import run
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", script, imported], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted: nothing was left behind\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing(tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path, number: signal.Signals) -> None:
     out = tmp_path / "work" / "out"
