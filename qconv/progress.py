@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, Literal, TextIO, TypeVar
-
-from qconv.own_process import importing_libraries
+from unittest.mock import patch
 
 Item = TypeVar("Item")
 
@@ -50,9 +50,7 @@ class Progress:
         if self.verbosity < 1 or not sys.stderr.isatty():
             yield from items
             return
-        from tqdm import tqdm
-
-        yield from tqdm(items, desc=label, total=total, file=sys.stderr, leave=False, dynamic_ncols=True)
+        yield from _bar_class()(items, desc=label, total=total, file=sys.stderr, leave=False, dynamic_ncols=True)
 
     def _track_as_json(self, items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
         if total is None and isinstance(items, Sized):
@@ -79,6 +77,17 @@ class Progress:
 def _write(text: str) -> None:
     sys.stderr.write(text)  # at once: threads say something too
     sys.stderr.flush()
+
+
+@cache
+def _bar_class() -> Any:
+    """Our own bars, as `quiet_libraries` knows them."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        """Of `Progress.track`."""
+
+    return Bar
 
 
 class _JsonLines(io.TextIOBase):
@@ -140,24 +149,23 @@ QUIET = Progress()
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without noise that asks nothing of the user: an absent CPU kernel for inference (training calls
-    none), a deprecated name that peft reads, and a loading bar where no terminal shows it."""
-    with importing_libraries():
-        from transformers.utils import logging as transformers_logging
+    """Without noise that asks nothing of the user: an absent CPU kernel for inference (training calls none), a
+    deprecated name that peft reads, and bars of the libraries, of which some heed no setting (compressed-tensors)."""
+    from tqdm.std import tqdm
+
+    begin = tqdm.__init__
+
+    def begin_unseen(bar: Any, *arguments: Any, **options: Any) -> None:
+        begin(bar, *arguments, **options if isinstance(bar, _bar_class()) else options | {"disable": True})
 
     kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
     kernels.addFilter(_is_not_about_kernels)
-    bars = transformers_logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), patch.object(tqdm, "__init__", begin_unseen):
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
             yield
     finally:
         kernels.removeFilter(_is_not_about_kernels)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _is_not_about_kernels(record: logging.LogRecord) -> bool:

@@ -26,7 +26,7 @@ from qconv import errors
 from qconv.cli import cli
 from qconv.cli_parsing import completion_script
 from qconv.gate_rules import METRICS, TASK_PATTERN, parse_rule
-from qconv.progress import Progress, as_json_lines, log_line
+from qconv.progress import Progress, as_json_lines, log_line, quiet_libraries
 from qconv.suggest import did_you_mean, did_you_mean_path, nearest
 from qconv.targets import TARGETS
 from tests.cli_cases import EVAL_TOKENS, SEQ_LEN, report_of, small_texts
@@ -226,6 +226,24 @@ def test_progress_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
     quiet.say("nothing")
     Progress(verbosity=1, as_json=True).detail("nothing")
     assert capsys.readouterr().err == ""
+
+
+def test_bars_of_libraries_are_not_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqdm import tqdm
+    from tqdm.auto import tqdm as automatic
+    from transformers.utils import logging
+
+    def bars() -> str:
+        for bar in (tqdm, automatic, logging.tqdm):
+            list(bar(range(3), disable=False))
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(sys, "stderr", Terminal(sys.stderr))
+    with quiet_libraries():
+        assert bars() == ""
+        list(Progress(verbosity=1).track(range(3), "ours"))
+        assert "ours" in capsys.readouterr().err
+    assert bars() != ""
 
 
 def test_foreign_lines_become_lines_of_json(capsys: pytest.CaptureFixture[str]) -> None:
