@@ -24,6 +24,8 @@ Algorithm = Literal[
     "zeros",
 ]
 
+_CODES: tuple[Algorithm, ...] = ("gptq", "awq+gptq", "awq", "rtn")  # choose codes for any grid
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -83,7 +85,7 @@ def _onnx(bits: int) -> Target:
     return Target(
         name=f"onnx-int{bits}",
         format="matmul-nbits",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=_CODES,
         bits=(bits,),
         symmetric=True,
         readers=ONNX_READERS,
@@ -94,7 +96,7 @@ TARGETS: Mapping[str, Target] = {
     "gptq": Target(
         name="gptq",
         format="gptq",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn", "zeros"),
+        algorithms=(*_CODES, "zeros"),
         bits=(4, 2, 3, 8),
         symmetric=True,
         readers="vLLM, SGLang, transformers + gptqmodel",
@@ -103,7 +105,7 @@ TARGETS: Mapping[str, Target] = {
     "gptq_v2": Target(
         name="gptq_v2",
         format="gptq_v2",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn", "zeros"),
+        algorithms=(*_CODES, "zeros"),
         bits=(4, 2, 3, 8),
         symmetric=True,
         readers="transformers + gptqmodel, vLLM",
@@ -120,7 +122,7 @@ TARGETS: Mapping[str, Target] = {
     "w4a16": Target(
         name="w4a16",
         format="pack-quantized",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn", "zeros"),
+        algorithms=(*_CODES, "zeros"),
         bits=(4,),
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",
@@ -129,7 +131,7 @@ TARGETS: Mapping[str, Target] = {
     "w8a16": Target(
         name="w8a16",
         format="pack-quantized",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn", "zeros"),
+        algorithms=(*_CODES, "zeros"),
         bits=(8,),
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",
@@ -165,7 +167,7 @@ TARGETS: Mapping[str, Target] = {
     "w4a8": Target(
         name="w4a8",
         format="pack-quantized",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=_CODES,
         bits=(4,),
         symmetric=True,
         readers="vLLM, transformers + compressed-tensors",
@@ -174,7 +176,7 @@ TARGETS: Mapping[str, Target] = {
     "w4a8-fp8": Target(
         name="w4a8-fp8",
         format="pack-quantized",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=_CODES,
         bits=(4,),
         symmetric=True,
         readers="vLLM, transformers + compressed-tensors",
@@ -183,7 +185,7 @@ TARGETS: Mapping[str, Target] = {
     "nvfp4": Target(
         name="nvfp4",
         format="nvfp4-pack-quantized",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=_CODES,
         bits=(4,),
         symmetric=None,
         readers="vLLM, SGLang, transformers + compressed-tensors",
@@ -192,7 +194,7 @@ TARGETS: Mapping[str, Target] = {
     "nvfp4a16": Target(
         name="nvfp4a16",
         format="nvfp4-pack-quantized",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=_CODES,
         bits=(4,),
         symmetric=None,
         readers="vLLM, transformers + compressed-tensors",
@@ -201,7 +203,7 @@ TARGETS: Mapping[str, Target] = {
     "mxfp4": Target(
         name="mxfp4",
         format="mxfp4-pack-quantized",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=_CODES,
         bits=(4,),
         symmetric=None,
         readers="vLLM, transformers + compressed-tensors",
@@ -210,7 +212,7 @@ TARGETS: Mapping[str, Target] = {
     "mxfp4a16": Target(
         name="mxfp4a16",
         format="mxfp4-pack-quantized",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=_CODES,
         bits=(4,),
         symmetric=None,
         readers="vLLM, transformers + compressed-tensors",
@@ -219,7 +221,7 @@ TARGETS: Mapping[str, Target] = {
     "gpt-oss-mxfp4": Target(
         name="gpt-oss-mxfp4",
         format="gpt-oss-mxfp4",
-        algorithms=("gptq", "awq+gptq", "awq", "rtn"),
+        algorithms=_CODES,
         bits=(4,),
         symmetric=None,
         readers="vLLM, SGLang, transformers",
