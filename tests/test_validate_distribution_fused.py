@@ -17,7 +17,7 @@ from torch import Tensor
 from qconv.errors import NumericsError
 from qconv.validate import distribution
 from qconv.validate.distribution import Distribution, FiniteChecks, divergences_from, is_fused, top_tokens
-from qconv.validate.statistics import compare_distributions
+from qconv.validate.statistics import Kept, pair_columns
 from tests.kernel_cases import run_checks
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -181,7 +181,7 @@ def check_columns_are_those_of_plain_pytorch(monkeypatch: pytest.MonkeyPatch) ->
 
     def columns() -> dict[str, Tensor]:
         p, q = (Distribution(each, "x") for each in logits)
-        return compare_distributions(p, q, targets)
+        return pair_columns(Kept.of(p, targets), Kept.of(q, targets), p.divergence_sums(q), targets)
 
     found = columns()
     turn_off(monkeypatch)

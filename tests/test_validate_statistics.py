@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from qconv.errors import NumericsError
 from qconv.validate.bootstrap import Bootstrap, clusters
 from qconv.validate.distribution import Distribution, top_tokens
-from qconv.validate.statistics import PairStatistics, compare_distributions, effect_retained
+from qconv.validate.statistics import Kept, PairStatistics, effect_retained, pair_columns
 
 ROWS, POSITIONS, VOCABULARY = 3, 40, 5000
 
@@ -29,13 +30,18 @@ def arrays() -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
+def columns_of(p: Distribution, q: Distribution, targets_T: Tensor) -> dict[str, Tensor]:
+    return pair_columns(Kept.of(p, targets_T), Kept.of(q, targets_T), p.divergence_sums(q), targets_T)
+
+
 @pytest.fixture(scope="module")
 def pair(arrays: dict[str, np.ndarray[Any, Any]]) -> PairStatistics:
     pair = PairStatistics("total")
     for row in range(ROWS):
         p, q = (Distribution(torch.from_numpy(arrays[name][row]), name) for name in ("reference", "candidate"))
-        columns = compare_distributions(p, q, torch.from_numpy(arrays["targets"][row]))
-        pair.add(columns, torch.arange(POSITIONS) // 4 + 10 * row, row)
+        pair.add(
+            columns_of(p, q, torch.from_numpy(arrays["targets"][row])), torch.arange(POSITIONS) // 4 + 10 * row, row
+        )
     return pair
 
 
@@ -129,7 +135,7 @@ def test_every_gateable_statistic_has_value_and_interval(pair: PairStatistics) -
 
 def test_identical_models_have_no_distance() -> None:
     p = Distribution(torch.randn(7, 1000), "same")
-    columns = compare_distributions(p, p, torch.zeros(7, dtype=torch.long))
+    columns = columns_of(p, p, torch.zeros(7, dtype=torch.long))
     assert columns["kl"].max() == columns["reverse_kl"].max() == 0
     assert columns["top1"].all()
     assert columns["top5"].eq(1).all()

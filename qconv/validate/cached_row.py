@@ -87,7 +87,7 @@ class CachedRow:
         return self.top_ids_TK.shape[1] < self.vocab_size and self.sample_ids_TM.shape[1] == 0
 
     def statistics(self, logp_TV: Tensor) -> dict[str, Tensor]:
-        """Columns for each position, named as in `statistics.compare_distributions`, on the candidate's device.
+        """Columns for each position, named as in `statistics.pair_columns`, on the candidate's device.
 
         Args:
             logp_TV: the candidate's log-probabilities at the same positions, float32.

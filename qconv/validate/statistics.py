@@ -66,24 +66,12 @@ class Kept:
         return cls(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
-def compare_distributions(reference: Distribution, other: Distribution, targets_T: Tensor) -> dict[str, Tensor]:
-    """The columns that `PairStatistics` collects, one value for each position.
-
-    Args:
-        targets_T: the actual next tokens, int64, on the device of the distributions.
-
-    Raises:
-        NumericsError: a divergence is not finite.
-    """
-    sums_T4 = reference.divergence_sums(other)
-    return pair_columns(Kept.of(reference, targets_T), Kept.of(other, targets_T), sums_T4, targets_T)
-
-
 def pair_columns(reference: Kept, other: Kept, sums_T4: Tensor, targets_T: Tensor) -> dict[str, Tensor]:
-    """`compare_distributions` where the logits are gone.
+    """The columns that `PairStatistics` collects, one value for each position, of models whose logits are gone.
 
     Args:
         sums_T4: `Distribution.divergence_sums`.
+        targets_T: the actual next tokens, int64, on the same device.
     """
     kl_T, reverse_kl_T = divergences_from(sums_T4)
     log_z_T, other_log_z_T = (
@@ -122,7 +110,7 @@ class PairStatistics:
         """Adds positions of one row.
 
         Args:
-            columns: as `compare_distributions` gives them.
+            columns: as `pair_columns` gives them.
             documents_T: the document of each position's next token, int.
             row: number of the evaluated row.
         """
