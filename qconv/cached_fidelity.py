@@ -210,7 +210,14 @@ def measure_cached(
     facts["notes"] = _notes(cache, candidate, is_audited)
     tokenizer = corpus.load_tokenizer(candidate.source.folder)
     facts["worst_tokens"] = worst_tokens(pair, rows, tokenizer)
-    result = CachedFidelity(facts=facts, findings=[], pairs={"total": pair}, rows=rows, is_audited=is_audited)
+    result = CachedFidelity(
+        facts=facts,
+        findings=[],
+        pairs={"total": pair},
+        rows=rows,
+        precision=torch.finfo(getattr(torch, cache.fingerprint["evaluation"]["dtype"])).eps,
+        is_audited=is_audited,
+    )
     if reference is not None and is_audited:
         result.findings += audit_all(reference, candidate, device)
     if cache.header.get("base_kl"):

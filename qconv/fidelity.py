@@ -21,6 +21,7 @@ from qconv.corpus import TokenRows
 from qconv.errors import NumericsError
 from qconv.evaluation import check_alike, check_vocabulary, empty_facts, evaluation_rows, reference_tokenizer
 from qconv.finite import putting_off
+from qconv.layout import config_dtype
 from qconv.lineup import Lineup, Views, line_up
 from qconv.progress import Progress
 from qconv.runners import Candidate, Reference
@@ -47,6 +48,7 @@ class Fidelity:
         findings: what the audits of weights and tokenizer found.
         pairs: statistics by name: total, merge, requantization, base_without_adapter, floor.
         rows: the evaluated tokens.
+        precision: epsilon of the dtype that the reference computes in.
         is_audited: whether the candidate's weights were compared with what the merge gives.
     """
 
@@ -54,6 +56,7 @@ class Fidelity:
     findings: list[dict[str, Any]]
     pairs: Mapping[str, PairStatistics]
     rows: TokenRows
+    precision: float
     is_audited: bool = True
     measured: dict[str, Measurement] = field(default_factory=dict)
     models: tuple[BlockModel, BlockModel] | None = None
@@ -135,6 +138,7 @@ def measure_fidelity(
         findings=findings + (found or []),
         pairs=comparison.pairs,
         rows=rows,
+        precision=torch.finfo(config_dtype(reference.base.config)).eps,
         is_audited=found is not None,
     )
     if candidate is not None:

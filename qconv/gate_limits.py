@@ -81,7 +81,7 @@ def _check_limit(metric: Metric, limit: float) -> None:
 
 
 def _check_factor(metric: Metric, factor: float) -> None:
-    if metric.least_floor is None:
+    if metric.noise_power is None:
         raise UsageError(f"{metric.name} has no noise floor to be relative to: give a number as its limit")
     if not (math.isfinite(factor) and factor >= 1):
         raise UsageError(

@@ -19,12 +19,15 @@ Unit = Literal["nats", "share", "ratio", "dB", "count"]
 TASK_PATTERN = "task.<name>.<metric>_drop"  # _rise where a lower score is better
 TASK_NAME = r"task\.(?P<task>[^\s<>=]+)\.(?P<metric>[\w,@+-]+)_(?P<way>drop|rise)"
 
-# The smallest floors that a relative limit counts with. A machine that computes the reference twice in the same
-# order measures 0, and nothing but a bitwise copy would stay within any multiple of 0.
-# KL: ten times what float32 log-probabilities round by (about 1e-7 per position).
-_LEAST_KL_FLOOR = 1e-6
-# Shares of positions: one position in 10,000, about the least that the default evaluation can see at all.
-_LEAST_SHARE_FLOOR = 1e-4
+# The smallest floors that a relative limit counts with: what one rounding of logits to the dtype can do, which is in
+# every result whatever is measured. Batches of other shapes need not be computed in another order, and then the
+# reference differs from itself nowhere; nothing but a bitwise copy would stay within any multiple of 0.
+# A relative error e of logits gives a KL of the order e^2, and changes shares by the order e. On the tests' model exact
+# merges, rounded once, are 2e-8, 1.6e-6 and 1.0e-4 away in float32, float16 and bfloat16, whose e^2 are 1e-14, 9.5e-7
+# and 6.1e-5; their floors are 0.
+# In float32 other things are coarser: ten times what log-probabilities round by (about 1e-7 per position), and one
+# position in 10,000, about the least that the default evaluation can see at all.
+_LEAST_FLOOR = {2: 1e-6, 1: 1e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Metric:
         unit: ``"share"`` and ``"ratio"`` may be written as percentages.
         description: one line.
         lowest, highest: the values it can take; a limit lies between them.
-        least_floor: the smallest noise floor a relative limit counts with; None = a limit on it cannot be
+        noise_power: the power of the logits' relative error that it grows with; None = a limit on it cannot be
             relative: it has both signs (noise scatters around 0), or the floor does not measure it.
         needs: what a run needs for it to be measured; ends a sentence.
         more: what to measure more of where it is undecided and is not counted in tokens.
@@ -51,13 +54,19 @@ class Metric:
     description: str
     lowest: float = 0.0
     highest: float = float("inf")
-    least_floor: float | None = None
+    noise_power: Literal[1, 2] | None = None
     needs: str = "compare the candidate with the reference"
     more: str = "evaluate more tokens (--eval-tokens)"
 
     @property
     def operator(self) -> str:
         return ">=" if self.larger_is_better else "<="
+
+    def least_floor(self, precision: float) -> float | None:
+        """The smallest noise floor that a relative limit counts with, in a dtype of this epsilon."""
+        if self.noise_power is None:
+            return None
+        return max(precision**self.noise_power, _LEAST_FLOOR[self.noise_power])
 
 
 def _pair_metrics() -> Iterator[Metric]:
@@ -73,9 +82,7 @@ def _pair_metrics() -> Iterator[Metric]:
     }
 
     def kl(name: str, label: str, what: str) -> Metric:
-        return Metric(
-            name=name, label=label, larger_is_better=False, unit="nats", description=what, least_floor=_LEAST_KL_FLOOR
-        )
+        return Metric(name=name, label=label, larger_is_better=False, unit="nats", description=what, noise_power=2)
 
     for key, (short, what) in statistics.items():
         yield kl(f"kl_{key}", f"KL {short}", f"KL(reference || candidate), {what}")
@@ -95,7 +102,7 @@ def _pair_metrics() -> Iterator[Metric]:
             unit="share",
             description=what,
             highest=1,
-            least_floor=_LEAST_SHARE_FLOOR,
+            noise_power=1,
         )
     yield Metric(
         name="perplexity_ratio",
@@ -119,7 +126,7 @@ def _pair_metrics() -> Iterator[Metric]:
         unit="share",
         description="share of positions whose greedy token turns from right to wrong or from wrong to right",
         highest=1,
-        least_floor=_LEAST_SHARE_FLOOR,
+        noise_power=1,
     )
     yield Metric(
         name="probability_difference_rms",
@@ -128,7 +135,7 @@ def _pair_metrics() -> Iterator[Metric]:
         unit="share",
         description="root mean square difference of the probabilities of the actual next token",
         highest=1,
-        least_floor=_LEAST_SHARE_FLOOR,
+        noise_power=1,
     )
 
 

@@ -128,7 +128,14 @@ def _judge(
         own_floor = fidelity.floor(rule.metric) if rule.floor_factor is not None else None
         if own_floor is not None:
             floor[rule.metric] = own_floor
-    return judge(rules, measured, floor=floor or None, waivers=config.policy.waivers, today=today_utc())
+    return judge(
+        rules,
+        measured,
+        floor=floor or None,
+        precision=fidelity.precision,
+        waivers=config.policy.waivers,
+        today=today_utc(),
+    )
 
 
 def run_tasks(

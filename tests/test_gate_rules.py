@@ -119,7 +119,7 @@ def test_a_rule_has_one_limit():
 @given(name=st.sampled_from([*NAMED, "task.x.acc_drop"]), data=st.data())
 def test_a_rule_reads_what_it_writes(name, data):
     metric = find_metric(name)
-    if metric.least_floor is not None and data.draw(st.booleans()):
+    if metric.noise_power is not None and data.draw(st.booleans()):
         limit, factor = None, data.draw(st.floats(1, 1e6))
     else:
         low, high = max(metric.lowest, -1e9), min(metric.highest, 1e9)

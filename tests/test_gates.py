@@ -17,15 +17,16 @@ from qconv.validate.gates import Measurement, count_findings, judge, overall, re
 
 TODAY = date(2026, 6, 1)
 NAN, INF = float("nan"), float("inf")
+FLOAT32, FLOAT16, BFLOAT16 = 2.0**-23, 2.0**-10, 2.0**-7
 RANK = {"fail": 0, "inconclusive": 1, "pass": 2}
 
 
-def one(rule, measured, *, floor=None, waivers=(), today=TODAY):
+def one(rule, measured, *, floor=None, precision=FLOAT32, waivers=(), today=TODAY):
     """The result of a single rule; ``measured`` is a Measurement, or measurements by name."""
     rule = parse_rule(rule) if isinstance(rule, str) else rule
     if isinstance(measured, Measurement):
         measured = {rule.metric: measured}
-    (result,) = judge([rule], measured, floor=floor, waivers=waivers, today=today)
+    (result,) = judge([rule], measured, floor=floor, precision=precision, waivers=waivers, today=today)
     return result
 
 
@@ -145,6 +146,28 @@ def test_limits_relative_to_the_noise_floor(rule, own, limit, text):
         assert result.verdict == verdict
         assert result.limit == pytest.approx(limit, rel=1e-12)
         assert result.as_dict()["rule"] == text
+
+
+@pytest.mark.parametrize(
+    ("rule", "precision", "own", "limit"),
+    [
+        ("merge.kl_mean<=5x floor", FLOAT32, 0.0, 5e-6),  # what log-probabilities are rounded by is coarser
+        ("merge.kl_mean<=5x floor", FLOAT16, 0.0, 5e-6),
+        ("merge.kl_mean<=5x floor", BFLOAT16, 0.0, 5 * 2.0**-14),
+        ("merge.kl_mean<=5x floor", BFLOAT16, 1e-5, 5 * 2.0**-14),
+        ("merge.kl_mean<=5x floor", BFLOAT16, 1e-3, 5e-3),
+        ("flips<=2x floor", FLOAT16, 0.0, 2 * 2.0**-10),
+        ("top1_agreement>=3x floor", BFLOAT16, 1.0, 1 - 3 * 2.0**-7),
+    ],
+)
+def test_a_floor_counts_as_the_resolution_of_the_dtype_at_least(rule, precision, own, limit):
+    rule = parse_rule(rule)
+    floor = {rule.metric.removeprefix("merge."): Measurement.exact(own)}
+    for factor, verdict in ((1 - 1e-9, "pass"), (1 + 1e-9, "fail")):
+        value = limit * factor if rule.upper else limit / factor
+        result = one(rule, Measurement.exact(value), floor=floor, precision=precision)
+        assert result.verdict == verdict
+        assert result.limit == pytest.approx(limit, rel=1e-12)
 
 
 def test_a_floor_of_the_metric_itself_comes_first():
@@ -395,5 +418,5 @@ def test_a_row_of_the_report_is_json(measured, limit):
 
 def test_results_come_in_the_order_of_the_rules():
     rules = [parse_rule(text) for text in ("kl_p99<=1", "kl_mean<=1", "flips<=10%")]
-    results = judge(rules, {}, floor=None, waivers=[], today=TODAY)
+    results = judge(rules, {}, floor=None, precision=FLOAT32, waivers=[], today=TODAY)
     assert [result.rule.metric for result in results] == ["kl_p99", "kl_mean", "flips"]

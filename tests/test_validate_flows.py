@@ -244,6 +244,7 @@ def test_engines_agree(
     theirs = validate(*pair, "--candidate", output(variant), "--engine", "transformers")
     assert theirs.code == 0, theirs.err
     assert theirs.fidelity["candidate"]["runs"].startswith("transformers")
+    assert "it/s" not in theirs.err  # bars of libraries
     assert own.fidelity["candidate"]["runs"].startswith("decoded by qconv")
     assert theirs.kl == pytest.approx(own.kl, rel=tolerance)
 
@@ -334,7 +335,7 @@ def test_cache_answers_for_controls(validate: Validate, output: Output, direct: 
     assert run.gates["merge.kl_mean"]["value"] == direct.fidelity["merge"]["kl"]["mean"]
     assert run.gates["merge.kl_mean"]["interval_95"] == direct.fidelity["merge"]["kl"]["interval_95"]
     assert run.gates["merge.top1_agreement"]["value"] == direct.fidelity["merge"]["top1_agreement"]["value"]
-    floor = direct.fidelity["floor"]["kl"]["mean"]
+    floor = max(direct.fidelity["floor"]["kl"]["mean"], torch.finfo(torch.bfloat16).eps ** 2)
     assert run.gates["kl_mean"]["rule"] == f"<= 1000 x floor = {1000 * floor:.6g}"
 
 
@@ -631,11 +632,13 @@ def test_gates_and_exit_codes(validate: Validate, pair: list[str | Path], output
 
 
 def test_limit_relative_to_the_floor(validate: Validate, pair: list[str | Path], output: Output, direct: Run) -> None:
-    floor = direct.fidelity["floor"]["kl"]["mean"]
-    assert 0 < floor < direct.kl
-    run = validate(*pair, "--candidate", output(RTN), "--gate", "kl_mean<=5x floor", "--control-tokens", "512")
+    floor = max(direct.fidelity["floor"]["kl"]["mean"], torch.finfo(torch.bfloat16).eps ** 2)
+    gates = [word for gate in ("kl_mean<=5x floor", "merge.kl_mean<=5x floor") for word in ("--gate", gate)]
+    run = validate(*pair, "--candidate", output(RTN), *gates, "--control-tokens", "512")
     assert run.code == 4
     assert run.gates["kl_mean"]["rule"] == f"<= 5 x floor = {5 * floor:.6g}"
+    # The floor of this model is next to nothing: its batches are computed in one order.
+    assert [run.gates[name]["verdict"] for name in ("kl_mean", "merge.kl_mean")] == ["fail", "pass"]
 
 
 def write_policy(path: Path, expires: str, limit: str = "1e-4") -> Path:

@@ -56,6 +56,7 @@ def judge(
     measurements: Mapping[str, Measurement],
     *,
     floor: Mapping[str, Measurement] | None,
+    precision: float,
     waivers: Iterable[Waiver],
     today: date,
 ) -> list[GateResult]:
@@ -65,23 +66,26 @@ def judge(
         measurements: by metric name; findings as `count_findings` gives them.
         floor: the reference against itself, by the same names; ``merge.kl_mean`` is looked up as ``kl_mean`` where
             it does not stand there itself. None = not measured.
+        precision: epsilon of the dtype that the reference computes in; a floor below what that can tell apart counts
+            as that (`Metric.least_floor`).
         waivers: applied through the end of the day on which they expire.
         today: the day of judgement.
     """
     waivers = tuple(waivers)
-    return [_judge(rule, measurements, floor or {}, waivers, today) for rule in rules]
+    return [_judge(rule, measurements, floor or {}, precision, waivers, today) for rule in rules]
 
 
 def _judge(
     rule: Rule,
     measurements: Mapping[str, Measurement],
     floor: Mapping[str, Measurement],
+    precision: float,
     waivers: Sequence[Waiver],
     today: date,
 ) -> GateResult:
     metric = find_metric(rule.metric)
     measured = measurements.get(rule.metric)
-    limit, least_floor, problem = _limit(rule, metric, floor)
+    limit, least_floor, problem = _limit(rule, metric, floor, precision)
     if measured is None:
         problem = f"was not measured, which counts as a failure: {metric.needs}, or drop the gate"
     elif not measured.is_number:
@@ -108,22 +112,25 @@ def _judge(
     )
 
 
-def _limit(rule: Rule, metric: Metric, floor: Mapping[str, Measurement]) -> tuple[float | None, float | None, str]:
+def _limit(
+    rule: Rule, metric: Metric, floor: Mapping[str, Measurement], precision: float
+) -> tuple[float | None, float | None, str]:
     """(limit, the least floor where it stood in for a smaller one, why there is no usable limit)."""
-    if rule.floor_factor is None or metric.least_floor is None:
+    least = metric.least_floor(precision)
+    if rule.floor_factor is None or least is None:
         return rule.limit, None, ""
     own = floor.get(rule.metric) or floor.get(rule.metric.rpartition(".")[2])
     if own is None or not math.isfinite(own.value):
         was = "was not measured" if own is None else "is not a finite number"
         return None, None, f"cannot be judged, which counts as a failure: the noise floor {was}"
     distance = own.value if rule.upper else 1 - own.value
-    least = metric.least_floor if distance < metric.least_floor else None
-    allowed = rule.floor_factor * max(distance, metric.least_floor)
+    used = least if distance < least else None
+    allowed = rule.floor_factor * max(distance, least)
     limit = allowed if rule.upper else 1 - allowed
     if limit >= metric.highest if rule.upper else limit <= metric.lowest:
         why = f"the noise floor is so large ({own.value:g}) that {rule.floor_factor:g} x floor would admit anything"
-        return limit, least, f"cannot be judged, which counts as a failure: {why}"
-    return limit, least, ""
+        return limit, used, f"cannot be judged, which counts as a failure: {why}"
+    return limit, used, ""
 
 
 def _compare(measured: Measurement, limit: float, upper: bool) -> Literal["pass", "fail", "inconclusive"]:
