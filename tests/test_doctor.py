@@ -6,6 +6,7 @@ them, in processes of their own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import torch
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from qconv import doctor
 from qconv.cli import cli
@@ -124,6 +126,22 @@ def test_extras_that_are_named_exist_and_bring_the_package() -> None:
     lines = [line for line in doctor.as_text(facts).splitlines() if line.startswith("pyarrow")]
     assert len(lines) == 1
     assert lines[0].endswith('.parquet files; --tasks: pip install "qconv[datasets]"')
+
+
+def test_what_extras_need_is_pinned_within_their_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [
+        line
+        for name in ("constraints.txt", "constraints-test.txt")
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
+    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    requirements = [item for item in map(Requirement, wanted) if item.name not in ("qconv", "torch")]
+    assert {"gguf", "onnx-ir", "onnxruntime-genai", "lm_eval"} <= {item.name for item in requirements}
+    for item in requirements:
+        assert item.specifier.contains(pinned[canonicalize_name(item.name)]), item
 
 
 def test_torch_is_not_imported_where_it_is_missing() -> None:
