@@ -20,7 +20,7 @@ from typing import Any
 
 import peer_table
 
-from qconv import pipeline
+from qconv import judging, pipeline
 from qconv.config import CalibrationConfig, MergeJob, OutputConfig, ValidateJob, ValidationConfig
 from qconv.progress import Progress, quiet_libraries
 from qconv.quantization_config import QuantizationConfig
@@ -92,7 +92,7 @@ class Bench:
             validation=self.validation,
             device=self.device,
         )
-        fidelity = pipeline.validate(job).fidelity
+        fidelity = judging.validate(job).fidelity
         assert fidelity is not None
         return dict(fidelity)
 

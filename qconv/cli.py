@@ -229,10 +229,10 @@ def validate(reference: str | None, adapter: str | None, candidate: str | None, 
         return planned_validation(job)
     begin(options["device"], [reference, adapter, candidate], runs=True, unmerged=adapter is not None)
     with without_collections():
-        from qconv import pipeline
+        from qconv import judging
 
     keep_freed_memory()
-    outcome = pipeline.validate(job, cli_jobs.progress_of(options))
+    outcome = judging.validate(job, cli_jobs.progress_of(options))
     following = cli_jobs.following_a_validation(job)
     return answer_of(outcome, outcome.summary(), following, is_written=job.report_dir is not None)
 

@@ -491,7 +491,7 @@ def test_effect_gate_without_an_adapter_is_refused_before_work(
 def test_unwritable_report_is_refused_before_work(
     run: Run, monkeypatch: pytest.MonkeyPatch, tiny_nf4: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("qconv.pipeline.measure_fidelity", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("qconv.judging.measure_fidelity", lambda *_: pytest.fail("work began"))
     (tmp_path / "file").write_text("")
     arguments = ["--reference", tiny_nf4, "--candidate", tiny_nf4, "--report", tmp_path / "file"]
     run.refused(3, [str(tmp_path / "file")], "validate", *arguments)

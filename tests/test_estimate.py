@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from qconv import estimate, estimate_jobs, pipeline
+from qconv import estimate, estimate_jobs
 from qconv.checkpoint import open_checkpoint
 from qconv.cli import main
 from qconv.errors import CapacityError
 from qconv.estimate import Estimate, Stage
 from qconv.estimate_memory import Contest, comparing, peak, quantizing
 from qconv.estimate_time import CPU, H100, machine_for, seconds
+from qconv.plan import make_plan
+from qconv.progress import QUIET
 from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.memory import ModelShape, plan_memory
 from tests.cli_cases import calibrates
@@ -227,7 +229,7 @@ def test_a_plan_in_which_calibration_does_not_fit_says_what_the_job_says(
     asked = make_job(
         tmp_path_factory, tmp_path / "out", tiny_nf4, tiny_adapter, validation=None, quantization=quantization
     )
-    made = pipeline.make_plan(asked, pipeline.QUIET)
+    made = make_plan(asked, QUIET)
 
     def refuse(*_: object) -> None:
         raise CapacityError("a model: gptq needs about 20.0 GB")

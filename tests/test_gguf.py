@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qconv import pipeline
+from qconv import judging, pipeline
 from qconv.adapter_configs import CombinationConfig
 from qconv.checkpoint import open_checkpoint
 from qconv.config import MergeJob, OutputConfig, ValidateJob
@@ -447,7 +447,7 @@ def test_a_file_alone_is_a_candidate(
     options = job(tmp_path_factory, tmp_path / "unused", tiny_nf4).validation
     assert options is not None
     options = dataclasses.replace(options, attribution="always")
-    outcome = pipeline.validate(
+    outcome = judging.validate(
         ValidateJob(
             reference=str(tiny_nf4), adapter=str(tiny_adapter), candidate=str(alone), validation=options, device="cpu"
         )

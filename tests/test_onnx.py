@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qconv import onnx_export, pipeline
+from qconv import judging, onnx_export, pipeline
 from qconv.checkpoint import open_checkpoint
 from qconv.cli import cli, main
 from qconv.config import MergeJob, OutputConfig, ValidateJob, ValidationConfig
@@ -484,7 +484,7 @@ def validated(candidate: Path, base: Path, adapter: Path, **options: Any) -> Any
     job = ValidateJob(
         reference=str(base), candidate=str(candidate), adapter=str(adapter), device="cpu", validation=config
     )
-    return pipeline.validate(job)
+    return judging.validate(job)
 
 
 def test_a_folder_is_validated_as_it_is_run_or_decoded(int4: Path, tiny_nf4: Path, tiny_adapter: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qconv import pipeline
+from qconv import judging, pipeline
 from qconv.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from qconv.config import MergeJob, OutputConfig
 from qconv.errors import CapacityError, CheckpointError, UsageError
@@ -260,7 +260,7 @@ def test_a_failure_leaves_nothing_of_any_output(
 
         monkeypatch.setattr(StreamedModel, "build_block", fail_late)
     else:
-        measure = pipeline.measure_fidelity
+        measure = judging.measure_fidelity
 
         def fail_second(*arguments: Any) -> Any:
             assert sorted(path.name for path in folder.iterdir()) == [f"{FP8}.partial", f"{GPTQ}.partial"]
@@ -269,7 +269,7 @@ def test_a_failure_leaves_nothing_of_any_output(
                 raise KeyboardInterrupt
             return measure(*arguments)
 
-        monkeypatch.setattr(pipeline, "measure_fidelity", fail_second)
+        monkeypatch.setattr(judging, "measure_fidelity", fail_second)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(job(tmp_path_factory, folder, tiny_nf4, tiny_adapter, outputs=outputs_of(folder, [GPTQ, FP8])))
     assert set(seen) >= {0, 1}  # it was not the first
