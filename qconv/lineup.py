@@ -13,10 +13,11 @@ from functools import partial
 import torch
 
 from qconv.config import ValidationConfig
-from qconv.convert import DequantizedCheckpoint, dequantize, is_fused, separate_experts
+from qconv.convert import is_fused
 from qconv.layout import config_dtype
 from qconv.read_ahead import read_ahead
 from qconv.remembered import Remembered
+from qconv.remembered_codes import RememberedCodes
 from qconv.runners import Candidate, Reference, candidate_model, reference_model, resident_bytes, streamed
 from qconv.streaming import BlockModel
 from qconv.timeline import TIMELINE
@@ -40,14 +41,14 @@ class Views:
         base: the reference's base as training saw it.
         merged: the merge over it; the base itself without an adapter.
         changed: names of the tensors that the adapter changes.
-        stored: the candidate, decoded from bytes that are remembered; None without a candidate.
+        stored: the candidate, decoded from codes that are remembered; None without a candidate.
         factors: the adapter's own tensors, of which the merge is made more than once; None without an adapter.
     """
 
     base: Remembered
     merged: Checkpoint
     changed: frozenset[str]
-    stored: DequantizedCheckpoint | None
+    stored: RememberedCodes | None
     factors: Remembered | None = None
 
     @staticmethod
@@ -62,12 +63,12 @@ class Views:
             changed = frozenset(getattr(view, "changed", ()))
             # In float32, so worth its memory only where merging again is slow.
             merged = view if device.startswith("cuda") else Remembered(view)
-        stored = dequantize(Remembered(separate_experts(candidate.source))) if candidate else None
+        stored = RememberedCodes(candidate.source) if candidate else None
         return Views(base=base, merged=merged, changed=changed, stored=stored, factors=factors)
 
-    def _remembered(self) -> Iterator[Remembered]:
-        for view in (self.base, self.merged, self.stored.source if self.stored else None, self.factors):
-            if isinstance(view, Remembered):
+    def _remembered(self) -> Iterator[Remembered | RememberedCodes]:
+        for view in (self.base, self.merged, self.stored, self.factors):
+            if isinstance(view, Remembered | RememberedCodes):
                 yield view
 
     def forget(self) -> None:

@@ -52,6 +52,10 @@ class Remembered:
     def is_lent(self, name: str, device: str) -> bool:
         return (name, device) in self._lent
 
+    def drop(self, name: str, device: str) -> None:
+        """Forgets one tensor."""
+        self._tensors.pop((name, device), None)
+
     def forget(self) -> None:
         self._tensors.clear()
 
