@@ -15,37 +15,29 @@ import argparse
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from process_cost import GpuMemory
 from torch import Tensor
 
 QCONV = [sys.executable, "-m", "qconv"]
 
 
 def run(*arguments: str | Path) -> tuple[float, float]:
-    """Whole-process seconds of a qconv command, and the GPU memory that its process held at most, GB."""
-    start, peak, is_done = time.monotonic(), 0.0, threading.Event()
+    """Whole-process seconds of a qconv command, and the GPU memory that it held at most, GB (0 without a GPU).
 
-    def poll() -> None:
-        nonlocal peak
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while not is_done.wait(0.1):
-            used = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-            peak = max(peak, float(used) * 2**20 / 1e9)
-
-    watcher = threading.Thread(target=poll)
-    if torch.cuda.is_available():
-        watcher.start()
+    One nvidia-smi watches all the time: starting one for each look is work beside what is measured.
+    """
+    watch = GpuMemory()
+    start = time.monotonic()
     try:
         subprocess.run([*QCONV, *map(str, arguments)], check=True)
     finally:
-        seconds = time.monotonic() - start
-        is_done.set()
-    return seconds, peak
+        seconds, peak = time.monotonic() - start, watch.peak_gb()
+    return seconds, peak or 0.0
 
 
 def bare(model: Any, ids_TS: Tensor, batch: int = 8) -> float:

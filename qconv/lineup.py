@@ -29,7 +29,7 @@ CONTROL_SHARE = 10  # one row in so many runs through the controls, unless a gat
 LEAST_CONTROL_ROWS = 4
 LEAST_FLOOR_ROWS = 2
 TOKENS_PER_BATCH = 4096  # the activations of one batch are what a forward pass needs most
-LARGE_GPU_TOKENS, LARGE_GPU_BYTES = 6144, 32_000_000_000  # a fast one waits for the interpreter if it gets less
+LARGE_GPU_TOKENS, LARGE_GPU_BYTES = 8192, 32_000_000_000  # a fast one waits for the interpreter if it gets less
 _KEPT_BYTES = 2_000_000_000  # models this small stay in memory between passes
 
 

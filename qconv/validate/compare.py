@@ -121,7 +121,8 @@ class _Runner:
 
     def step(self, index: int) -> None:
         block = self.entrant.model.load_block(index)
-        self.hidden = [self.entrant.model.run_block(index, block, h_BSH) for h_BSH in self.hidden]
+        for place, h_BSH in enumerate(self.hidden):  # one by one, so that the batches before are free
+            self.hidden[place] = self.entrant.model.run_block(index, block, h_BSH)
 
     def keep(self, num_rows: int) -> None:
         """Frees the hidden states of later rows."""
