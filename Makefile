@@ -35,7 +35,7 @@ $(VENV)/.test: $(STAMP) constraints-test.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement constraints-test.txt
 	@touch $@
 
-test-engines: $(STAMP) .venv-vllm/.complete .venv-gptqmodel/.complete .venv-llama-cpp/.complete  ## other engines read our artifacts (an hour, 6 GB); writes docs/targets.md
+test-engines: $(VENV)/.test .venv-vllm/.complete .venv-gptqmodel/.complete .venv-llama-cpp/.complete .venv-openvino/.complete  ## other engines read our artifacts (an hour, 6 GB); writes docs/targets.md
 	$(BIN)/python -m scripts.engines.check
 
 peers: $(STAMP) .venv-llm-compressor/.complete .venv-gptqmodel/.complete .venv-auto-round/.complete  ## environments for benchmarks/quality.py --peers (6 GB)
@@ -48,9 +48,9 @@ peers: $(STAMP) .venv-llm-compressor/.complete .venv-gptqmodel/.complete .venv-a
 	@touch $@
 
 # Without torch; --no-binary, since llama.cpp is compiled for the machine that it runs on.
-.venv-llama-cpp/.complete: constraints-llama-cpp.txt
-	test -x .venv-llama-cpp/bin/python || $(PYTHON) -m venv .venv-llama-cpp
-	.venv-llama-cpp/bin/python -m pip install --quiet --no-deps --no-binary llama-cpp-python --requirement $<
+.venv-llama-cpp/.complete .venv-openvino/.complete: .venv-%/.complete: constraints-%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --no-deps --no-binary llama-cpp-python --requirement $<
 	@touch $@
 
 check:  ## format, lint, types, import layers, tests

@@ -76,7 +76,7 @@ def _gguf(kind: str, bits: int) -> Target:
     )
 
 
-ONNX_READERS = "ONNX Runtime GenAI, ONNX Runtime"
+ONNX_READERS = "ONNX Runtime GenAI, ONNX Runtime, OpenVINO"
 ONNX_BLOCKS = (128, 64, 32, 16)  # block sizes that MatMulNBits has and models' widths are multiples of
 
 

@@ -19,12 +19,12 @@ from scripts.engines.page import Found, render
 from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_MADE, NOT_RUN, NOTES, readers_of
 
 ROOT = Path(__file__).parents[1]
-OURS = Reading(logprobs=[-1.0, -2.0, -3.0, -4.0], text="and went in")
+OURS = Reading(logprobs=[-1.0, -2.0, -3.0, -4.0], text="and went in", tokens=(7, 8, 9), gaps=(2.0, 0.01, 1.0))
 
 
-def reading(offset: float, text: str = "and went in") -> Reading:
+def reading(offset: float, text: str = "and went in", tokens: tuple[int, ...] = (7, 8, 9)) -> Reading:
     """Every token less probable by a factor of e**-offset, so the perplexity is e**offset times ours."""
-    return Reading(logprobs=[logprob - offset for logprob in OURS.logprobs], text=text)
+    return Reading(logprobs=[logprob - offset for logprob in OURS.logprobs], text=text, tokens=tokens)
 
 
 def check(theirs: Reading, required: bool = True, ours: Reading = OURS, artifact: str = "gptq") -> Check:
@@ -62,12 +62,29 @@ def test_what_is_read_must_agree_also_where_a_refusal_is_allowed(required: bool)
     assert check(reading(0), required).failure is None
 
 
-def test_where_both_compute_alike_the_text_must_be_the_same() -> None:
-    other = Check(artifact="gguf-f32", engine="llama.cpp", ours=OURS, theirs=reading(0, "and left"), required=True)
+@pytest.mark.parametrize(
+    ("tokens", "place", "lead"),
+    [((6, 8, 9), 1, "2.000"), ((7, 8), 3, "1.000"), ((7, 8, 5), 3, "1.000"), ((), 1, "2.000")],
+)
+def test_where_both_compute_alike_tokens_part_only_where_the_best_logits_are_close(
+    tokens: tuple[int, ...], place: int, lead: str
+) -> None:
+    other = Check(artifact="gptq", engine="vLLM", ours=OURS, theirs=reading(0, "and left", tokens), required=True)
     assert other.failure is None
-    alike = dataclasses.replace(other, same_text=True)
-    assert alike.failure == "continues with 'and left', expected 'and went in'"
-    assert dataclasses.replace(alike, theirs=reading(0, " and went in")).failure is None
+    expected = "continues with 'and left', expected 'and went in': they part at token "
+    assert dataclasses.replace(other, close=0.5).failure == (
+        f"{expected}{place}, where our best logit leads by {lead}, more than 0.5"
+    )
+    assert dataclasses.replace(other, close=2.0).failure is None
+    close = dataclasses.replace(other, theirs=reading(0, "and left", (7, 3, 9)), close=0.01)
+    assert close.failure is None
+    assert "part at token 2, where our best logit leads by 0.010" in str(dataclasses.replace(close, close=0.0).failure)
+    assert dataclasses.replace(other, theirs=reading(0), close=0.0).failure is None
+
+
+def test_readers_say_their_tokens_and_how_clear_they_were() -> None:
+    answer = {"logprobs": [-1.0], "text": "a", "tokens": [1, 2], "gaps": [0.5, 0.25], "versions": {}, "seconds": 1}
+    assert Reading.of(answer) == Reading(logprobs=[-1.0], text="a", tokens=(1, 2), gaps=(0.5, 0.25))
 
 
 def test_a_refusal_fails_only_where_the_engine_is_known_to_read() -> None:
@@ -129,8 +146,15 @@ def test_the_plan_names_what_exists() -> None:
     for engine in ENGINES:
         assert (ROOT / "scripts" / "engines" / engine.reader).is_file()
         assert not set(engine.reads) & set(engine.tried)
-        of_artifacts = {*engine.reads, *engine.tried, *engine.without_onednn, *(name for name, _ in engine.notes)}
+        of_artifacts = {
+            *engine.reads,
+            *engine.tried,
+            *engine.without_onednn,
+            *engine.settings,
+            *(name for name, _ in engine.notes),
+        }
         assert of_artifacts <= set(ARTIFACTS)
+        assert set(engine.close) <= {*engine.reads, *engine.tried}
         if engine.environment is not None:
             assert (ROOT / f"constraints-{engine.environment.removeprefix('.venv-')}.txt").is_file()
     assert set(NOTES) <= set(ARTIFACTS)

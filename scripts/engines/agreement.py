@@ -18,11 +18,15 @@ class Reading:
     Attributes:
         logprobs: natural logarithm of the probability of each scored token, in order; empty when it was refused.
         text: greedy continuation of the prompt.
+        tokens: of the text.
+        gaps: by how much the best logit led the second, token by token; empty where the reader does not see logits.
         refusal: the engine's own words when it did not read the artifact, or None.
     """
 
     logprobs: list[float]
     text: str = ""
+    tokens: tuple[int, ...] = ()
+    gaps: tuple[float, ...] = ()
     refusal: str | None = None
 
     @property
@@ -32,7 +36,13 @@ class Reading:
     @staticmethod
     def of(answer: dict[str, Any]) -> Reading:
         """From a reader's answer (see `exchange`)."""
-        return Reading(logprobs=answer.get("logprobs", []), text=answer.get("text", ""), refusal=answer.get("refusal"))
+        return Reading(
+            logprobs=answer.get("logprobs", []),
+            text=answer.get("text", ""),
+            tokens=tuple(answer.get("tokens", ())),
+            gaps=tuple(answer.get("gaps", ())),
+            refusal=answer.get("refusal"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +51,8 @@ class Check:
 
     Attributes:
         required: the engine is known to read this artifact here, so a refusal is a failure, too.
-        same_text: nothing rounds differently enough for another greedy continuation, so one is a failure, too.
+        close: greedy tokens must be the same up to a place where our best logit leads by no more than this; None: where
+            something rounds differently, another continuation is no failure.
     """
 
     artifact: str
@@ -49,7 +60,7 @@ class Check:
     ours: Reading
     theirs: Reading
     required: bool
-    same_text: bool = False
+    close: float | None = None
 
     @property
     def difference(self) -> float:
@@ -75,6 +86,15 @@ class Check:
         return math.fsum(abs(ours - theirs) for ours, theirs in pairs) / len(self.ours.logprobs)
 
     @property
+    def parted(self) -> int | None:
+        """The first place where the greedy tokens differ, or None."""
+        if self.ours.tokens == self.theirs.tokens:
+            return None
+        pairs = enumerate(zip(self.ours.tokens, self.theirs.tokens, strict=False))
+        shorter = min(len(self.ours.tokens), len(self.theirs.tokens))
+        return next((place for place, (ours, theirs) in pairs if ours != theirs), shorter)
+
+    @property
     def failure(self) -> str | None:
         """Why this check does not pass, or None."""
         if self.ours.refusal is not None:
@@ -86,6 +106,10 @@ class Check:
         # Written so that NaN fails.
         if not abs(self.difference) <= LIMIT:
             return f"the perplexity is off by {self.difference:+.2%}, more than {LIMIT:.1%}"
-        if self.same_text and self.theirs.text.strip() != self.ours.text.strip():
-            return f"continues with {self.theirs.text!r}, expected {self.ours.text!r}"
+        place = self.parted
+        if self.close is not None and place is not None and not self.ours.gaps[place] <= self.close:
+            return (
+                f"continues with {self.theirs.text!r}, expected {self.ours.text!r}: they part at token {place + 1}, "
+                f"where our best logit leads by {self.ours.gaps[place]:.3f}, more than {self.close}"
+            )
         return None

@@ -26,7 +26,8 @@ from scripts.engines.agreement import Check, Reading
 from scripts.engines.page import Found, render
 from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_RUN, Engine
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 TOKENS = 512
 PROMPT, NEW_TOKENS = "When the rain stopped, the old man opened the door and", 32
 LIMIT_SECONDS = 1800
@@ -100,6 +101,7 @@ class Run:
     def start(self, python: Path, script: str, asked: Path, answered: Path, log: Path) -> None:
         # An engine's environment is its own: nothing of the one that this runs in.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        environment["PYTHONPATH"] = str(ROOT)  # this checkout, wherever the run was started
         command = [str(python), str(HERE / script), str(asked), str(answered)]
         with log.open("w") as stream:
             subprocess.run(command, stdout=stream, stderr=stream, timeout=LIMIT_SECONDS, env=environment)
@@ -116,7 +118,10 @@ def held_out_rows(folder: Path, num_rows: int) -> list[list[int]]:
 def digest(folder: Path) -> str:
     """SHA-256 of the weights, file by file."""
     result = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
+    weights = [
+        path for pattern in ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data") for path in folder.glob(pattern)
+    ]
+    for path in sorted(weights):
         result.update(path.read_bytes())
     return result.hexdigest()
 
@@ -134,7 +139,8 @@ def check_all(run: Run, names: Sequence[str], pythons: Mapping[str, Path]) -> li
             if name not in engine.reads + engine.tried:
                 continue
             request["onednn"] = name not in engine.without_onednn
-            theirs = run.read(engine.name, engine.key, engine.reader, pythons[engine.key], request)
+            own = {"settings": engine.settings[name]} if name in engine.settings else {}
+            theirs = run.read(engine.name, engine.key, engine.reader, pythons[engine.key], request | own)
             checks.append(
                 Check(
                     artifact=name,
@@ -142,7 +148,7 @@ def check_all(run: Run, names: Sequence[str], pythons: Mapping[str, Path]) -> li
                     ours=ours,
                     theirs=theirs,
                     required=name in engine.reads,
-                    same_text=ARTIFACTS[name].same_text,
+                    close=engine.close.get(name),
                 )
             )
     return checks

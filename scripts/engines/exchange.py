@@ -1,10 +1,13 @@
 """How a reader in an environment of its own is asked and answers: two JSON files, and nothing but the standard library.
 
 A request has ``folder`` (the artifact), ``sha256`` (of its weights, so that no reading outlives them), ``rows`` (token
-ids to score, a list of lists), ``prompt``, ``new_tokens`` and ``onednn`` (False: PyTorch's matrix products without
-oneDNN). An answer has ``logprobs`` (natural logarithm of the probability of each token after the first, row by row),
-``text`` (greedy), ``versions`` (of those of the reader's packages that are there) and ``seconds``; or ``refusal``, what
-the engine said.
+ids to score, a list of lists), ``prompt``, ``new_tokens``, ``onednn`` (False: PyTorch's matrix products without
+oneDNN) and, where an artifact needs any, ``settings`` (environment variables).
+
+An answer has ``logprobs`` (natural logarithm of the probability of each token after the first, row by row), ``text``
+and ``tokens`` (of a greedy continuation, up to what ends it), where the reader sees them ``gaps`` (by how much the best
+logit led, token by token), ``versions`` (of those of the reader's packages that are there) and ``seconds``; or
+``refusal``, what the engine said.
 """
 
 from __future__ import annotations

@@ -18,16 +18,26 @@ def score(model: Any, rows: list[list[int]]) -> list[float]:
     return logprobs
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """Greedy, without what a ``generation_config.json`` may add."""
+def generate(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> dict[str, Any]:
+    """Greedy, without what a ``generation_config.json`` may add: text, tokens and how clear each of them was."""
     import torch
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():
-        ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    text: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+        made = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    tokens = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    best_TV = torch.cat(made.logits).float().topk(2).values
+    return {
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "tokens": [token for token in tokens if token != tokenizer.eos_token_id],
+        "gaps": (best_TV[:, 0] - best_TV[:, 1]).tolist(),
+    }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qconv.targets import TARGETS
 from scripts.engines.agreement import LIMIT, Check
-from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_MADE, NOTES, readers_of
+from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_MADE, NOTES, Engine, readers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,18 @@ def _texts(prompt: str, checks: Sequence[Check]) -> str:
         f"| `{check.artifact}` | {check.engine} | {_cell(check.theirs.text)} | {_same(check)} |" for check in checks
     ]
     header = "| artifact | engine | greedy continuation | qconv's reading |"
-    return "\n".join([f"After *{prompt}*:", "", header, "|---|---|---|---|", *rows])
+    explanation = """\
+What rounds otherwise continues otherwise sooner or later. Where an engine computes as qconv does, tokens must be the
+same, up to a place where qconv's best logit leads the second by no more than"""
+    rule = [f"- {engine.name}: {_leads(engine)}" for engine in ENGINES if engine.close]
+    return "\n".join([f"After *{prompt}*:", "", header, "|---|---|---|---|", *rows, "", explanation, "", *rule])
+
+
+def _leads(engine: Engine) -> str:
+    artifacts: dict[float, list[str]] = {}
+    for name, lead in engine.close.items():
+        artifacts.setdefault(lead, []).append(f"`{name}`")
+    return "; ".join(f"{lead:g} ({', '.join(names)})" for lead, names in artifacts.items())
 
 
 def _same(check: Check) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from qconv.targets import Target
 
@@ -18,19 +19,17 @@ class Artifact:
         target: of `qconv.targets.TARGETS`, or None for plain weights.
         arguments: of qconv, with ``{base}`` and ``{adapter}`` to fill in.
         rows: of 512 tokens to score; more where single tokens differ more.
-        same_text: engine and qconv compute in float32, so the greedy continuation must be the same, too.
     """
 
     target: str | None
     arguments: str
     rows: int = 8
-    same_text: bool = False
 
 
-def _merged(target: str, options: str = _CALIBRATED, rows: int = 8, same_text: bool = False) -> Artifact:
+def _merged(target: str, options: str = _CALIBRATED, rows: int = 8) -> Artifact:
     """SmolLM2-135M with the adapter in it, to a target."""
     arguments = f"merge {{base}} {{adapter}} --requant {target} {options}"
-    return Artifact(target=target, arguments=arguments, rows=rows, same_text=same_text)
+    return Artifact(target=target, arguments=arguments, rows=rows)
 
 
 ARTIFACTS = {
@@ -64,13 +63,20 @@ ARTIFACTS = {
     "gguf-q5_1": _merged("gguf-q5_1", ""),
     "gguf-f16": _merged("gguf-f16", ""),
     "gguf-bf16": _merged("gguf-bf16", ""),
-    "gguf-f32": _merged("gguf-f32", "", same_text=True),
+    "gguf-f32": _merged("gguf-f32", ""),
+    "onnx": _merged("onnx", ""),
+    "onnx-fp16": _merged("onnx", "--dtype fp16"),
+    "onnx-int4": _merged("onnx-int4", rows=32),
+    "onnx-int8": _merged("onnx-int8", rows=32),
 }
 """By name, which is that of the artifact's folder, too."""
 
 _IN_16_BITS = ("w4a16", "w4a16-partly", "w8a16", "nvfp4a16", "mxfp4a16")
 _ROUNDING_INPUTS = ("int8", "int8-smoothed", "fp8", "fp8-block", "w4a8", "w4a8-fp8", "nvfp4", "mxfp4")
 _GGUF = tuple(name for name in ARTIFACTS if name.startswith("gguf-"))
+_ONNX = ("onnx", "onnx-int4", "onnx-int8")
+_IN_FLOAT32 = 0.001
+"""Lead of a best logit that two computations in float32 may disagree about: they differ by about 0.0001."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,10 @@ class Engine:
         stands_for: names of `Target.readers` that it answers for, where these are not its own name.
         note: what one has to know to repeat a reading.
         notes: the same for single artifacts.
+        close: artifacts whose greedy tokens must be the same, each with the lead of qconv's best logit up to which they
+            may part.
         without_onednn: artifacts for which PyTorch's matrix products have to do without oneDNN.
+        settings: artifacts that need environment variables of their own.
     """
 
     key: str
@@ -98,7 +107,9 @@ class Engine:
     tried: tuple[str, ...] = ()
     stands_for: tuple[str, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
+    close: Mapping[str, float] = field(default_factory=dict)
     without_onednn: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def answers_for(self) -> tuple[str, ...]:
@@ -113,7 +124,7 @@ ENGINES = (
         environment=".venv-vllm",
         reads=(
             *("bf16", "gptq", "gptq-v2", "awq", "w4a16", "w4a16-asym", "w4a16-partly"),
-            *("int8", "int8-smoothed", "fp8"),
+            *("int8", "int8-smoothed", "fp8", "w4a8"),
         ),
         tried=(
             *("w8a16", "fp8-static", "gptq-desc-act", "gptq-asym", "fp8-block", "nf4"),
@@ -131,9 +142,11 @@ ENGINES = (
             ("fp8-block", "vLLM needs AMX for it on a CPU."),
             (
                 "w4a8",
-                "not compared: under the settings above its CPU build leaves the inputs in 16 bits.",
+                "with `VLLM_CPU_INT4_W4A8=1`, on CPUs with AMX: only then do its 4-bit kernels round inputs as the "
+                "files say, to 8 bits, symmetric, for each token (largest magnitude / 127; compressed-tensors: 127.5).",
             ),
         ),
+        settings={"w4a8": {"VLLM_CPU_INT4_W4A8": "1"}},
         without_onednn=("fp8", "fp8-static"),
     ),
     Engine(
@@ -154,6 +167,7 @@ ENGINES = (
         stands_for=("transformers + compressed-tensors", "transformers + bitsandbytes"),
         note="the same with compressed-tensors, bitsandbytes and gguf in qconv's own environment; GGUF files with "
         "`gguf_file=` and in float32, as transformers decodes them while loading.",
+        close=dict.fromkeys(_GGUF, _IN_FLOAT32),
     ),
     Engine(
         key="llama-cpp",
@@ -163,6 +177,30 @@ ENGINES = (
         reads=_GGUF,
         note="llama-cpp-python, built from its source distribution, on a CPU; keys and values in float16 (the "
         "default). Inputs of weights in blocks are rounded to 8 bits there, and not in qconv's reading.",
+        close={"gguf-f32": 0.0},
+    ),
+    Engine(
+        key="onnxruntime",
+        name="ONNX Runtime",
+        reader="read_onnxruntime.py",
+        environment=None,
+        reads=(*_ONNX, "onnx-fp16"),
+        stands_for=("ONNX Runtime GenAI",),
+        note="the CPU provider, fed tokens and an empty cache; the text is that of ONNX Runtime GenAI. With codes it "
+        "rounds inputs of linears to 8 bits (`accuracy_level` 4), which is not in qconv's reading.",
+        close={"onnx": _IN_FLOAT32, "onnx-fp16": 0.1, "onnx-int4": 0.5, "onnx-int8": 0.5},
+    ),
+    Engine(
+        key="openvino",
+        name="OpenVINO",
+        reader="read_openvino.py",
+        environment=".venv-openvino",
+        reads=_ONNX,
+        tried=("onnx-fp16",),
+        note="its own reader of ONNX files, on a CPU, with `INFERENCE_PRECISION_HINT=f32` and "
+        "`DYNAMIC_QUANTIZATION_GROUP_SIZE=0`: by default it computes in bfloat16 on CPUs with AMX, and rounds inputs "
+        "of 4-bit and 8-bit weights.",
+        close=dict.fromkeys(_ONNX, _IN_FLOAT32),
     ),
 )
 
@@ -179,12 +217,8 @@ NOT_RUN = {
 }
 """Readers that this leaves out, and why: among them all that `Target.readers` names and `ENGINES` has not."""
 
-_ONNX = "no reader of its own here yet; qconv runs every graph in ONNX Runtime before it appears, and `make test` does."
 NOT_MADE = {
     "gpt-oss-mxfp4": "for gpt-oss alone; `make test` loads it with transformers, from random weights.",
-    "onnx": _ONNX,
-    "onnx-int4": _ONNX,
-    "onnx-int8": _ONNX,
 }
 """Targets that have no artifact, and why."""
 

@@ -28,7 +28,7 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
         verbose=False,
     )
     logprobs = [value for row in request["rows"] for value in score(model, row)]
-    return {"logprobs": logprobs, "text": generate(model, request["prompt"], request["new_tokens"])}
+    return {"logprobs": logprobs, **generate(model, request["prompt"], request["new_tokens"])}
 
 
 def score(model: Any, row: list[int]) -> list[float]:
@@ -44,7 +44,7 @@ def score(model: Any, row: list[int]) -> list[float]:
     return chosen
 
 
-def generate(model: Any, prompt: str, new_tokens: int) -> str:
+def generate(model: Any, prompt: str, new_tokens: int) -> dict[str, Any]:
     """Greedy, from tokens that llama.cpp makes of the prompt with the tokenizer inside the file."""
     import numpy as np
 
@@ -59,7 +59,7 @@ def generate(model: Any, prompt: str, new_tokens: int) -> str:
         made.append(token)
         model.eval([token])
     text: bytes = model.detokenize(made, prev_tokens=tokens)
-    return text.decode(errors="replace")
+    return {"text": text.decode(errors="replace"), "tokens": made}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     model = runner.whole()
     return {
         "logprobs": score(model, request["rows"]),
-        "text": generate(model, load_tokenizer(folder), request["prompt"], request["new_tokens"]),
+        **generate(model, load_tokenizer(folder), request["prompt"], request["new_tokens"]),
     }
 
 

@@ -21,7 +21,7 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     model.eval()
     return {
         "logprobs": score(model, request["rows"]),
-        "text": generate(model, tokenizer, request["prompt"], request["new_tokens"]),
+        **generate(model, tokenizer, request["prompt"], request["new_tokens"]),
     }
 
 

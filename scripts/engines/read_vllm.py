@@ -17,7 +17,7 @@ SETTINGS = {
 
 
 def read(request: dict[str, Any]) -> dict[str, Any]:
-    os.environ.update(SETTINGS)
+    os.environ.update(SETTINGS | request.get("settings", {}))
     import torch
     from vllm import LLM, SamplingParams
 
@@ -41,7 +41,9 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
         for token, logprob in list(zip(row, output.prompt_logprobs, strict=True))[1:]
     ]
     said = engine.generate([request["prompt"]], SamplingParams(temperature=0, max_tokens=request["new_tokens"]))
-    return {"logprobs": logprobs, "text": said[0].outputs[0].text}
+    made = said[0].outputs[0]
+    eos = engine.get_tokenizer().eos_token_id
+    return {"logprobs": logprobs, "text": made.text, "tokens": [token for token in made.token_ids if token != eos]}
 
 
 if __name__ == "__main__":
