@@ -302,7 +302,7 @@ def _input_quantization(view: DequantizedCheckpoint) -> Decorate | None:
     def decorate(prefix: str, block: nn.Module) -> None:
         for name, linear in block_linears(block).items():
             scheme = schemes.get(prefix + name)
-            if scheme is not None:
+            if scheme is not None and not linear.weight.is_meta:  # each block is a copy of one on the meta device
                 linear.register_forward_pre_hook(rounding(prefix + name, scheme))
 
     return decorate if schemes else None

@@ -206,6 +206,26 @@ def test_transformers_computes_our_logits(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
+def test_inputs_are_rounded_once(quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice is not the same where a group's scale is one of float8's subnormal numbers: its largest may become a 4."""
+    candidate = Candidate.of(open_checkpoint(quantized("nvfp4", "rtn")))
+    rounded: list[str] = []
+
+    def spy(x: Tensor, scheme: Scheme, scale: float, name: str) -> Tensor:
+        rounded.append(name)
+        return x
+
+    monkeypatch.setattr("qconv.runners.fake_quantize_fp4", spy)
+    model, _ = candidate_model(candidate, candidate.view, "cpu", False, "qconv")
+    ids = torch.arange(8)[None]
+    for times in (1, 2):
+        run_streamed(model, [ids])
+        assert sorted(rounded) == sorted(times * candidate.view.quantized_modules)
+    with torch.no_grad():
+        model.whole()(ids)
+    assert sorted(rounded) == sorted(3 * candidate.view.quantized_modules)
+
+
 @pytest.mark.parametrize("algorithm", ["gptq", "awq", "awq+gptq"])
 def test_calibration_beats_rounding(quantized: Callable[..., Path], algorithm: str) -> None:
     def kl(algorithm: str) -> float:
