@@ -44,16 +44,16 @@ ARTIFACTS = {
     "w4a16-partly": _merged("w4a16", f"--algorithm awq+gptq --ignore '*.layers.0.*' {_CALIBRATED}"),
     "w8a16": _merged("w8a16"),
     "int8": _merged("int8", "--algorithm int8", rows=48),
-    "int8-smoothed": _merged("int8", rows=48),
+    "int8-smoothed": _merged("int8", rows=24),
     "fp8": _merged("fp8", "", rows=16),
     "fp8-static": _merged("fp8", f"--activations static {_CALIBRATED}", rows=16),
     # Blocks of 128 divide no layer of SmolLM2, whose width is 576.
     "fp8-block": Artifact(target="fp8-block", arguments="quantize tests/data/tiny-llama --to fp8-block"),
     "w4a8": _merged("w4a8", rows=48),
-    "w4a8-fp8": _merged("w4a8-fp8", rows=48),
-    "nvfp4": _merged("nvfp4", rows=48),
+    "w4a8-fp8": _merged("w4a8-fp8"),
+    "nvfp4": _merged("nvfp4"),
     "nvfp4a16": _merged("nvfp4a16", "--algorithm rtn"),
-    "mxfp4": _merged("mxfp4", rows=48),
+    "mxfp4": _merged("mxfp4"),
     "mxfp4a16": _merged("mxfp4a16", "--algorithm rtn"),
     "nf4": _merged("nf4", ""),
     "gguf-q4_0": _merged("gguf-q4_0"),
@@ -66,8 +66,8 @@ ARTIFACTS = {
     "gguf-f32": _merged("gguf-f32", ""),
     "onnx": _merged("onnx", ""),
     "onnx-fp16": _merged("onnx", "--dtype fp16"),
-    "onnx-int4": _merged("onnx-int4", rows=32),
-    "onnx-int8": _merged("onnx-int8", rows=32),
+    "onnx-int4": _merged("onnx-int4", rows=16),
+    "onnx-int8": _merged("onnx-int8", rows=16),
 }
 """By name, which is that of the artifact's folder, too."""
 
