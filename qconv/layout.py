@@ -63,9 +63,9 @@ class Layout:
     onnx: OnnxPlan | None = None
 
     @property
-    def handed_over(self) -> torch.dtype:
-        """The dtype that unquantized tensors are handed over in; those of a GGUF file get theirs at the end."""
-        return self.storage if self.gguf is None else torch.float32
+    def handed_over(self) -> torch.dtype | None:
+        """The dtype that unquantized tensors are handed over in; None: as they come, to be rounded in a GGUF file."""
+        return self.storage if self.gguf is None else None
 
     @property
     def built_bytes(self) -> int:

@@ -39,9 +39,9 @@ def is_plain_float(dtype: torch.dtype) -> bool:
 
 
 def write_plain(
-    writer: TensorWriter, view: Checkpoint, storage: torch.dtype, names: Iterable[str], device: str
+    writer: TensorWriter, view: Checkpoint, storage: torch.dtype | None, names: Iterable[str], device: str
 ) -> None:
-    """Writes named tensors of the view; see the module's text.
+    """Writes named tensors of the view, rounded to ``storage`` or, without one, as they come; see the module's text.
 
     Raises:
         NumericsError: a value overflows the storage dtype or is not finite.
@@ -54,7 +54,7 @@ def write_plain(
 
 
 def _write_from_gpu(
-    writer: TensorWriter, view: Checkpoint, storage: torch.dtype, names: Iterable[str], device: str
+    writer: TensorWriter, view: Checkpoint, storage: torch.dtype | None, names: Iterable[str], device: str
 ) -> None:
     """Waits for no tensor: whether all values were finite is looked at in the end, before anything is kept."""
     is_finite: dict[str, Tensor] = {}
@@ -70,7 +70,9 @@ def _write_from_gpu(
                 to_storage(view, name, view.read(name, device), storage)
 
 
-def _write_from_threads(writer: TensorWriter, view: Checkpoint, storage: torch.dtype, names: Iterable[str]) -> None:
+def _write_from_threads(
+    writer: TensorWriter, view: Checkpoint, storage: torch.dtype | None, names: Iterable[str]
+) -> None:
     """Several tensors at a time, within a bound of memory."""
     threads = torch.get_num_threads()
     workers = min(MAX_WORKERS, threads)
@@ -112,8 +114,8 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def to_storage(view: Checkpoint, name: str, tensor: Tensor, storage: torch.dtype) -> Tensor:
-    """One rounding of a tensor to the storage dtype; ``view`` and ``name`` say in messages where it is from.
+def to_storage(view: Checkpoint, name: str, tensor: Tensor, storage: torch.dtype | None) -> Tensor:
+    """One rounding of a tensor to the storage dtype, if any; ``view`` and ``name`` say in messages where it is from.
 
     Raises:
         NumericsError: a value overflows the storage dtype or is not finite.
@@ -134,5 +136,6 @@ def to_storage(view: Checkpoint, name: str, tensor: Tensor, storage: torch.dtype
     return stored
 
 
-def _cast(name: str, tensor: Tensor, storage: torch.dtype) -> Tensor:
-    return tensor.to(storage) if is_plain_float(tensor.dtype) and not stays_float32(name) else tensor
+def _cast(name: str, tensor: Tensor, storage: torch.dtype | None) -> Tensor:
+    is_rounded = storage is not None and is_plain_float(tensor.dtype) and not stays_float32(name)
+    return tensor.to(storage) if is_rounded else tensor

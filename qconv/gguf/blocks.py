@@ -31,7 +31,6 @@ from qconv.finite import all_finite
 BLOCK = 32
 Kind = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 PLAIN_KINDS: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-ENCODED_AT_ONCE = 1 << 22  # elements; temporaries take about 40 bytes for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +88,11 @@ def encode(w: Tensor, kind: str, name: str) -> Tensor:
         stored = w.to(PLAIN_KINDS[kind])
         _check_finite(stored, w, kind, name)
         return stored
-    num_rows, num_columns = w.shape
-    out = torch.empty(num_rows, row_bytes(kind, num_columns, name), dtype=torch.uint8, device=w.device)
-    step = max(1, ENCODED_AT_ONCE // num_columns)
-    for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
-        codes, d, m = _choose(w[rows].float().reshape(-1, BLOCK), BLOCK_KINDS[kind])
-        for numbers in (d,) if m is None else (d, m):
-            _check_finite(numbers, w[rows], kind, name)
-        out[rows] = pack(codes, d, m, kind).view(-1, out.shape[1])
-    return out
+    num_bytes = row_bytes(kind, w.shape[1], name)
+    codes, d, m = _choose(w.float().reshape(-1, BLOCK), BLOCK_KINDS[kind])
+    for numbers in (d,) if m is None else (d, m):
+        _check_finite(numbers, w, kind, name)
+    return pack(codes, d, m, kind).view(-1, num_bytes)
 
 
 def _choose(w_B32: Tensor, kind: BlockKind) -> tuple[Tensor, Tensor, Tensor | None]:

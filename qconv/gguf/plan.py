@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from qconv.targets import gguf_file_name
 from qconv.types import Checkpoint, TensorSpec
 
 ALIGNMENT = 32
+ENCODED_AT_ONCE = 1 << 22  # elements; temporaries take about 40 bytes for each
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROUTERS = ("ffn_gate_inp.weight", VECTOR)
 _KIND_OF = {dtype: kind for kind, dtype in PLAIN_KINDS.items()}
@@ -38,6 +40,8 @@ class Files(Protocol):
     """Where tensors of a file are handed to."""
 
     def write(self, name: str, tensor: Tensor) -> None: ...
+
+    def write_part(self, name: str, begin: int, tensor: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +243,8 @@ def _kind_of(name: str, spec: TensorSpec, kind: str, is_quantized: bool, has_hea
 
 
 class GgufOutput:
-    """Takes tensors by their name in the model, and hands them on as they lie in the file.
+    """Takes tensors by their name in the model, and hands them on as they lie in the file, a few rows at a time: beside
+    a large tensor there is never another one of its size.
 
     Linears whose codes are chosen already come packed, as uint8 and with their kind behind the name.
     """
@@ -251,10 +256,15 @@ class GgufOutput:
         own = self._plan.tensors.get(name.removesuffix(f".{self._plan.kind}"))
         if own is None:  # a constant buffer, which llama.cpp computes itself
             return
-        if tensor.dtype != torch.uint8:
-            if own.added:
-                tensor = tensor.float() + own.added
-            tensor = encode(tensor.reshape(own.shape), own.kind, f"{self._plan.location}: {name}")
-        if own.heads is not None:
-            tensor = interleaved(tensor, own.heads).contiguous()
-        self._files.write(own.spec.name, tensor)
+        spec, is_packed = own.spec, tensor.dtype == torch.uint8
+        tensor = tensor.reshape(spec.shape if is_packed else own.shape)
+        num_rows, row_elements = tensor.shape[0], prod(spec.shape[1:])
+        order = None if own.heads is None else interleaved(torch.arange(num_rows, device=tensor.device), own.heads)
+        step = max(1, ENCODED_AT_ONCE // prod(own.shape[1:]))
+        for begin in range(0, num_rows, step):
+            rows = slice(begin, begin + step)
+            part = tensor[rows] if order is None else tensor[order[rows]]
+            if not is_packed:
+                part = part.float() + own.added if own.added else part
+                part = encode(part, own.kind, f"{self._plan.location}: {name}")
+            self._files.write_part(spec.name, begin * row_elements, part)
