@@ -30,7 +30,7 @@ from qconv.targets import gguf_file_name
 from qconv.types import Checkpoint, TensorSpec
 
 ALIGNMENT = 32
-ENCODED_AT_ONCE = 1 << 22  # elements; temporaries take about 40 bytes for each
+ENCODED_AT_ONCE = 1 << 20  # elements; temporaries take about 40 bytes for each
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROUTERS = ("ffn_gate_inp.weight", VECTOR)
 _KIND_OF = {dtype: kind for kind, dtype in PLAIN_KINDS.items()}
