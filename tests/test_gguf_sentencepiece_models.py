@@ -5,66 +5,28 @@ Oracle: SentencePiece's own tokens and scores. What is compared is what the file
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sentencepiece
 from gguf import GGUFReader
-from transformers import AutoTokenizer
 
 from qconv import corpus, pipeline
 from qconv.config import MergeJob, OutputConfig
 from qconv.quantization_config import QuantizationConfig
+from scripts.engines.vocabularies import STYLES, TEXTS, build
 from tests.conftest import TINY_LLAMA
 from tests.test_gguf import file_in
 
 BLANK = "\u2581"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # of llama.cpp and of sentencepiece_model.proto alike
-COMMON: dict[str, Any] = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "split_digits": True,
-    "allow_whitespace_only_pieces": True,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-}
-LLAMA_2 = COMMON | {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
-GEMMA = COMMON | {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "add_dummy_prefix": False}
-GEMMA |= {"eos_piece": "<eos>", "bos_piece": "<bos>"}
-STYLES = {
-    "llama-2": ("LlamaTokenizer", LLAMA_2),
-    "mistral": ("LlamaTokenizer", LLAMA_2 | {"control_symbols": ["[INST]", "[/INST]"]}),
-    "gemma": ("GemmaTokenizer", GEMMA | {"control_symbols": ["<start_of_turn>", "<end_of_turn>"]}),
-}
-TEXTS = (
-    "It's 2024, isn't it?  Two blanks, and\n\nnew\tlines.",
-    "def f(x):\n    return x+1  # 3.14159 — Ünïcödé 漢字 🙂",
-    "The the THE theatre of otherness",
-    "x",
-)
+NORMAL, BYTE = 1, 6  # kinds of tokens
 
 
 @pytest.fixture(scope="module", params=STYLES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A model folder with SentencePiece's file, as hubs have it, and no tokenizer.json."""
-    class_name, options = STYLES[request.param]
-    lines = [line for document in corpus.load_documents("default-prose")[:4] for line in document[:60_000].split("\n")]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=1500, num_threads=1, minloglevel=2, **options
-    )
     base = tmp_path_factory.mktemp(request.param) / "base"
-    shutil.copytree(TINY_LLAMA, base)
-    for file in base.glob("tokenizer*"):
-        file.unlink()
-    (base / "tokenizer.model").write_bytes(model.getvalue())
-    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": class_name}))
-    AutoTokenizer.from_pretrained(base).save_pretrained(base)  # as transformers converts it
+    build(request.param, TINY_LLAMA, base)
     return request.param, base
 
 

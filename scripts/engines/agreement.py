@@ -20,6 +20,7 @@ class Reading:
         text: greedy continuation of the prompt.
         tokens: of the text.
         gaps: by how much the best logit led the second, token by token; empty where the reader does not see logits.
+        ids: of the tokens of some texts, text by text.
         refusal: the engine's own words when it did not read the artifact, or None.
     """
 
@@ -27,6 +28,7 @@ class Reading:
     text: str = ""
     tokens: tuple[int, ...] = ()
     gaps: tuple[float, ...] = ()
+    ids: tuple[tuple[int, ...], ...] = ()
     refusal: str | None = None
 
     @property
@@ -41,6 +43,7 @@ class Reading:
             text=answer.get("text", ""),
             tokens=tuple(answer.get("tokens", ())),
             gaps=tuple(answer.get("gaps", ())),
+            ids=tuple(map(tuple, answer.get("ids", ()))),
             refusal=answer.get("refusal"),
         )
 
@@ -103,6 +106,8 @@ class Check:
             return f"refused: {self.theirs.refusal}" if self.required else None
         if len(self.theirs.logprobs) != len(self.ours.logprobs):
             return f"scored {len(self.theirs.logprobs)} tokens, expected {len(self.ours.logprobs)}"
+        if self.theirs.ids != self.ours.ids:
+            return f"makes the tokens {self.theirs.ids} of texts, expected {self.ours.ids}"
         # Written so that NaN fails.
         if not abs(self.difference) <= LIMIT:
             return f"the perplexity is off by {self.difference:+.2%}, more than {LIMIT:.1%}"

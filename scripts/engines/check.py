@@ -28,6 +28,7 @@ from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_RUN, Engine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"
 TOKENS = 512
 PROMPT, NEW_TOKENS = "When the rain stopped, the old man opened the door and", 32
 LIMIT_SECONDS = 1800
@@ -40,6 +41,7 @@ class Run:
     def __init__(self, out: Path, base: Path | None, adapter: Path | None, resume: bool):
         self.out, self.resume = out, resume
         self.base, self.adapter = base or out / "base-nf4", adapter or out / "adapter"
+        self.vocabularies = out / "vocabularies"
         self.commands: list[str] = []
         self.versions: dict[str, Mapping[str, str]] = {}
         self.started = time.monotonic()
@@ -48,19 +50,25 @@ class Run:
         print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
 
     def prepare(self) -> None:
-        """Base and adapter, unless they are there."""
+        """Base, adapter and vocabularies, unless they are there."""
         from qconv.demo_model import build_smollm2
         from qconv.progress import quiet_libraries
+        from scripts.engines.vocabularies import STYLES, build
 
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.base.exists():
             self.say(f"SmolLM2-135M-Instruct -> {self.base}")
             with quiet_libraries():
                 build_smollm2(self.base, quantized=True)
+        for style in STYLES:
+            if not (folder := self.vocabularies / style).exists():
+                build(style, TINY_LLAMA, folder)
         self.qconv("train", str(self.base), *TRAINING, "-o", str(self.adapter), made=self.adapter.exists())
 
     def artifact(self, name: str) -> Path:
-        arguments = ARTIFACTS[name].arguments.format(base=self.base, adapter=self.adapter)
+        arguments = ARTIFACTS[name].arguments.format(
+            base=self.base, adapter=self.adapter, vocabularies=self.vocabularies
+        )
         folder = self.out / name
         made = self.resume and folder.exists()
         self.qconv(*shlex.split(arguments), "--no-validate", "-o", str(folder), made=made)
@@ -127,6 +135,8 @@ def digest(folder: Path) -> str:
 
 
 def check_all(run: Run, names: Sequence[str], pythons: Mapping[str, Path]) -> list[Check]:
+    from scripts.engines.vocabularies import TEXTS
+
     run.prepare()
     checks = []
     for name in names:
@@ -134,6 +144,8 @@ def check_all(run: Run, names: Sequence[str], pythons: Mapping[str, Path]) -> li
         rows = held_out_rows(folder, ARTIFACTS[name].rows)
         request: dict[str, Any] = {"rows": rows, "prompt": PROMPT, "new_tokens": NEW_TOKENS, "onednn": True}
         request |= {"folder": str(folder), "sha256": digest(folder)}
+        if ARTIFACTS[name].texts:
+            request["texts"] = TEXTS
         ours = run.read("qconv", "qconv", "read_qconv.py", Path(sys.executable), request)
         for engine in ENGINES:
             if name not in engine.reads + engine.tried:

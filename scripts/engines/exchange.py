@@ -2,12 +2,12 @@
 
 A request has ``folder`` (the artifact), ``sha256`` (of its weights, so that no reading outlives them), ``rows`` (token
 ids to score, a list of lists), ``prompt``, ``new_tokens``, ``onednn`` (False: PyTorch's matrix products without
-oneDNN) and, where an artifact needs any, ``settings`` (environment variables).
+oneDNN) and, where an artifact needs any, ``settings`` (environment variables) and ``texts`` (to tokenize).
 
 An answer has ``logprobs`` (natural logarithm of the probability of each token after the first, row by row), ``text``
 and ``tokens`` (of a greedy continuation, up to what ends it), where the reader sees them ``gaps`` (by how much the best
-logit led, token by token), ``versions`` (of those of the reader's packages that are there) and ``seconds``; or
-``refusal``, what the engine said.
+logit led, token by token), ``ids`` (of the tokens of each of ``texts``, without what begins a text), ``versions`` (of
+those of the reader's packages that are there) and ``seconds``; or ``refusal``, what the engine said.
 """
 
 from __future__ import annotations

@@ -17,13 +17,15 @@ class Artifact:
 
     Attributes:
         target: of `qconv.targets.TARGETS`, or None for plain weights.
-        arguments: of qconv, with ``{base}`` and ``{adapter}`` to fill in.
+        arguments: of qconv, with ``{base}``, ``{adapter}`` and ``{vocabularies}`` to fill in.
         rows: of 512 tokens to score; more where single tokens differ more.
+        texts: tokenizers are asked for the tokens of `vocabularies.TEXTS`, too.
     """
 
     target: str | None
     arguments: str
     rows: int = 8
+    texts: bool = False
 
 
 def _merged(target: str, options: str = _CALIBRATED, rows: int = 8) -> Artifact:
@@ -50,7 +52,7 @@ ARTIFACTS = {
     # Blocks of 128 divide no layer of SmolLM2, whose width is 576.
     "fp8-block": Artifact(target="fp8-block", arguments="quantize tests/data/tiny-llama --to fp8-block"),
     "w4a8": _merged("w4a8", rows=48),
-    "w4a8-fp8": _merged("w4a8-fp8"),
+    "w4a8-fp8": _merged("w4a8-fp8", rows=48),
     "nvfp4": _merged("nvfp4"),
     "nvfp4a16": _merged("nvfp4a16", "--algorithm rtn"),
     "mxfp4": _merged("mxfp4"),
@@ -68,12 +70,19 @@ ARTIFACTS = {
     "onnx-fp16": _merged("onnx", "--dtype fp16"),
     "onnx-int4": _merged("onnx-int4", rows=16),
     "onnx-int8": _merged("onnx-int8", rows=16),
+    **{
+        f"vocabulary-{style}": Artifact(
+            target="gguf-f32", arguments=f"quantize {{vocabularies}}/{style} --to gguf-f32", texts=True
+        )
+        for style in ("llama-2", "mistral", "gemma")
+    },
 }
 """By name, which is that of the artifact's folder, too."""
 
 _IN_16_BITS = ("w4a16", "w4a16-partly", "w8a16", "nvfp4a16", "mxfp4a16")
 _ROUNDING_INPUTS = ("int8", "int8-smoothed", "fp8", "fp8-block", "w4a8", "w4a8-fp8", "nvfp4", "mxfp4")
 _GGUF = tuple(name for name in ARTIFACTS if name.startswith("gguf-"))
+_VOCABULARIES = tuple(name for name in ARTIFACTS if name.startswith("vocabulary-"))
 _ONNX = ("onnx", "onnx-int4", "onnx-int8")
 _IN_FLOAT32 = 0.001
 """Lead of a best logit that two computations in float32 may disagree about: they differ by about 0.0001."""
@@ -174,10 +183,10 @@ ENGINES = (
         name="llama.cpp",
         reader="read_llama_cpp.py",
         environment=".venv-llama-cpp",
-        reads=_GGUF,
+        reads=(*_GGUF, *_VOCABULARIES),
         note="llama-cpp-python, built from its source distribution, on a CPU; keys and values in float16 (the "
         "default). Inputs of weights in blocks are rounded to 8 bits there, and not in qconv's reading.",
-        close={"gguf-f32": 0.0},
+        close=dict.fromkeys(("gguf-f32", *_VOCABULARIES), 0.0),
     ),
     Engine(
         key="onnxruntime",
@@ -206,6 +215,9 @@ ENGINES = (
 
 NOTES = {
     "fp8-block": "the tests' four-layer Llama, as blocks of 128 divide no layer of SmolLM2, and without an adapter.",
+    "vocabulary-*": "the same Llama with small vocabularies that SentencePiece trained with the options of Llama 2, "
+    "Mistral and Gemma (`scripts/engines/vocabularies.py`); the engine must make the tokens that transformers makes of "
+    "some texts, too.",
 }
 """What one has to know of an artifact."""
 

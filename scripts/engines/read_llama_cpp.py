@@ -28,7 +28,11 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
         verbose=False,
     )
     logprobs = [value for row in request["rows"] for value in score(model, row)]
-    return {"logprobs": logprobs, **generate(model, request["prompt"], request["new_tokens"])}
+    return {
+        "logprobs": logprobs,
+        **generate(model, request["prompt"], request["new_tokens"]),
+        "ids": [model.tokenize(text.encode(), add_bos=False) for text in request.get("texts", [])],
+    }
 
 
 def score(model: Any, row: list[int]) -> list[float]:

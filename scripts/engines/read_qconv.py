@@ -17,10 +17,11 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     folder = Path(request["folder"])
     candidate = Candidate.of(open_checkpoint(folder))
     runner, _ = candidate_model(candidate, candidate.view, "cpu", False, "qconv")
-    model = runner.whole()
+    model, tokenizer = runner.whole(), load_tokenizer(folder)
     return {
         "logprobs": score(model, request["rows"]),
-        **generate(model, load_tokenizer(folder), request["prompt"], request["new_tokens"]),
+        **generate(model, tokenizer, request["prompt"], request["new_tokens"]),
+        "ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request.get("texts", [])],
     }
 
 
