@@ -21,6 +21,7 @@ from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.fp8_static import FP8_MAX, choose_input_scale, fake_quantize_static, quantize_per_tensor
 from qconv.quantize.sample import InputSample
 from qconv.runners import Candidate, candidate_model
+from qconv.skeleton import block_linears
 from qconv.types import Scheme
 from tests.cli_cases import stored_tensors
 from tests.test_streaming import run as run_streamed
@@ -144,3 +145,5 @@ def test_transformers_runs_the_model_that_was_validated(static_model: Path, tmp_
     (found,) = run_streamed(model, [ids])
     assert "rounded to float8" in how
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    hooks = {len(linear._forward_pre_hooks) for linear in block_linears(model.load_block(0)).values()}
+    assert hooks == {1}, "inputs are rounded once"
