@@ -75,6 +75,15 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None, has_ad
             f"{scheme.bits} bits: read by compressed-tensors since 0.18 (and transformers with it), by vLLM since "
             "summer 2026 on GPUs with its humming kernels, and not by SGLang or TGI"
         )
+    if quantization.kv_cache:
+        told = "engines are" if quantization.target == "fp8-block" else "vLLM keeps one unasked, other engines are"
+        notes.append(
+            f"FP8 cache: {told} told to keep one (--kv-cache-dtype, in the launch line of qconv pack); SGLang reads "
+            "the scales of compressed-tensors since autumn 2026 (pull request 35455); attention kernels that compute "
+            "in float8 (FlashAttention 3) round queries, too, which validation does not"
+        )
+        if quantization.target == "fp8-block":
+            notes.append("transformers knows no FP8 cache of such folders, and reports its scales as unexpected")
     if scheme.is_fp4 or (scheme.bits == 4 and scheme.rounds_activations):
         notes.append("vLLM has kernels for this on GPUs alone")
     if quantization.target == "w4a8-fp8" and scheme.group_size != 128:
@@ -194,6 +203,24 @@ def _describe_output(output: OutputConfig, layout: Layout, has_adapter: bool) ->
         yield from (f"note: {note}" for note in _notes(output.quantization, layout, has_adapter))
     size = sum(spec.num_bytes for spec in layout.specs)
     yield f"writing {size / 1e6:.0f} MB to {output.out}"
+
+
+def cache_line(scales: Mapping[str, tuple[float, float]]) -> str:
+    """Scales of keys and values, for the terminal."""
+    ranges = [
+        f"{what} {min(found):.3g} to {max(found):.3g}"
+        for what, found in zip(("keys", "values"), zip(*scales.values(), strict=True), strict=True)
+    ]
+    return f"FP8 cache, scales of {len(scales)} attentions: {', '.join(ranges)}"
+
+
+def cache_facts(scales: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """The same for the report, each attention with its own."""
+    return {
+        "dtype": "float8_e4m3fn",
+        "scales": "largest magnitude that calibration saw / 448; keys after rotary embedding",
+        "attentions": {name: {"keys": keys, "values": values} for name, (keys, values) in scales.items()},
+    }
 
 
 def subject(job: MergeJob, output: OutputConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from qconv.convert import FORMATS, GGML_FORMATS, FusedOutput, encode_linear
+from qconv.convert import FORMATS, GGML_FORMATS, FusedOutput, cache_specs, encode_linear
 from qconv.gguf import GgufOutput
 from qconv.layout import BNB_FORMATS, Layout, block_number, in_order
 from qconv.plain_tensors import TensorWriter, to_storage, write_plain
@@ -170,5 +170,8 @@ def _write_block(filling: Filling, view: Checkpoint, block: QuantizedBlock) -> N
         format_.check(linear, module, layout.storage)
         for key, tensor in format_.pack(linear, module, layout.storage).items():
             writer.write(key, tensor)
+    for attention, scales in block.cache_scales.items():
+        for spec, scale in zip(cache_specs(attention, layout.storage), scales, strict=True):
+            writer.write(spec.name, scale.to(spec.dtype))
     for name, tensor in block.plain.items():
         writer.write(name, to_storage(view, name, tensor, layout.handed_over))

@@ -192,7 +192,7 @@ def measure_cached(
 
     run_candidate(entrant, rows, visit, progress)
     summary = pair.summary()
-    facts = empty_facts(rows, config) | {"total": summary, "candidate": {"runs": runs}}
+    facts = empty_facts(rows, config) | {"total": summary, "candidate": {"runs": runs, **candidate.cache_facts()}}
     facts |= cache.header.get("controls", {})
     facts["evaluation"] = cache.header.get("evaluation", facts["evaluation"])
     facts["reference"] = {
@@ -207,7 +207,7 @@ def measure_cached(
         },
     }
     is_audited = reference is not None and candidate.adapter is None  # an unmerged adapter is not in the weights
-    facts["notes"] = _notes(cache, candidate, is_audited)
+    facts["notes"] = _notes(cache, candidate, is_audited) + candidate.cache_notes()
     tokenizer = corpus.load_tokenizer(candidate.source.folder)
     facts["worst_tokens"] = worst_tokens(pair, rows, tokenizer)
     result = CachedFidelity(

@@ -33,7 +33,7 @@ def merge_job(
     elif _given(options):
         raise errors.UsageError(
             "--algorithm, --bits, --group-size, --sym/--asym, --activations, --damping, --desc-act, --ignore, "
-            "--override, --budget, --budget-bits, --imatrix and --lm-head belong to --requant"
+            "--override, --budget, --budget-bits, --imatrix, --kv-cache and --lm-head belong to --requant"
         )
     return MergeJob(
         base=base,
@@ -123,7 +123,7 @@ class _Given:
 def _given(options: dict[str, Any]) -> list[_Given]:
     """The options of targets that were given; of those that may be repeated, each by itself."""
     found = []
-    for name in ("algorithm", "bits", "group_size", "activations", "damping"):
+    for name in ("algorithm", "bits", "group_size", "activations", "damping", "kv_cache"):
         if options[name] is not None:
             found.append(_Given(name, options[name], f"--{name.replace('_', '-')} {options[name]}"))
     if options["symmetric"] is not None:

@@ -173,6 +173,12 @@ quantize_options = options(
         help="gguf-f16, gguf-bf16, gguf-f32: write an importance matrix of the calibration text for llama-quantize.",
     ),
     click.option(
+        "--kv-cache",
+        type=Choice(["fp8"]),
+        help="fp8, fp8-block, int8, w4a16 and others (not gptq, awq): calibrated scales of keys and values, for "
+        "engines that keep them in float8.",
+    ),
+    click.option(
         "--damping", type=float, help="Algorithms with gptq: fraction of the mean Gram diagonal [default: 0.03]"
     ),
     click.option(

@@ -28,7 +28,7 @@ from qconv.estimate_memory import (
 from qconv.layout import BNB_FORMATS, Layout, block_number, config_dtype, in_order
 from qconv.plan import Plan
 from qconv.quantization_config import QuantizationConfig
-from qconv.quantize.memory import LIBRARIES, MemoryPlan, ModelShape, free_memory, plan_memory
+from qconv.quantize.memory import LIBRARIES, MemoryPlan, ModelShape, free_memory, is_shared_pass, plan_memory
 from qconv.sensitivity import split_rows
 from qconv.side_files import side_files, tokenizer_folder
 from qconv.size_budget import together
@@ -199,7 +199,8 @@ def _quantize_stage(making: _Making, pairs: Sequence[tuple[OutputConfig, Layout]
         blocks = max(1, round(weights / max(1, sum(n * k for n, k in shape.stacks))))
         tokens = rows * seq_len
         gathers = any("gram" in output.statistics for output in _in_blocks(making))
-        units["forward"] = blocks * tokens * (4.0 * shape.parameters + gathers * sum(k * k for k in shape.grams))
+        squares = gathers * sum(k * k for k in shape.grams)
+        units["forward"] = blocks * tokens * (2.0 * _passes(_in_blocks(making)) * shape.parameters + squares)
         for name, is_fp4 in (("gptq", False), ("gptq of floats", True)):
             solves = [output for output in _in_blocks(making) if output.solves and output.is_fp4 == is_fp4]
             if solves:
@@ -337,6 +338,12 @@ def _shape(making: _Making) -> ModelShape:
     model = StreamedModel(making.merged, "cpu", layout.storage)
     weights = frozenset().union(*(layout.quantized for layout in making.plan.layouts))
     return replace(ModelShape.of(model, weights), source_bytes=_largest_block(making)[1])
+
+
+def _passes(outputs: Sequence[QuantizationConfig]) -> int:
+    """Forward passes of a block over the calibration, at most: looking at keys and values ends at the attention."""
+    gathering, looking = any(output.statistics for output in outputs), sum(bool(o.kv_cache) for o in outputs)
+    return gathering + 1 + (looking if is_shared_pass(outputs) else 0)
 
 
 def _units(algorithm: str) -> list[str]:

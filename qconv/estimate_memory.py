@@ -26,6 +26,7 @@ from qconv.quantize.memory import (
     LIBRARIES,
     MemoryPlan,
     ModelShape,
+    advances_while_gathering,
     head_bytes,
     is_shared_pass,
     solving_order,
@@ -132,9 +133,11 @@ def quantizing(shape: ModelShape, num_rows: int, seq_len: int, outputs: Sequence
         "solve": {**held, **_solving(shape, outputs), "sampled inputs": samples},
         **_head(shape.head),
     }
-    if not is_shared_pass(outputs):
+    if not advances_while_gathering(outputs):
+        kept = {"block as read": shape.source_bytes, "Gram matrices": grams, "sampled inputs": samples}
         steps["advance"] = {
             **held,
+            **(kept if is_shared_pass(outputs) else {}),
             "codes": 2 * shape.parameters,
             "block in the compute dtype": running,
             "forward pass": max(forward, 8 * largest),

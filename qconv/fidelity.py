@@ -253,8 +253,8 @@ def _facts(comparison: Comparison, rows: TokenRows, config: ValidationConfig, li
     perplexity = next(iter(summaries.values()))["reference_perplexity"]
     return empty_facts(rows, config) | {
         "reference": {"runs": lineup.runs[REFERENCE], "perplexity": perplexity, "cache": None},
-        "candidate": {"runs": lineup.runs[CANDIDATE]} if lineup.candidate else None,
+        "candidate": {"runs": lineup.runs[CANDIDATE], **lineup.candidate.cache_facts()} if lineup.candidate else None,
         **summaries,
         "blocks": [block.as_dict() for block in comparison.blocks],
-        "notes": lineup.notes,
+        "notes": lineup.notes + (lineup.candidate.cache_notes() if lineup.candidate else []),
     }

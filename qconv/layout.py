@@ -6,14 +6,15 @@ tensors, so a scheme that does not fit a linear is refused before any work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qconv.convert import FORMATS, Bnb4bit, FusedPlan, meta_linear, mixed_config, plan_fused
+from qconv.convert import CACHE_SCHEME, FORMATS, Bnb4bit, FusedPlan, cache_specs, meta_linear, mixed_config, plan_fused
+from qconv.decoder_shape import DecoderShape
 from qconv.errors import CheckpointError, SchemeError
 from qconv.experts import stays_float32
 from qconv.gguf import GgufPlan, plan_gguf
@@ -22,7 +23,7 @@ from qconv.plain_tensors import is_plain_float
 from qconv.quantization_config import QuantizationConfig
 from qconv.selection import chosen_linears, kept_linears, schemes_of
 from qconv.size_budget import before_measuring, meta_quantized
-from qconv.skeleton import other_linears
+from qconv.skeleton import cached_attention_names, other_linears
 from qconv.targets import TARGETS
 from qconv.types import Checkpoint, Scheme, TensorSpec
 
@@ -48,6 +49,7 @@ class Layout:
         gguf: of a GGUF file, what lies in it under which name; ``specs`` are then those of the file.
         fused: of a family whose files hold experts fused, what lies where in them; ``specs`` likewise.
         onnx: what is built of the folder when it is written; all else here is then of the folder before.
+        cached: attentions whose keys and values get scales for an FP8 cache.
     """
 
     specs: list[TensorSpec]
@@ -61,6 +63,7 @@ class Layout:
     gguf: GgufPlan | None = None
     fused: FusedPlan | None = None
     onnx: OnnxPlan | None = None
+    cached: tuple[str, ...] = ()
 
     @property
     def handed_over(self) -> torch.dtype | None:
@@ -187,6 +190,7 @@ def _plan_quantized(
         format_.check_shapes(module, n, k, scheme)
         return format_.pack(meta_quantized(n, k, scheme, quantization.desc_act), module, storage)
 
+    cached = _cached_attentions(view) if quantization.kv_cache else []
     config["quantization_config"] = mixed_config(
         format_,
         default,
@@ -194,8 +198,10 @@ def _plan_quantized(
         other_linears(view, linears),
         quantization.desc_act,
     )
+    if cached:
+        config["quantization_config"]["kv_cache_scheme"] = dict(CACHE_SCHEME)
     return Layout(
-        specs=_specs(view, linears, storage, packed),
+        specs=_specs(view, linears, storage, packed, cached),
         storage=storage,
         quantized=frozenset(linears),
         scheme=default,
@@ -203,7 +209,24 @@ def _plan_quantized(
         format=format_.name,
         config=config,
         extra_files=format_.extra_files(config["quantization_config"]),
+        cached=tuple(cached),
     )
+
+
+def _cached_attentions(view: Checkpoint) -> list[str]:
+    """Raises `SchemeError` for a model whose engines keep something else than keys and values of heads."""
+    if DecoderShape.of(view.config, view.location).latent is not None:
+        raise SchemeError(
+            f"{view.location}: --kv-cache: keys and values are kept as one latent (MLA), for which no scale of "
+            "keys and none of values is defined; leave it out"
+        )
+    found = cached_attention_names(view)
+    if not found:
+        raise SchemeError(
+            f"{view.location}: --kv-cache: no attention of this family has projections of keys and values under the "
+            "names that compressed-tensors' readers give scales to (k_proj, v_proj, qkv_proj); leave it out"
+        )
+    return found
 
 
 def _plan_bnb(
@@ -266,10 +289,19 @@ def _specs(
     linears: Collection[str],
     storage: torch.dtype,
     packed: Callable[[str, int, int], Mapping[str, Tensor]],
+    cached: Iterable[str] = (),
 ) -> list[TensorSpec]:
-    """Of all output tensors in order; ``packed`` gives those of a linear in ``linears``, without data."""
+    """Of all output tensors in order; ``packed`` gives those of a linear in ``linears``, without data.
+
+    Scales of keys and values lie before the block that they are of.
+    """
     specs: list[TensorSpec] = []
+    scales: dict[int | None, list[str]] = {}
+    for attention in cached:
+        scales.setdefault(block_number(attention), []).append(attention)
     for name in in_order(view):
+        for attention in scales.pop(block_number(name), ()):
+            specs += cache_specs(attention, storage)
         spec = view.specs()[name]
         if name in linears:
             tensors = packed(name.removesuffix(".weight"), *spec.shape)

@@ -198,6 +198,12 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
         else:
             lineup.enter("base", streamed(views.base, None, None, device), controls)
             lineup.pair("base_without_adapter", REFERENCE, "base")
+    of_base = reference.stored.cache
+    if of_base.scales or of_base.why_not:
+        lineup.notes.append(
+            "the base announces a quantized cache of keys and values, or holds scales for one: training had none, and "
+            "neither has the reference"
+        )
     if reference.dampening is not None:
         lineup.notes.append(
             f"intruder dimensions were scaled by {reference.dampening.factor:g}: the reference is still the unmerged "

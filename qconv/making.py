@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qconv.account import cache_facts, cache_line
 from qconv.assemble import Filling
 from qconv.config import MergeJob, OutputConfig
 from qconv.convert import DequantizedCheckpoint
@@ -31,12 +32,14 @@ class Making(Filling):
     Attributes:
         counts: how often something was done that the report says.
         expert_tokens: by layer, how many calibration tokens chose each expert.
+        cache_scales: of keys and values, by attention.
         zero_moves: what moving zero points changed.
     """
 
     output: OutputConfig
     counts: Counter[str] = field(default_factory=Counter)
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
+    cache_scales: dict[str, tuple[float, float]] = field(default_factory=dict)
     zero_moves: ZeroMoves = field(default_factory=ZeroMoves)
 
     def write_beside(self, plan: Plan) -> None:
@@ -53,11 +56,14 @@ class Making(Filling):
         """Completes its tensors; gives what the report says of its making, the ONNX graph under ``onnx``."""
         self.writer.finish_tensors()
         built = export(self.writer.partial, self.layout, progress) if self.layout.onnx is not None else None
+        if self.cache_scales:
+            progress.say(f"{self.output.out}: {cache_line(self.cache_scales)}")
         if self.zero_moves.groups:
             progress.say(f"{self.output.out}: {self.zero_moves.line()}")
         return {
             "onnx": built,
             "calibration_tokens_of_experts": self.expert_tokens,
+            "key-value cache": self.cache_scales and cache_facts(self.cache_scales),
             "zero points": self.zero_moves.groups and self.zero_moves.facts(),
         }
 
@@ -85,6 +91,7 @@ def quantized_blocks(
             gpu_memory_limit=job.gpu_memory_limit,
             counts=making.counts,
             expert_tokens=making.expert_tokens,
+            cache_scales=making.cache_scales,
             kept=_kept_codes(plan.reference) if making.output.quantization.keeps_codes else None,
             zero_moves=making.zero_moves,
         )

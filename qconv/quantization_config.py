@@ -43,6 +43,8 @@ class QuantizationConfig:
         budget_bits: widths to choose from; empty = 4 and 8.
         imatrix: write llama.cpp's importance matrix beside the file, of the calibration text; for kinds without blocks,
             which llama-quantize makes K-quants of.
+        kv_cache: store calibrated scales for a cache of keys and values in float8, one of each for an attention; None =
+            none.
     """
 
     target: str
@@ -59,6 +61,7 @@ class QuantizationConfig:
     budget: float | None = None
     budget_bits: tuple[int, ...] = ()
     imatrix: bool = False
+    kv_cache: Literal["fp8"] | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -96,10 +99,19 @@ class QuantizationConfig:
             check_pattern(pattern)
         self._check_mixture()
         self._check_budget()
+        self._check_cache()
         if self.imatrix and self.target not in ("gguf-f16", "gguf-bf16", "gguf-f32"):
             raise UsageError(
                 "--imatrix is for llama-quantize, which starts from gguf-f16, gguf-bf16 or gguf-f32, got "
                 f"{self.target}; drop it"
+            )
+
+    def _check_cache(self) -> None:
+        if self.kv_cache is not None and not TARGETS[self.target].holds_cache_scales:
+            *holding, last = [name for name, target in TARGETS.items() if target.holds_cache_scales]
+            raise UsageError(
+                f"--kv-cache: no engine reads scales of keys and values from {self.target}; {', '.join(holding)} and "
+                f"{last} hold them"
             )
 
     def _check_damping(self) -> None:
@@ -240,8 +252,8 @@ class QuantizationConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """Codes are chosen by what linears are given."""
-        return bool(self.statistics)
+        """Codes are chosen by what linears are given, or scales by what attentions keep."""
+        return bool(self.statistics) or self.kv_cache is not None
 
     @property
     def needs_text(self) -> bool:

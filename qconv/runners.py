@@ -26,6 +26,7 @@ from qconv.onnx import LAYERS_NAME, OnnxCheckpoint, OnnxSession
 from qconv.quantize.fp4_inputs import fake_quantize_fp4
 from qconv.quantize.fp8_static import fake_quantize_static
 from qconv.quantize.int8 import fake_quantize_inputs
+from qconv.quantize.key_values import CacheRounding
 from qconv.side_files import tokenizer_files
 from qconv.skeleton import block_linears
 from qconv.stored_tensors import FileCheckpoint
@@ -141,6 +142,32 @@ class Candidate:
     def of(source: FileCheckpoint) -> Candidate:
         return Candidate(source=source, view=dequantize(source))
 
+    @cached_property
+    def rounding(self) -> CacheRounding | None:
+        """What the FP8 cache that the checkpoint announces does to keys and values; reads its scales."""
+        cached = self.view.cache.scales
+        if not cached:
+            return None
+        return CacheRounding(scales={attention: self.view.cache_scales(attention) for attention in cached})
+
+    def cache_facts(self) -> dict[str, Any]:
+        """For reports: how many keys and values, of all that were computed so far, its cache had no range for."""
+        if self.rounding is None or not self.rounding.clipped():
+            return {}
+        clipped = {what: {"clipped": share, "most_in": name} for what, (share, name) in self.rounding.clipped().items()}
+        return {"kv_cache": {"dtype": "float8_e4m3fn", **clipped}}
+
+    def cache_notes(self) -> list[str]:
+        """The same in words, and what of its cache was not computed."""
+        found = [] if self.view.cache.why_not is None else [f"the candidate: {self.view.cache.why_not}"]
+        for what, facts in self.cache_facts().get("kv_cache", {}).items():
+            if what != "dtype":
+                most = f", most in {facts['most_in']}" if facts["clipped"] else ""
+                found.append(
+                    f"{100 * facts['clipped']:.2g}% of the {what} were beyond the range of the FP8 cache{most}"
+                )
+        return found
+
 
 def reference_model(reference: Reference, base: Checkpoint, device: str, keep: bool) -> tuple[BlockModel, str]:
     """The reference and which implementation runs it, for the report.
@@ -237,7 +264,9 @@ def candidate_model(
     if inputs is not None:
         kinds = {s.input_words for s in _rounding_inputs(candidate.view).values()}
         how += f", inputs of quantized linears rounded to {' and '.join(sorted(kinds))} as engines do"
-    return streamed(view, candidate.adapter, inputs, device, keep), how
+    if candidate.rounding is not None:
+        how += ", keys and values rounded to float8 by the stored scales, as an FP8 cache keeps them"
+    return streamed(view, candidate.adapter, inputs, device, keep, candidate.rounding), how
 
 
 def runs_in_onnxruntime(candidate: Candidate, engine: str | None) -> bool:
@@ -260,10 +289,16 @@ def _onnx_model(candidate: Candidate, device: str) -> tuple[BlockModel, str]:
 
 
 def streamed(
-    view: Checkpoint, adapter: Adapter | None, inputs: Decorate | None, device: str, keep: bool = False
+    view: Checkpoint,
+    adapter: Adapter | None,
+    inputs: Decorate | None,
+    device: str,
+    keep: bool = False,
+    rounding: CacheRounding | None = None,
 ) -> StreamedModel:
     """A view run by qconv: the decoded weights, the adapter's branches beside them."""
     decorations = [] if inputs is None else [inputs]
+    decorations += [] if rounding is None else [rounding.decorate]
     dtype = config_dtype(view.config)
     if adapter is not None:
         if _resizes(view, adapter):  # whole tensors join the view, updates stay beside it

@@ -67,7 +67,8 @@ class Sensitivity:
 
 
 def measured_by(config: QuantizationConfig) -> QuantizationConfig:
-    """The same with an algorithm that folds no scales."""
+    """The same with an algorithm that folds no scales, and without looking at keys and values."""
+    config = replace(config, kv_cache=None)
     return config if config.folding is None else replace(config, algorithm="gptq")
 
 

@@ -38,7 +38,7 @@ class PackConfig:
         num_gpus: that the engine splits the model among.
         context: tokens of a sequence at most; None = the model's, at most `DEFAULT_CONTEXT`.
         concurrency: sequences at a time; None = `DEFAULT_CONCURRENCY`, or as many as the engine takes.
-        cache_dtype: of keys and values.
+        cache_dtype: of keys and values; float8 of a model that holds scales for it, too.
         gpu_memory: bytes of each GPU; None = not compared.
         name: that requests call the model; None = its folder's.
         port: that the engine listens on; None = its own.

@@ -27,6 +27,16 @@ Algorithm = Literal[
 _CODES: tuple[Algorithm, ...] = ("gptq", "awq+gptq", "awq", "rtn")  # choose codes for any grid
 
 
+CACHE_SCALE_FORMATS = (
+    "pack-quantized",
+    "float-quantized",
+    "int-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "fp8-block",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """One row of the table of outputs: an on-disk format and what may be put into it."""
@@ -50,6 +60,11 @@ class Target:
     def gguf_kind(self) -> str | None:
         """Of ggml's kinds of tensors, for a GGUF file."""
         return self.format.removeprefix("gguf-") if self.format.startswith("gguf-") else None
+
+    @property
+    def holds_cache_scales(self) -> bool:
+        """Whether engines read scales of an FP8 cache of keys and values from such a folder."""
+        return self.format in CACHE_SCALE_FORMATS
 
     @property
     def is_onnx(self) -> bool:

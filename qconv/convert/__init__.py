@@ -12,20 +12,25 @@ from qconv.convert.dequantize import COMPRESSED, FORMATS, DequantizedCheckpoint,
 from qconv.convert.format import Format
 from qconv.convert.fused_experts import FusedOutput, FusedPlan, is_fused, plan_fused, separate_experts
 from qconv.convert.ggml_blocks import GGML_FORMATS
+from qconv.convert.key_values import SCHEME as CACHE_SCHEME
+from qconv.convert.key_values import CacheReading, cache_specs
 from qconv.convert.mixed import mixed_config
 from qconv.convert.simulate import simulate_training_base
 
 __all__ = [
+    "CACHE_SCHEME",
     "COMPRESSED",
     "FORMATS",
     "GGML_FORMATS",
     "Bnb4bit",
     "BnbLinear",
     "BnbState",
+    "CacheReading",
     "DequantizedCheckpoint",
     "Format",
     "FusedOutput",
     "FusedPlan",
+    "cache_specs",
     "dequantize",
     "encode_linear",
     "is_fused",

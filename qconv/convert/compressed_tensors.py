@@ -327,8 +327,6 @@ def only_group(config: Mapping[str, Any], location: str) -> tuple[Mapping[str, A
             f"{location}: quantization_config: expected exactly one config group with weight arguments, "
             f"found {sorted(groups) if isinstance(groups, dict) else groups!r}"
         )
-    if config.get("kv_cache_scheme"):
-        raise CheckpointError(f"{location}: quantization_config: quantized key-value caches are not read")
     return group["weights"], group.get("input_activations")
 
 

@@ -25,6 +25,7 @@ from qconv.convert.ggml_blocks import GGML_FORMATS, GgmlBlocks
 from qconv.convert.gpt_oss import GptOssMxfp4
 from qconv.convert.gptq import Gptq
 from qconv.convert.int_quantized import IntQuantized
+from qconv.convert.key_values import CacheReading, read_cache, read_cache_scale
 from qconv.convert.matmul_nbits import MatMulNBits
 from qconv.convert.module_config import config_for, formats_of
 from qconv.errors import CheckpointError
@@ -90,6 +91,7 @@ class DequantizedCheckpoint:
         schemes: of the integer or float8 codes of each quantized module; of modules in bitsandbytes' 4 bits and in most
             kinds of ggml's blocks there is none.
         scheme: of the module with the fewest bits, the first of them; None where there are no schemes.
+        cache: scales of keys and values that engines keep in float8; its tensors are not among `specs`.
     """
 
     def __init__(self, source: Checkpoint):
@@ -102,6 +104,7 @@ class DequantizedCheckpoint:
         quantization = config.pop("quantization_config", None)
         self.config: Mapping[str, Any] = MappingProxyType(config)
         self._parts: dict[str, tuple[str, ...]] = {}  # logical weight -> stored tensors
+        self.cache = CacheReading()
         self.kind = self._detect(quantization)
         self.scheme = min(self.schemes.values(), key=lambda scheme: scheme.bits, default=None)
         self._specs = MappingProxyType(self._logical_specs())
@@ -185,6 +188,15 @@ class DequantizedCheckpoint:
         tensors = {name: self.source.read(name)} if name in self.source.specs() else {}
         return float(fmt.read_input_scale(tensors, module, self.location))
 
+    def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
+        """Of keys and of values, float32 ``[1]`` or ``[heads, 1, 1]``; of an attention in ``cache.scales``.
+
+        Raises:
+            CheckpointError: no such scale can be.
+        """
+        keys, values = (read_cache_scale(self.source, name) for name in self.cache.scales[attention])
+        return keys, values
+
     @property
     def has_tau(self) -> bool:
         """Whether weights were quantized with information calibration (IR-QLoRA)."""
@@ -213,6 +225,7 @@ class DequantizedCheckpoint:
             raise CheckpointError(f"{self.location}: quantized with {method!r}, which is not read; read are {READ}")
         assert isinstance(quantization, dict)
         self._find_modules(_formats_of(method, quantization, self.location), quantization)
+        self.cache = read_cache(self.source.specs(), quantization, self.location)
         return "+".join(dict.fromkeys(fmt.name for fmt in self._formats.values()))
 
     def _detect_bnb(self, packed: Mapping[str, str]) -> str:
@@ -285,6 +298,8 @@ class DequantizedCheckpoint:
         specs: dict[str, TensorSpec] = {}
         for name, spec in self.source.specs().items():
             weight = owner.get(name)
+            if name in self.cache.tensors:
+                continue
             if weight is None:
                 specs[name] = spec
             elif weight not in specs:

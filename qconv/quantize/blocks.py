@@ -9,6 +9,9 @@ FP8 need no activations.
 Where several requests are calibrated they share the statistics, and the activations are those of the
 unquantized blocks: one forward pass gives the statistics and the next block's input, and no output
 depends on what else is made beside it or in which order. What that costs is in docs/architecture.md.
+
+Keys and values, where an FP8 cache is wanted for them, are looked at in a pass with the weights as they will be stored:
+the one that makes the next block's input, or one that ends at the attention.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from qconv.quantize.few_tokens import tokens_of_experts, with_few_tokens
 from qconv.quantize.fold_block import FoldContext, Statistics, fold_scales
 from qconv.quantize.folds import Heads, folds_of
 from qconv.quantize.gather import gather
+from qconv.quantize.key_values import CacheRanges
 from qconv.quantize.memory import ModelShape, free_memory, plan_memory, solving_order
 from qconv.quantize.rtn import rtn
 from qconv.quantize.solve import solve
@@ -47,12 +51,14 @@ class QuantizedBlock:
         request: number of the request that it answers.
         linears: quantized weights by full tensor name.
         plain: the block's other tensors by full name: as read, or float32 where they took an AWQ scale.
+        cache_scales: of keys and values, ``[1]`` float32 each, by the full name of their attention.
     """
 
     index: int
     request: int
     linears: Mapping[str, QuantizedLinear]
     plain: Mapping[str, Tensor]
+    cache_scales: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,7 @@ class QuantizeRequest:
         storage: dtype in which unquantized tensors will be stored.
         model_type: as in config.json; selects the AWQ folds.
         counts: what happened.
+        cache_scales: is filled with those of keys and values, by the attention's full name.
         expert_tokens: is filled with the calibration tokens that chose each expert, by the module of a layer's experts.
         gpu_memory_limit: bytes that the process may take on a GPU; None = what is free there.
         kept: for an algorithm that keeps the base's codes, reads them by full name on a device; and what became of
@@ -82,6 +89,7 @@ class QuantizeRequest:
     gpu_memory_limit: int | None = None
     counts: Counter[str] = field(default_factory=Counter)
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
+    cache_scales: dict[str, tuple[float, float]] = field(default_factory=dict)
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     head: str | None = None
     kept: Callable[[str, str], QuantizedLinear] | None = None
@@ -182,19 +190,28 @@ def _quantize_block(
     statistics: dict[str, Statistics] = {}
     calibrated = [request for request in requests if request.config.needs_calibration]
     is_last = index + 1 == model.num_blocks
+    advances = len(calibrated) > 1 and not is_last
+    # Looking at keys and values takes the block's inputs once more: then they are replaced at the end.
+    advances_at_end = advances and any(request.config.kv_cache for request in requests)
     if hidden is not None:
         assert isinstance(model, StreamedModel)
         with TIMELINE.stage("gather"):
-            statistics = _gather(model, index, tensors, calibrated, hidden, advance=len(calibrated) > 1 and not is_last)
+            statistics = _gather(model, index, tensors, calibrated, hidden, advance=advances and not advances_at_end)
     # Until the last one, what was read and gathered has to stay.
     order = solving_order([request.config for request in requests])
     for number in order:
-        request, advancing = requests[number], None
-        if calibrated == [request] and not is_last:
-            advancing = hidden
-        shared = number != order[-1]
+        request = requests[number]
+        shared = number != order[-1] or advances_at_end
         own = (dict(tensors), dict(statistics)) if shared else (tensors, statistics)
-        yield _answer(model, index, number, request, *own, advancing, progress)
+        is_alone = calibrated == [request] and not is_last
+        yield _answer(model, index, number, request, *own, hidden, progress, advance=is_alone)
+    if advances_at_end:
+        assert isinstance(model, StreamedModel)
+        assert hidden is not None
+        with TIMELINE.stage("advance"):
+            block = model.build_block(index, tensors)
+            for number, h_BSH in hidden.each():
+                hidden.replace(number, model.run_block(index, block, h_BSH))
 
 
 def _gather(
@@ -207,8 +224,11 @@ def _gather(
     advance: bool,
 ) -> dict[str, Statistics]:
     prefix = model.block_prefix(index)
-    names = [name for name in tensors if any(prefix + name in request.weights for request in requests)]
     wanted = frozenset[Statistic]().union(*(request.config.statistics for request in requests))
+    if not (wanted or advance):
+        return {}
+    asking = [request for request in requests if request.config.statistics]
+    names = [name for name in tensors if any(prefix + name in request.weights for request in asking)]
     return gather(model, index, tensors, names, hidden, wanted, advance=advance)
 
 
@@ -219,13 +239,16 @@ def _answer(
     request: QuantizeRequest,
     tensors: dict[str, Tensor],
     statistics: dict[str, Statistics],
-    advancing: Activations | None,
+    hidden: Activations | None,
     progress: Progress,
+    *,
+    advance: bool,
 ) -> QuantizedBlock:
     """What one request makes of a block; takes out of both dictionaries what it no longer needs before the next step.
 
     Args:
-        advancing: hidden states to replace by what the block as it will be stored makes of them.
+        hidden: what the block is given; None = it is not run.
+        advance: put what the block as it will be stored makes of it in its place.
     """
     prefix = model.block_prefix(index)
     names = [name for name in tensors if prefix + name in request.weights]
@@ -246,15 +269,17 @@ def _answer(
             weights = {n: tensors.pop(n).float() for n in names if request.scheme_of(prefix + n) == scheme}
             solved |= solve(weights, statistics, where, request.config, scheme, request.counts, progress)
         linears = {name: solved[name] for name in names}
-    if advancing is not None:
+    cache_scales: Mapping[str, tuple[Tensor, Tensor]] = {}
+    if hidden is not None and (advance or request.config.kv_cache):
         assert isinstance(model, StreamedModel)
         with TIMELINE.stage("advance"):
-            _advance(model, index, tensors, linears, request.storage, advancing)
+            cache_scales = _run_stored(model, index, tensors, linears, request, hidden, advance)
     return QuantizedBlock(
         index=index,
         request=number,
         linears={prefix + name: linear for name, linear in linears.items()},
         plain={prefix + name: tensor for name, tensor in tensors.items()},
+        cache_scales=cache_scales,
     )
 
 
@@ -279,21 +304,40 @@ def _count_tokens(
     request.counts["linears of experts with fewer tokens than inputs"] += len(few) - len(unseen)
 
 
-def _advance(
+def _run_stored(
     model: StreamedModel,
     index: int,
     others: Mapping[str, Tensor],
     linears: Mapping[str, QuantizedLinear],
-    storage: torch.dtype,
+    request: QuantizeRequest,
     hidden: Activations,
-) -> None:
-    """Replaces the hidden states by what the block makes of them with its weights as they will be stored."""
-    stored = {name: tensor if stays_float32(name) else tensor.to(storage) for name, tensor in others.items()}
+    advance: bool,
+) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """Runs the block with its weights as they will be stored; scales of its keys and values, where they are wanted.
+
+    Args:
+        advance: run each batch to its end, and put what the block makes of it in its place.
+    """
+    stored = {name: tensor if stays_float32(name) else tensor.to(request.storage) for name, tensor in others.items()}
     for name, linear in linears.items():  # one float32 copy at a time
         stored[name] = linear.dequantize().to(model.compute_dtype)
     block = model.build_block(index, stored)
-    for number, h_BSH in hidden.each():
-        hidden.replace(number, model.run_block(index, block, h_BSH))
+    if request.config.kv_cache is None:
+        for number, h_BSH in hidden.each():
+            hidden.replace(number, model.run_block(index, block, h_BSH))
+        return {}
+    ranges = CacheRanges(block, model.block_prefix(index), ends_early=not advance)
+    if ranges.wants_nothing:
+        return {}
+    with ranges.listening():
+        for number, h_BSH in hidden.each():
+            with ranges.batch():
+                out_BSH = model.run_block(index, block, h_BSH)
+                if advance:
+                    hidden.replace(number, out_BSH)
+    scales = ranges.scales()
+    request.cache_scales.update({name: (float(keys), float(values)) for name, (keys, values) in scales.items()})
+    return scales
 
 
 def _fold(

@@ -12,7 +12,7 @@ time), the largest is the peak:
 Several outputs of one pass solve one after the other (`solving_order`): until the last one, what was read and gathered
 stays. Beside it are copies where an output scales weights and statistics, or where weights are not float32 as they were
 read. Where several are calibrated, the forward pass of `gather` also makes the next block's input, and there is no
-advance.
+advance; unless one of them looks at keys and values, which takes the inputs again: then what was read stays.
 
 On top come the activations (all of them, or the buffers of `activations.py`), the codes of the block before, which may
 still be on their way to disk, and what the libraries take for themselves.
@@ -255,12 +255,11 @@ def _plan(
     running = shape.parameters * shape.itemsize
     codes = shape.parameters
     statistics = sum(shape.statistics_bytes(outputs))
-    advances_while_gathering = is_shared_pass(outputs)
     largest = max((4 * n * k for n, k in shape.stacks), default=0)
     steps = {
         "embed": (held if placement == "device" else leaving) + shape.outer_bytes + batch,
         "gather": held
-        + (leaving if advances_while_gathering else 0)
+        + (leaving if advances_while_gathering(outputs) else 0)
         + codes
         + shape.source_bytes
         + running
@@ -268,8 +267,9 @@ def _plan(
         + forward,
         "solve": held + 2 * codes + statistics + _solving(shape, outputs),
     }
-    if not advances_while_gathering:
+    if not advances_while_gathering(outputs):
         steps["advance"] = held + leaving + codes + running + max(forward, 2 * largest)
+        steps["advance"] += shape.source_bytes + statistics if is_shared_pass(outputs) else 0
     if shape.head[0]:
         steps["head"] = codes + head_bytes(*shape.head)
     return MemoryPlan(
@@ -285,6 +285,11 @@ def _plan(
 def is_shared_pass(outputs: Iterable[QuantizationConfig]) -> bool:
     """Whether several outputs are calibrated together: then statistics and the next block's input come of one pass."""
     return sum(output.needs_calibration for output in outputs) > 1
+
+
+def advances_while_gathering(outputs: Collection[QuantizationConfig]) -> bool:
+    """Whether that pass makes it: keys and values are looked at later, and take the inputs once more."""
+    return is_shared_pass(outputs) and not any(output.kv_cache for output in outputs)
 
 
 def _solving(shape: ModelShape, outputs: Sequence[QuantizationConfig]) -> int:

@@ -140,6 +140,12 @@ def _what(document: Document, base_model: str | None, adapter: str | None, relat
     facts = at(document, "stages", "quantization") or {}
     details = [f"{label} {escape(facts[key])}" for key, label in _DETAILS if facts.get(key) is not None]
     yield f"{text}: {', '.join(details)}." if details else f"{text}."
+    if at(document, "stages", "key-value cache"):
+        yield ""
+        yield (
+            "It holds calibrated scales for an FP8 cache of keys and values; what is measured below is with the "
+            "rounding of such a cache."
+        )
     if with_adapter:
         yield ""
         combined = at(document, "stages", "combination", "method")
@@ -161,7 +167,8 @@ def _serving(document: Document) -> Iterator[str]:
         yield from ("```python", *_OF_GENAI.splitlines(), "```")
         return
     yield "```sh"
-    yield "vllm serve ./this-folder"
+    cache = at(document, "stages", "key-value cache")
+    yield f"vllm serve ./this-folder{' --kv-cache-dtype fp8' if cache else ''}"
     yield "```"
     yield ""
     yield "```python"

@@ -42,6 +42,7 @@ class Served:
         context: tokens of a sequence at most.
         concurrency: sequences at a time.
         cache_dtype: of keys and values: ``"auto"`` (the model's) or ``"fp8"``.
+        has_cache_scales: the folder holds calibrated scales for these.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Served:
     context: int = 8192
     concurrency: int = 16
     cache_dtype: str = "auto"
+    has_cache_scales: bool = False
     host: str = "0.0.0.0"
     port: int = 8000
 

@@ -86,11 +86,15 @@ def _tgi_notes(served: Served) -> list[str]:
     found = ["not run by qconv's makers; its own makers keep it in maintenance and point to vLLM and SGLang"]
     if served.layout == "gptq" and any(not s.symmetric for s in served.schemes):
         found.append("asymmetric GPTQ runs in its slower exllama kernels")
+    if served.has_cache_scales:
+        found.append("it reads the scales of keys and values beside this cache type alone (pull request 2628)")
     return found
 
 
 def _lorax_notes(served: Served) -> list[str]:
     found = ["not run by qconv's makers: what is said here is from its documentation and source"]
+    if served.cache_dtype != "auto":
+        found.append("it keeps keys and values in 16 bits: twice the memory that is counted for them, and no rounding")
     if served.adapters:
         found.append("adapters are loaded when a request names them; adapter_source local reads them from its disk")
     return found

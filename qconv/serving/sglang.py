@@ -44,6 +44,10 @@ def notes(served: Served) -> list[str]:
         found.append("4-bit weights of bitsandbytes are loaded as they are, on one GPU")
     if any(s.kind == "int" and not s.symmetric and served.layout == "pack-quantized" for s in served.schemes):
         found.append("asymmetric pack-quantized weights load in vLLM; nobody measured them here")
+    if served.has_cache_scales:
+        found.append(
+            "it reads the scales of keys and values since pull request 35455; releases before take 1, silently"
+        )
     return found
 
 

@@ -52,6 +52,11 @@ def notes(served: Served) -> list[str]:
         found.append("blocks: Hopper and Blackwell (sm100) GPUs; sm100 rounds scales to powers of two")
     if served.cache_dtype != "auto":
         found.append("float8 keys and values are set in serve.yaml")
+    if served.has_cache_scales:
+        found.append(
+            "it looks for scales of keys and values under ModelOpt's names (k_proj.k_scale), and takes 1 for those of "
+            "this folder: what was validated has the stored ones"
+        )
     return found
 
 
@@ -59,7 +64,8 @@ def files(served: Served) -> dict[str, str]:
     made = {}
     if is_static(served):
         # Per tensor: config.json's compressed-tensors is refused there, and ModelOpt's words for the same are read.
-        quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": list(served.unquantized)}
+        cache = "FP8" if served.cache_dtype == "fp8" else None
+        quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": cache, "exclude_modules": list(served.unquantized)}
         document = {"producer": {"name": "qconv", "version": __version__}, "quantization": quantization}
         made[f"model/{QUANT_CONFIG}"] = json.dumps(document, indent=2) + "\n"
     if served.cache_dtype != "auto":

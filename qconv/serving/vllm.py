@@ -56,6 +56,11 @@ def notes(served: Served) -> list[str]:
         )
     if served.layout == "gptq_v2":
         found.append("releases before autumn 2025 do not know gptq_v2, and add 1 to every zero point")
+    if served.cache_dtype == "fp8" and not served.has_cache_scales:
+        found.append(
+            "the folder holds no scales of keys and values, and it takes 1 for them; --kv-cache fp8 beside --requant "
+            "w4a16, for one, calibrates them"
+        )
     if served.dtype == "float32":
         found.append("float32 weights are rounded to float16 as they are loaded (--dtype auto)")
     return found

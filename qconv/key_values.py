@@ -1,0 +1,66 @@
+"""Keys and values on their way into a cache: where an attention hands them over, for whoever looks or rounds.
+
+transformers' attentions hand keys, after rotary embedding, and values to ``past_key_values.update`` and go on with what
+it gives back. What stands in the place of that cache sees just what a serving engine keeps; no family is named here,
+and a cache that is there (in ``generate``) still gets what it would.
+
+An attention counts if compressed-tensors 0.20 gives it scales (`is_cached_attention_module`): "attention" in the name
+of its class, a projection of keys and values of its own, and ``past_key_values`` among what it is called with. Engines
+that read that package's checkpoints look for scales in the same places.
+
+Left out: attention that keeps a latent instead (MLA), which its callers refuse.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
+
+Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Gets keys and values ``[B, heads, S, features]``, and gives what the attention goes on with."""
+
+
+def cached_attentions(root: nn.Module) -> dict[str, nn.Module]:
+    """The attentions below a module that hand keys and values to a cache, by name."""
+    return {name: module for name, module in root.named_modules() if _is_cached(module)}
+
+
+def _is_cached(module: nn.Module) -> bool:
+    return (
+        "attention" in type(module).__name__.lower()
+        and any(hasattr(module, name) for name in _PROJECTIONS)
+        and "past_key_values" in inspect.signature(module.forward).parameters
+    )
+
+
+def exchanging(attention: nn.Module, exchange: Exchange) -> RemovableHandle:
+    """Lets ``exchange`` have the keys and values of an attention from now on, until the handle is removed."""
+
+    def stand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "past_key_values": _StandIn(exchange, kwargs.get("past_key_values"))}
+
+    return attention.register_forward_pre_hook(stand_in, with_kwargs=True)
+
+
+class _StandIn:
+    """Stands in the place of a cache, or of none."""
+
+    def __init__(self, exchange: Exchange, cache: Any):
+        self._exchange = exchange
+        self._cache = cache
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self._exchange(keys, values)
+        if self._cache is None:
+            return keys, values
+        result: tuple[Tensor, Tensor] = self._cache.update(keys, values, *args, **kwargs)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
