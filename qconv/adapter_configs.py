@@ -205,13 +205,17 @@ class UnpickleConfig:
 
     Attributes:
         adapter: folder.
-        out: adapter folder; it must not exist, unless it may be overwritten.
+        out: adapter folder, or of LQ-LoRA one for base and adapter; it must not exist, unless it may be overwritten.
         overwrite: an existing adapter folder is replaced.
+        base: of LQ-LoRA: the model that was decomposed, folder or hub id, for its config; None = as the adapter says.
+        dtype: of LQ-LoRA: of the decoded base.
     """
 
     adapter: str
     out: Path
     overwrite: bool = False
+    base: str | None = None
+    dtype: str = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)

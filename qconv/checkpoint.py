@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from qconv.config import HUB_ID
 from qconv.errors import CheckpointError
 from qconv.gguf import open_gguf
 from qconv.onnx import GENAI_CONFIG, is_onnx_folder, open_onnx
+from qconv.side_files import LQ_LORA_MODEL
 from qconv.stored_tensors import FileCheckpoint
 from qconv.suggest import did_you_mean_path
 from qconv.types import TensorSpec
@@ -39,11 +40,11 @@ DTYPES: dict[str, torch.dtype] = {
 }
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-LQ_LORA_MODEL = "full_model.pth"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Where AutoGPTQ and AutoAWQ put what newer tools write to config.json, with the method that each stands for.
 _QUANTIZATION_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
+SIDE_PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
+HUB_PATTERNS = ("*.safetensors", *SIDE_PATTERNS)
 
 
 class SafetensorsCheckpoint(FileCheckpoint):
@@ -161,15 +162,14 @@ def refuse_decomposed_base(folder: Path) -> None:
     """Raises `CheckpointError` for what LQ-LoRA saves: its adapter looks like any LoRA, and belongs to another base."""
     if (folder / LQ_LORA_MODEL).exists():
         raise CheckpointError(
-            f"{folder}: holds {LQ_LORA_MODEL}, in which LQ-LoRA pickles the base that it decomposed, as objects of its "
-            "own classes; those are not read, and merged into the original weights its adapter is wrong. "
-            f"docs/adapters.md has the lines that save both as safetensors; leave {LQ_LORA_MODEL} out of the adapter's "
-            "folder then"
+            f"{folder}: holds {LQ_LORA_MODEL}, in which LQ-LoRA pickles the base that it decomposed; merged into the "
+            f"original weights its adapter is wrong. qconv convert {folder} --to safetensors -o OUT makes OUT/base and "
+            "OUT/adapter of it, for one another"
         )
 
 
-def resolve_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a path or hub id; a hub id is downloaded to (or found in) the hub cache."""
+def resolve_folder(source: str | Path, revision: str | None = None, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
+    """The local folder of a path or hub id; a hub id's files are downloaded to (or found in) the hub cache."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -181,7 +181,7 @@ def resolve_folder(source: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
         raise CheckpointError(
             f"{source}: no such local folder, and the hub did not deliver it ({type(error).__name__}: {error}); "

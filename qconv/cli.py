@@ -22,6 +22,7 @@ from qconv.cli_answers import (
     answers,
     made,
     normalised_facts,
+    separated_facts,
     together,
     training_facts,
     unpickled_facts,
@@ -50,6 +51,7 @@ from qconv.cli_serving import pack
 from qconv.config import MergeJob
 from qconv.own_process import begin, expand_segments, keep_freed_memory, without_collections
 from qconv.progress import as_json_lines
+from qconv.side_files import LQ_LORA_MODEL
 from qconv.targets import GGUF_TARGETS, ONNX_PLAIN, PLAIN_DTYPES, TARGETS
 from qconv.timeline import TIMELINE
 from qconv.unused import refuse_unused
@@ -151,10 +153,15 @@ def quantize(model: str, targets: tuple[str, ...], no_validate: bool, **options:
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder, once the new one is complete.")
 @click.option("--max-shard-size", metavar="SIZE", help="Largest shard file of a model [default: 5GB]")
 @click.option(
-    "--base", shell_complete=folders, help="lora: the adapter's base, where the adapter stores tensors of it."
+    "--base",
+    shell_complete=folders,
+    help="lora: the adapter's base, where the adapter stores tensors of it; safetensors: the model that LQ-LoRA "
+    "decomposed, for its config.",
 )
 @click.option(
-    "--dtype", type=Choice(PLAIN_DTYPES), help="lora: dtype of the factors; onnx: of the graph [default: fp32]"
+    "--dtype",
+    type=Choice(PLAIN_DTYPES),
+    help="lora: dtype of the factors; onnx: of the graph; safetensors: of LQ-LoRA's base [default: fp32]",
 )
 @reading_options
 @click.option("--revision", help="Branch, tag or commit, when the model or adapter is a hub id.")
@@ -170,7 +177,8 @@ def convert(source: str, target: str, **options: Any) -> Answer:
 
     A plain LoRA has one rank that engines allocate (8, 16, 32, 64, 128, 256, 320, 512), padded with zeros, and
     lora_alpha = r: rsLoRA, rank and alpha patterns are in its factors. What no such LoRA equals is refused.
-    --to safetensors reads the pickled tensors of an ADAPTER without running what else a pickle may hold.
+    --to safetensors reads the pickled tensors of an ADAPTER without running what else a pickle may hold; what LQ-LoRA
+    saves becomes OUT/base and OUT/adapter.
 
     \b
     qconv convert ./base-nf4 --to bf16 -o ./base-bf16
@@ -180,9 +188,14 @@ def convert(source: str, target: str, **options: Any) -> Answer:
     cli_jobs.check_conversion(source, target, options)
     if target == "safetensors":
         refuse_push(options, "--to safetensors")
+        pickled = cli_jobs.unpickle_config(source, options)
+        if (Path(source) / LQ_LORA_MODEL).is_file():
+            from qconv.decomposed import separate
+
+            return separated_facts(separate(pickled))
         from qconv.unpickle import unpickle
 
-        return unpickled_facts(unpickle(cli_jobs.unpickle_config(source, options)))
+        return unpickled_facts(unpickle(pickled))
     if target != "lora":
         return _run_job(cli_jobs.convert_job(source, target, options), options, "convert")
     config, progress = cli_jobs.normalise_config(source, options), cli_jobs.progress_of(options)

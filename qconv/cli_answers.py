@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -16,6 +17,7 @@ from qconv import __version__, errors
 from qconv.progress import log_line
 
 if TYPE_CHECKING:
+    from qconv.decomposed import Separated
     from qconv.normalise import Normalised
     from qconv.outcome import Outcome
     from qconv.train import TrainResult
@@ -153,6 +155,18 @@ def unpickled_facts(result: Unpickled) -> Answer:
         text=f"adapter     {result.out}\ntensors     {result.num_tensors}, from {result.file}",
         document=document | {"file": result.file, "num_tensors": result.num_tensors},
     )
+
+
+def separated_facts(result: Separated) -> Answer:
+    """What LQ-LoRA saved, as base and adapter, as an answer."""
+    bits = ", ".join(f"{count} of {width} bits" for width, count in result.bits.items())
+    text = f"base        {result.base}, {result.dtype}; weights had {bits}\n"
+    text += f"adapter     {result.adapter}, {result.num_factors} factors"
+    document = {"tool": f"qconv {__version__}", "command": "convert", "folder": str(result.base.parent)}
+    facts: dict[str, Any] = {"base": str(result.base), "adapter": str(result.adapter), "dtype": result.dtype}
+    facts |= {"bits": {str(width): count for width, count in result.bits.items()}, "num_factors": result.num_factors}
+    merging = shlex.join(["qconv", "merge", str(result.base), str(result.adapter)])
+    return Answer(text=text, document=document | facts, following=(f"{merging} --requant awq -o OUT",))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from qconv.gate_rules import Policy, Rule, load_policy, parse_rule
 from qconv.overrides import parse_override
 from qconv.progress import Progress
 from qconv.quantization_config import QuantizationConfig, parse_budget, parse_widths
-from qconv.side_files import is_adapter
+from qconv.side_files import LQ_LORA_MODEL, is_adapter
 from qconv.targets import GGUF_TARGETS, ONNX_PLAIN, TARGETS, gguf_file_name
 from qconv.training_config import TrainConfig
 
@@ -229,7 +229,9 @@ def check_conversion(source: str, target: str, options: dict[str, Any]) -> None:
     strange = (
         ["max_shard_size"] if of_adapter else [name for name in of_lora if name != "dtype" or target not in ONNX_PLAIN]
     )
-    strange += [*of_lora, "revision"] if target == "safetensors" else []
+    if target == "safetensors":
+        decomposed = ("base", "dtype") if (folder / LQ_LORA_MODEL).is_file() else ()
+        strange += [name for name in (*of_lora, "revision") if name not in decomposed]
     given = [f"--{name.replace('_', '-')}" for name in strange if options[name] is not None]
     if given:
         what = "--to safetensors" if target == "safetensors" else "adapters" if of_adapter else "models"
@@ -272,7 +274,13 @@ def normalise_config(adapter: str, options: dict[str, Any]) -> NormaliseConfig:
 
 
 def unpickle_config(adapter: str, options: dict[str, Any]) -> UnpickleConfig:
-    return UnpickleConfig(adapter=adapter, out=options["out"], overwrite=options["overwrite"])
+    return UnpickleConfig(
+        adapter=adapter,
+        out=options["out"],
+        overwrite=options["overwrite"],
+        base=options["base"],
+        dtype=options["dtype"] or "fp32",
+    )
 
 
 def validate_job(

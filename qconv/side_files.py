@@ -18,6 +18,8 @@ VOCABULARY_FILES = (
 """One of these makes a tokenizer."""
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
+LQ_LORA_MODEL = "full_model.pth"
+"""In which LQ-LoRA pickles the base that it decomposed, and the adapter with it."""
 _OTHERS = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 _LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 

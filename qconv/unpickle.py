@@ -1,28 +1,26 @@
 """An adapter whose tensors are pickled, as safetensors: the same names and values.
 
-A pickle is a program. torch's restricted unpickler (``weights_only=True``) runs none: it makes tensors and plain
-containers and refuses every other object. What comes out is checked once more, since an adapter is a flat dictionary of
-tensors and nothing else. Config, tokenizer and the record of training come along.
+A pickle is a program, of which `safe_pickles` runs nothing. What comes out is checked once more, since an adapter is a
+flat dictionary of tensors and nothing else. Config, tokenizer and the record of training come along.
 
-Left out: models (their own tools write safetensors), and files of several pickles.
+Left out: models (their own tools write safetensors; LQ-LoRA's are `decomposed`'s), and files of several pickles.
 """
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qconv.adapter_configs import UnpickleConfig
-from qconv.checkpoint import PICKLES, refuse_decomposed_base, resolve_folder
+from qconv.checkpoint import PICKLES, resolve_folder
 from qconv.errors import AdapterError, CheckpointError
 from qconv.records import TRAIN_RECORD_NAME
+from qconv.safe_pickles import load_pickle
 from qconv.side_files import tokenizer_files
 from qconv.work_folder import check_inputs, check_output, publishing
 
@@ -48,7 +46,6 @@ def unpickle(config: UnpickleConfig) -> Unpickled:
     check_output(config.out, config.overwrite)
     check_inputs(config.out, [config.adapter])
     folder = resolve_folder(config.adapter)
-    refuse_decomposed_base(folder)
     file = _pickled_file(folder)
     tensors = _tensors(file)
     with publishing(config.out, config.overwrite) as partial:
@@ -76,16 +73,7 @@ def _pickled_file(folder: Path) -> Path:
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """The content of a pickle, where that is a flat dictionary of tensors; each a copy of its own."""
-    try:
-        with torch.serialization.safe_globals([]):
-            content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise AdapterError(
-            f"{file}: holds more than tensors, and making it would run its code ({_first_line(error)}). Nothing was "
-            "run. Save the adapter's state dict alone, with the tool that made the file"
-        ) from error
-    except Exception as error:  # a damaged archive, an old format with a damaged header, ...
-        raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}: {_first_line(error)})") from error
+    content = load_pickle(file, "Save the adapter's state dict alone, with the tool that made the file")
     if not isinstance(content, Mapping) or not content:
         raise AdapterError(f"{file}: expected a dictionary of tensors, found {type(content).__name__}")
     return {_name(name, file): _plain(tensor, name, file) for name, tensor in content.items()}
@@ -104,7 +92,3 @@ def _plain(value: object, name: object, file: Path) -> Tensor:
             what = f"a {'quantized' if value.is_quantized else 'sparse or empty'} tensor"
         raise AdapterError(f"{file}: {name!r}: expected a plain tensor, found {what}")
     return value.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split(". ")[0].split())[:300]

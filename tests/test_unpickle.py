@@ -17,10 +17,9 @@ from torch import nn
 from qconv.adapter_configs import UnpickleConfig
 from qconv.cli import main
 from qconv.errors import AdapterError, CheckpointError, QconvError
-from qconv.merge import load_adapter
 from qconv.records import write_train_record
 from qconv.unpickle import unpickle
-from tests.merge_cases import TINY_LLAMA, factors, toy_base, write_adapter
+from tests.merge_cases import TINY_LLAMA, factors, write_adapter
 
 
 def pickled(folder: Path, content: Any, name: str = "adapter_model.bin") -> Path:
@@ -117,19 +116,6 @@ def test_files_that_are_no_pickled_adapter(tmp_path: Path) -> None:
     expect(cut, "cannot be read")
     (cut / "adapter_model.bin").write_bytes(pickle.dumps({"a": Path()}))
     expect(cut, "more than tensors", AdapterError)
-
-
-def test_what_lq_lora_saves_is_refused(tmp_path: Path) -> None:
-    """Its adapter is plain LoRA as far as it goes; only the file of the decomposed base beside it tells."""
-    pickle_folder = pickled(tmp_path / "pickle", factors())
-    safe = write_adapter(tmp_path / "safe")
-    load_adapter(safe, toy_base())
-    for folder in (pickle_folder, safe):
-        (folder / "full_model.pth").write_bytes(b"objects")
-    with pytest.raises(CheckpointError, match="LQ-LoRA"):
-        converted(pickle_folder)
-    with pytest.raises(CheckpointError, match=r"LQ-LoRA.*is wrong"):
-        load_adapter(safe, toy_base())
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
