@@ -3,7 +3,7 @@
     make .venv-llama-cpp/.complete
     .venv/bin/python benchmarks/gguf_quality.py --out build/gguf
 
-SmolLM2-135M in NF4 with an adapter (built and trained as for `quality.py`, or given) is merged into a ``gguf-f32``
+SmolLM2-135M in NF4 with an adapter (built and trained by `bench.py`, or given) is merged into a ``gguf-f32``
 file, from which llama.cpp makes its files (`llama_model_quantize`), and into one calibrated file of each kind. All are
 run by llama.cpp on the same held-out rows, and compared with its own logits of the float32 file, so that nothing of
 qconv measures. About 12 minutes on two cores.
@@ -36,9 +36,9 @@ def qconv(arguments: str, out: Path) -> Path:
 
 
 def model_and_adapter(out: Path) -> tuple[Path, Path]:
-    from quality import Bench
+    from bench import Bench
 
-    bench = Bench(out, 0, "auto")
+    bench = Bench(out)
     bench.prepare()
     return bench.nf4, bench.adapter
 
