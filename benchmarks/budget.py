@@ -1,7 +1,7 @@
 """Prints what a budget for the size buys, on SmolLM2-135M with a real adapter: mixed widths beside uniform ones.
 
     .venv/bin/python benchmarks/budget.py --out build/quality
-    .venv/bin/python benchmarks/budget.py --base BASE_NF4 --adapter ADAPTER --device cuda --rows 4,5,mixed-4.5-wide
+    .venv/bin/python benchmarks/budget.py --base BASE_NF4 --adapter ADAPTER --device cuda --rows 4,wide,5
 
 Model and adapter are made on the first run (`bench.py`), or given. Bits per weight are those of all tensors that are
 stored for the quantized linears. The report of each row stays in ``OUT/reports``. A row takes two to ten minutes on two
@@ -31,21 +31,24 @@ def every(bits: int) -> tuple[OverrideConfig, ...]:
 
 ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "4": ("4 bits", "w4a16", {}),
-    "4-fine": ("4 bits, groups of 32", "w4a16", {"group_size": 32}),
     "4-row": ("4 bits, one scale for each row", "w4a16", {"group_size": -1}),
-    "mixed-4.5": ("`--budget 4.5bpw`", "w4a16", {"budget": 4.5}),
-    "mixed-4.5-wide": ("`--budget 4.5bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 4.5, "budget_bits": WIDE}),
-    "mixed-4.5-row": (
-        "the same, one scale for each row",
-        "w4a16",
-        {"budget": 4.5, "budget_bits": WIDE, "group_size": -1},
-    ),
-    "mixed-4.75-wide": ("`--budget 4.75bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 4.75, "budget_bits": WIDE}),
-    "mixed-5-wide": ("`--budget 5bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 5.0, "budget_bits": WIDE}),
+    "4-fine": ("4 bits, groups of 32", "w4a16", {"group_size": 32}),
+    "nvfp4": ("`nvfp4a16`, 4-bit floats", "nvfp4a16", {}),
+    "mixed": ("`--budget 4.5bpw`", "w4a16", {"budget": 4.5}),
+    "wide": ("`--budget 4.5bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 4.5, "budget_bits": WIDE}),
+    "wide-64": ("the same, `--group-size 64`", "w4a16", {"budget": 4.5, "budget_bits": WIDE, "group_size": 64}),
+    "wide-4.75": ("`--budget 4.75bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 4.75, "budget_bits": WIDE}),
+    "wide-5": ("`--budget 5bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 5.0, "budget_bits": WIDE}),
     "5": ("5 bits", "w4a16", {"overrides": every(5)}),
     "5-row": ("5 bits, one scale for each row", "w4a16", {"overrides": every(5), "group_size": -1}),
     "5-rtn": ("5 bits, round-to-nearest", "w4a16", {"overrides": every(5), "algorithm": "rtn"}),
     "q5_0": ("`gguf-q5_0`, by llama.cpp's rule", "gguf-q5_0", {}),
+    "wide-awq": (
+        "`--budget 4.5bpw --budget-bits 3,4,5,6,8 --algorithm awq+gptq`",
+        "w4a16",
+        {"budget": 4.5, "budget_bits": WIDE, "algorithm": "awq+gptq"},
+    ),
+    "5-awq": ("5 bits, `--algorithm awq+gptq`", "w4a16", {"overrides": every(5), "algorithm": "awq+gptq"}),
 }
 
 

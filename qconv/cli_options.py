@@ -160,8 +160,8 @@ quantize_options = options(
     click.option(
         "--budget",
         metavar="Nbpw",
-        help="gptq, gptq_v2, w4a16, w8a16: bits per weight, such as 4.5bpw, scales included; the bits of each linear "
-        "are chosen by what they are measured to cost.",
+        help="gptq, gptq_v2, w4a16, w8a16: bits per weight, such as 4.5bpw, scales included; the bits of each linear, "
+        "and its groups unless --group-size says them, are chosen by what they are measured to cost.",
     ),
     click.option("--budget-bits", metavar="N,N", help="Widths that --budget chooses from [default: 4,8]"),
     click.option(

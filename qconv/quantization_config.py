@@ -28,7 +28,7 @@ class QuantizationConfig:
         algorithm: how codes are chosen; None = the target's first.
         bits: of a weight; None = the target's first.
         group_size: input features that share a scale, -1 = the whole row; None = the largest of 128, 64, 32 that
-            divides every quantized K.
+            divides every quantized K, or chosen by the budget.
         symmetric: without zero points; None = the target's default.
         desc_act: GPTQ's activation-ordered groups with a stored group index (``desc_act: true``).
             Columns are always visited in activation order; this also regroups them.
@@ -38,8 +38,9 @@ class QuantizationConfig:
         ignore: linears that stay unquantized: patterns of module names, as in ``overrides``.
         lm_head: quantize the output head too, by round-to-nearest on a searched grid.
         overrides: other settings for some linears; the first that matches one counts.
-        budget: bits per weight that the quantized linears may take on disk, scales included; the width of each is then
-            chosen by what it is measured to cost. What ``overrides`` are about keeps its settings.
+        budget: bits per weight that the quantized linears may take on disk, scales included; the width of each, and its
+            group size unless one is given, is then chosen by what it is measured to cost. What ``overrides`` are about
+            keeps its settings.
         budget_bits: widths to choose from; empty = 4 and 8.
         imatrix: write llama.cpp's importance matrix beside the file, of the calibration text; for kinds without blocks,
             which llama-quantize makes K-quants of.

@@ -1,17 +1,20 @@
 """What each linear costs when it alone is quantized: KL(16-bit model || that model with this one quantized).
 
-Method: measured, as attribution does it (`validate/attribution.py`): every unit (linears that get one width) in turn
-takes the numbers that the output's own algorithm chooses at the smallest width, the difference runs through the later
-blocks, and the next-token distributions are compared. Costs of single units add up to that of all of them: to 0.060 of
-0.063 nats on SmolLM2-135M. That is what lets a budget be spent by a sum (`allocation.py`).
+Method: measured, as attribution does it (`validate/attribution.py`): every unit (linears that get one choice) in turn
+takes the numbers that the output's own algorithm chooses at one width, the difference runs through the later blocks,
+and the next-token distributions are compared. Costs of single units add up to that of all of them: to 0.060 of 0.063
+nats on SmolLM2-135M, to 0.001705 of 0.001706 on the tests' model. That is what lets a budget be spent by a sum
+(`allocation.py`).
 
 Why not something cheaper: weight or output errors (exllamav2, SliM-LLM, GPTQ's own) are not comparable between linears
 of different depth and role; the trace of the Hessian (HAWQ-V2, Dong et al. 2020) and gradient times error (LLM-MQ,
 AutoScheme's delta loss) need a backward pass through the whole model, which is never in memory here, and
 are the expansion of what is measured here in full.
 
-Other widths are not measured: with every bit the error of a grid falls to a quarter (Bennett 1948), and so
-does the KL, which is quadratic in it. Of SmolLM2-135M in 3, 4, 5, 6 and 8 bits: 0.291, 0.0634, 0.0170, 0.0044, 0.0004.
+Other widths and group sizes are not measured so: the KL is quadratic in the error of the weights, so that within one
+unit it goes like their squared error. That is taken from a sample of rows, rounded to nearest on searched grids: GPTQ's
+error of the output goes the same way (choices by the one or the other differ by 1% in the sum of costs on the tests'
+model). With every bit it falls to about a quarter (Bennett 1948).
 
 Blocks compute in float32, since rounding to bfloat16 alone costs as much as a linear in 4 bits. AWQ's scales are not
 folded, since a folded linear cannot be swapped alone: what AWQ targets cost is measured with GPTQ.
@@ -21,7 +24,7 @@ Dimension legend: R = calibration rows, B = rows that are compared, S = tokens p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -34,36 +37,44 @@ from qconv.progress import Progress
 from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
 from qconv.quantize.memory import LIBRARIES, free_memory
-from qconv.size_budget import Unit
+from qconv.quantize.rtn import rtn
+from qconv.size_budget import Choice, Unit
 from qconv.skeleton import block_linears
 from qconv.streaming import StreamedModel
 from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
 from qconv.validate.divergences import divergences
 
-COMPARED_ROWS, COMPARED_TOKENS = 4, 256
-"""Rows, and tokens of each: twice as few choose widths that are 2% worse on SmolLM2-135M."""
+COMPARED_TOKENS, COMPARED_LENGTH = 1024, 256
+"""In all, and of a row: half as many choose widths that are 2% worse on SmolLM2-135M."""
+SAMPLED_WEIGHTS, SAMPLED_ROWS = 1 << 16, 4
+"""Of a unit, and at least of each of its linears, that are rounded to see what its choices do."""
+EXACT = 2.0**-40
+"""Squared error relative to the weights, from which on down all choices are as good."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
     """Attributes:
-    costs: in nats per token, by the unit's name, at the width that was measured.
-    bits: that width.
+    costs: in nats per token, by the unit's name, at the choice that was measured.
+    measured: that choice.
+    errors: squared error of rounding a sample of its weights, by the unit's name and choice.
     num_positions: that were compared.
     tokens: SHA-256 of these rows.
     algorithm: that chose the codes.
     """
 
     costs: Mapping[str, float]
-    bits: int
+    measured: Choice
+    errors: Mapping[str, Mapping[Choice, float]]
     num_positions: int
     tokens: str
     algorithm: str
 
-    def at(self, unit: str, bits: int) -> float:
-        """The cost of a unit at another width."""
-        return self.costs[unit] * 4.0 ** (self.bits - bits)
+    def at(self, unit: str, choice: Choice) -> float:
+        """The cost of a unit with another choice."""
+        errors = self.errors[unit]
+        return self.costs[unit] * errors[choice] / errors[self.measured]
 
 
 def measured_by(config: QuantizationConfig) -> QuantizationConfig:
@@ -77,16 +88,17 @@ def split_rows(rows_RS: Tensor) -> tuple[Tensor, Tensor]:
 
     A single row is both.
     """
-    num = min(COMPARED_ROWS, len(rows_RS) // 4) or min(1, len(rows_RS) - 1)
+    length = min(COMPARED_LENGTH, rows_RS.shape[1])
+    num = min(-(-COMPARED_TOKENS // length), len(rows_RS) // 4) or min(1, len(rows_RS) - 1)
     if num == 0:
-        return rows_RS, rows_RS[:, :COMPARED_TOKENS]
-    return rows_RS[:-num], rows_RS[-num:, :COMPARED_TOKENS]
+        return rows_RS, rows_RS[:, :length]
+    return rows_RS[:-num], rows_RS[-num:, :length]
 
 
 def measure_sensitivity(
     view: Checkpoint,
     units: Sequence[Unit],
-    bits: int,
+    measured: Choice,
     request: QuantizeRequest,
     rows_RS: Tensor,
     device: str,
@@ -96,7 +108,7 @@ def measure_sensitivity(
 
     Args:
         units: what is swapped.
-        bits: of them in the request.
+        measured: what they have in the request.
         rows_RS: int64 token rows, split by `split_rows`.
 
     Raises:
@@ -110,42 +122,70 @@ def measure_sensitivity(
     model = StreamedModel(view, device, request.storage)
     calibration = calibration_RS if request.config.needs_calibration else None
     streams: dict[str, Tensor] = {}  # wait in host memory: a model has hundreds of units
+    errors: dict[str, Mapping[Choice, float]] = {}
     for quantized in quantize_blocks(model, [request], calibration, progress):
+        block = plain.load_block(quantized.index)
+        prefix = plain.block_prefix(quantized.index)
+        here = [unit for unit in units if unit.modules[0].startswith(prefix)]
+        with TIMELINE.stage("sample errors"):
+            linears = block_linears(block)
+            for unit in here:
+                weights = {module: linears[module.removeprefix(prefix)].weight.data for module in unit.modules}
+                errors[unit.name] = rounding_errors(weights, unit.num_bytes, request)
         with TIMELINE.stage("swap"):
-            plain_BSH, streams = _carry(plain, quantized, units, plain_BSH, streams)
+            plain_BSH, streams = _carry(plain, block, quantized, here, plain_BSH, streams)
     head = plain.head()
     with TIMELINE.stage("compare swaps"):
         costs = divergences(head, plain_BSH, {name: (head, h_BSH) for name, h_BSH in streams.items()})
     return Sensitivity(
         costs=costs,
-        bits=bits,
+        measured=measured,
+        errors=errors,
         num_positions=compared_BS.shape[0] * (compared_BS.shape[1] - 1),
         tokens=calibration_digest(compared_BS),
         algorithm=request.config.resolved_algorithm,
     )
 
 
+def rounding_errors(
+    weights: Mapping[str, Tensor], choices: Iterable[Choice], request: QuantizeRequest
+) -> dict[Choice, float]:
+    """Squared error of each choice on evenly spaced rows of a unit's weights (by module), rounded to nearest."""
+    searched = request.config.resolved_algorithm != "rtn"
+    errors = dict.fromkeys(choices, 0.0)
+    for module, w_NK in weights.items():
+        num_rows = max(SAMPLED_ROWS, SAMPLED_WEIGHTS // (len(weights) * w_NK.shape[1]))
+        rows_NK = w_NK[:: -(-len(w_NK) // num_rows)]
+        scheme, exact = request.scheme_of(f"{module}.weight"), EXACT * float(rows_NK.square().sum())
+        for choice in errors:
+            rounded = rtn(rows_NK, choice.of(scheme), module, mse=searched)
+            errors[choice] += float((rounded.dequantize() - rows_NK).square().sum()) + exact
+    return errors
+
+
 def _carry(
     model: StreamedModel,
+    block: nn.Module,
     quantized: QuantizedBlock,
     units: Sequence[Unit],
     plain_BSH: Tensor,
     streams: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states behind one block: of the model as it is, and with each unit swapped so far."""
+    """Hidden states behind one block: of the model as it is, and with each unit swapped so far.
+
+    Args:
+        units: of this block.
+    """
     index, prefix = quantized.index, model.block_prefix(quantized.index)
-    block = model.load_block(index)
     later = {
         name: model.run_block(index, block, h_BSH.to(plain_BSH.device)).to("cpu") for name, h_BSH in streams.items()
     }
     for unit in units:
-        if unit.modules[0].startswith(prefix):
-            weights = {
-                module.removeprefix(prefix): quantized.linears[f"{module}.weight"].dequantize()
-                for module in unit.modules
-            }
-            with _swapped(block, weights):
-                later[unit.name] = model.run_block(index, block, plain_BSH).to("cpu")
+        weights = {
+            module.removeprefix(prefix): quantized.linears[f"{module}.weight"].dequantize() for module in unit.modules
+        }
+        with _swapped(block, weights):
+            later[unit.name] = model.run_block(index, block, plain_BSH).to("cpu")
     return model.run_block(index, block, plain_BSH), later
 
 

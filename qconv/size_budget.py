@@ -1,9 +1,12 @@
-"""A budget for the size of the quantized linears: what each width takes, what can be reached, and what is chosen.
+"""A budget for the size of the quantized linears: what each choice takes, what can be reached, and what is chosen.
+
+A choice is a width and a group size. Groups are part of it since their scales are bits, too: with one for each row a
+weight takes a quarter of a bit less than with groups of 64, which is worth it for some linears and not for others.
 
 Bits per weight are those of all tensors that a format stores for the quantized linears (codes, scales, zero points,
 shapes, a group index), divided by the number of their weights. What is not quantized does not count.
 
-Linears that engines run as one get one width (`fused_linears`). What an override is about keeps what it would have
+Linears that engines run as one get one choice (`fused_linears`). What an override is about keeps what it would have
 without a budget, and counts.
 """
 
@@ -13,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import ceil, log, prod
 
 import torch
 
@@ -21,45 +24,75 @@ from qconv.allocation import Option, allocate
 from qconv.convert import Format
 from qconv.errors import UsageError
 from qconv.overrides import OverrideConfig, fused_linears, matches
-from qconv.quantization_config import QuantizationConfig
+from qconv.quantization_config import GROUP_SIZES, QuantizationConfig
 from qconv.selection import HEAD, schemes_of
 from qconv.types import Checkpoint, QuantizedLinear, Scheme
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a unit may get.
+
+    Attributes:
+        bits: of a weight.
+        group_size: inputs that share a scale; -1 = the whole row.
+    """
+
+    bits: int
+    group_size: int
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits {_in_words(self.group_size)}"
+
+    def of(self, scheme: Scheme) -> Scheme:
+        """A scheme with this width and these groups."""
+        return replace(scheme, bits=self.bits, group_size=self.group_size)
+
+
+def _in_words(group_size: int) -> str:
+    return "with one scale for each row" if group_size == -1 else f"in groups of {group_size}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Linears that get one width.
+    """Linears that get one choice.
 
     Attributes:
         name: of the linear, or what engines call those that they run as one.
         modules: all of them.
         num_weights: of all of them.
-        num_bytes: what they take on disk, by width.
+        num_bytes: what they take on disk, by choice.
     """
 
     name: str
     modules: tuple[str, ...]
     num_weights: int
-    num_bytes: Mapping[int, int]
+    num_bytes: Mapping[Choice, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Attributes:
-    units: whose width is to be chosen.
+    units: whose width and groups are to be chosen.
     kept: modules whose scheme is given.
     kept_bytes: what those take on disk.
     num_weights: of all quantized linears.
+    group_size: that all units have where nothing chooses one.
     """
 
     units: tuple[Unit, ...]
     kept: tuple[str, ...]
     kept_bytes: int
     num_weights: int
+    group_size: int
 
-    def num_bytes(self, widths: Mapping[str, int]) -> int:
-        """Of all quantized linears on disk, with the units' ``widths`` by name."""
-        return self.kept_bytes + sum(unit.num_bytes[widths[unit.name]] for unit in self.units)
+    def num_bytes(self, chosen: Mapping[str, Choice]) -> int:
+        """Of all quantized linears on disk, with what is ``chosen`` for the units by name."""
+        return self.kept_bytes + sum(unit.num_bytes[chosen[unit.name]] for unit in self.units)
+
+    def everywhere(self, bits: int) -> dict[str, Choice]:
+        """All units alike."""
+        return dict.fromkeys((unit.name for unit in self.units), Choice(bits, self.group_size))
 
     def bits_per_weight(self, num_bytes: int) -> float:
         return 8 * num_bytes / self.num_weights
@@ -100,7 +133,7 @@ def sizes_of(
         SchemeError: a width that does not fit a linear.
     """
     specs, modules = view.specs(), [name.removesuffix(".weight") for name in weights]
-    _, schemes = schemes_of(view, weights, config)
+    default, schemes = schemes_of(view, weights, config)
     kept = tuple(
         module
         for module in modules
@@ -110,20 +143,25 @@ def sizes_of(
     if not free:
         raise UsageError(f"{_given(config)}: overrides are about all linears, and leave nothing to choose")
 
+    def shape(module: str) -> tuple[int, ...]:
+        return specs[f"{module}.weight"].shape
+
     def num_bytes(module: str, scheme: Scheme) -> int:
-        n, k = specs[f"{module}.weight"].shape
+        n, k = shape(module)
         fmt.check_shapes(module, n, k, scheme)
         packed = fmt.pack(meta_quantized(n, k, scheme, config.desc_act), module, storage)
         return sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
 
     def of_unit(name: str, members: Sequence[str]) -> Unit:
+        group_sizes = _group_sizes(config, [shape(module)[1] for module in members])
+        choices = [Choice(bits, size) for bits in config.widths for size in group_sizes]
         return Unit(
             name=name,
             modules=tuple(members),
-            num_weights=sum(prod(specs[f"{module}.weight"].shape) for module in members),
+            num_weights=sum(prod(shape(module)) for module in members),
             num_bytes={
-                bits: sum(num_bytes(module, replace(schemes[f"{module}.weight"], bits=bits)) for module in members)
-                for bits in config.widths
+                choice: sum(num_bytes(module, choice.of(schemes[f"{module}.weight"])) for module in members)
+                for choice in choices
             },
         )
 
@@ -132,9 +170,18 @@ def sizes_of(
         kept=kept,
         kept_bytes=sum(num_bytes(module, schemes[f"{module}.weight"]) for module in kept),
         num_weights=sum(prod(specs[name].shape) for name in weights),
+        group_size=default.group_size,
     )
     _check_reach(sizes, config, view.location)
     return sizes
+
+
+def _group_sizes(config: QuantizationConfig, in_features: Collection[int]) -> tuple[int, ...]:
+    """Those to choose from for linears with these K: what was given, or all that engines have kernels for."""
+    if config.group_size is not None:
+        return (config.group_size,)
+    fitting = [size for size in GROUP_SIZES if all(k % size == 0 for k in in_features)]
+    return (*fitting, *(() if config.desc_act else (-1,)))  # an order of columns is stored for the sake of groups
 
 
 def _given(config: QuantizationConfig) -> str:
@@ -148,10 +195,11 @@ def _check_reach(sizes: Sizes, config: QuantizationConfig, location: str) -> Non
         return
     *others, last = map(str, config.widths)
     kept = f", {len(sizes.kept)} linears of which keep what --override or --lm-head says" if sizes.kept else ""
+    groups = "" if config.group_size is None else f" {_in_words(config.group_size)}"
     raise UsageError(
-        f"{_given(config)}: {location}: with {', '.join(others)} or {last} bits for each linear{kept}, the quantized "
-        f"linears take {least:.4f} to {most:.4f} bits per weight, scales included; give a budget in between, or other "
-        "widths with --budget-bits"
+        f"{_given(config)}: {location}: with {', '.join(others)} or {last} bits{groups} for each linear{kept}, the "
+        f"quantized linears take {least:.4f} to {most:.4f} bits per weight, scales included; give a budget in between, "
+        "or other widths with --budget-bits"
     )
 
 
@@ -166,30 +214,41 @@ def together(modules: Collection[str]) -> dict[str, list[str]]:
     return units
 
 
-def choose_widths(sizes: Sizes, config: QuantizationConfig, costs: Mapping[str, Mapping[int, float]]) -> dict[str, int]:
-    """The width of each unit, by name: the smallest sum of ``costs`` (by name and width) within the budget."""
+def choose(sizes: Sizes, config: QuantizationConfig, costs: Mapping[str, Mapping[Choice, float]]) -> dict[str, Choice]:
+    """What each unit gets, by name: the smallest sum of ``costs`` (by name and choice) within the budget."""
     assert config.budget is not None
-    widths = sorted(config.widths)
     items = [
-        [Option(num_bytes=unit.num_bytes[bits], cost=costs[unit.name][bits]) for bits in widths] for unit in sizes.units
+        [Option(num_bytes=num_bytes, cost=costs[unit.name][choice]) for choice, num_bytes in unit.num_bytes.items()]
+        for unit in sizes.units
     ]
     numbers = allocate(items, int(config.budget * sizes.num_weights / 8) - sizes.kept_bytes)
-    return {unit.name: widths[number] for unit, number in zip(sizes.units, numbers, strict=True)}
+    return {unit.name: list(unit.num_bytes)[number] for unit, number in zip(sizes.units, numbers, strict=True)}
 
 
-def without_budget(config: QuantizationConfig, sizes: Sizes, widths: Mapping[str, int]) -> QuantizationConfig:
-    """The same output with overrides in the place of the budget."""
-    groups: dict[tuple[int, str], set[str]] = defaultdict(set)
+def without_budget(config: QuantizationConfig, sizes: Sizes, chosen: Mapping[str, Choice]) -> QuantizationConfig:
+    """The same output with a group size and overrides in the place of the budget."""
+    default = Choice(config.default_bits, sizes.group_size)
+    groups: dict[tuple[Choice, str], set[str]] = defaultdict(set)
     for unit in sizes.units:
         for module in unit.modules:
-            if widths[unit.name] != config.default_bits:
+            if chosen[unit.name] != default:
                 role, number = _role(module)
-                groups[widths[unit.name], role].add(number)
-    chosen = [
-        OverrideConfig(pattern=f"re:{role.replace('#', _alternatives(numbers))}$", bits=bits)
-        for (bits, role), numbers in groups.items()
+                groups[chosen[unit.name], role].add(number)
+    overrides = [
+        OverrideConfig(
+            pattern=f"re:{role.replace('#', _alternatives(numbers))}$",
+            bits=choice.bits if choice.bits != default.bits else None,
+            group_size=choice.group_size if choice.group_size != default.group_size else None,
+        )
+        for (choice, role), numbers in groups.items()
     ]
-    return replace(config, budget=None, budget_bits=(), overrides=(*config.overrides, *chosen))
+    return replace(
+        config,
+        budget=None,
+        budget_bits=(),
+        group_size=sizes.group_size,
+        overrides=(*config.overrides, *overrides),
+    )
 
 
 def _role(module: str) -> tuple[str, str]:
@@ -209,7 +268,15 @@ def _alternatives(numbers: Collection[str]) -> str:
 def before_measuring(
     view: Checkpoint, weights: Sequence[str], config: QuantizationConfig, fmt: Format, storage: torch.dtype
 ) -> QuantizationConfig:
-    """An output of the size that the budget allows, for plans: as if all weights did the same harm."""
+    """An output of the size that the budget allows, for plans: as if all weights did the same harm.
+
+    The squared range of g normal numbers grows with log(2 g).
+    """
     sizes = sizes_of(view, weights, config, fmt, storage)
-    costs = {unit.name: {bits: unit.num_weights * 4.0**-bits for bits in config.widths} for unit in sizes.units}
-    return without_budget(config, sizes, choose_widths(sizes, config, costs))
+
+    def cost(unit: Unit, choice: Choice) -> float:
+        k = max(view.specs()[f"{module}.weight"].shape[1] for module in unit.modules)
+        return unit.num_weights * 4.0**-choice.bits * log(2 * (k if choice.group_size == -1 else choice.group_size))
+
+    costs = {unit.name: {choice: cost(unit, choice) for choice in unit.num_bytes} for unit in sizes.units}
+    return without_budget(config, sizes, choose(sizes, config, costs))

@@ -1,4 +1,4 @@
-"""The width of each linear under a budget: what it costs is measured, and the budget is spent where it saves most.
+"""Width and groups of each linear under a budget: what it costs is measured, and the budget spent where it saves most.
 
 The result is a job whose outputs have overrides in the place of their budgets: it can be planned, run, and written
 down like any other.
@@ -20,7 +20,7 @@ from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.blocks import QuantizeRequest
 from qconv.selection import schemes_of
 from qconv.sensitivity import Sensitivity, measure_sensitivity, measured_by
-from qconv.size_budget import Sizes, choose_widths, sizes_of, without_budget
+from qconv.size_budget import Choice, Sizes, choose, sizes_of, without_budget
 from qconv.targets import TARGETS
 
 SHOWN = 5  # units on the terminal
@@ -32,25 +32,25 @@ class WidthChoice:
 
     Attributes:
         asked: the config with its budget.
-        chosen: with overrides in its place.
-        widths: of each unit, by name.
+        chosen: with a group size and overrides in its place.
+        choices: of each unit, by name.
     """
 
     asked: QuantizationConfig
     chosen: QuantizationConfig
     sizes: Sizes
-    widths: Mapping[str, int]
+    choices: Mapping[str, Choice]
     sensitivity: Sensitivity
 
     @property
     def num_bytes(self) -> int:
         """Of all tensors of the quantized linears on disk."""
-        return self.sizes.num_bytes(self.widths)
+        return self.sizes.num_bytes(self.choices)
 
     @property
     def expected(self) -> float:
-        """Sum of the costs of all units at their widths, in nats per token."""
-        return sum(self.sensitivity.at(name, bits) for name, bits in self.widths.items())
+        """Sum of the costs of all units with their choices, in nats per token."""
+        return sum(self.sensitivity.at(name, choice) for name, choice in self.choices.items())
 
     @property
     def overrides(self) -> list[str]:
@@ -59,23 +59,28 @@ class WidthChoice:
 
     def facts(self) -> dict[str, Any]:
         """For the report."""
-        smallest, (least, most) = self.asked.widths[0], self.sizes.reach
+        measured, (least, most) = self.sensitivity.measured, self.sizes.reach
+        group_sizes = sorted({choice.group_size for unit in self.sizes.units for choice in unit.num_bytes})
         return {
             "bits per weight asked": self.asked.budget,
             "bits per weight": round(self.sizes.bits_per_weight(self.num_bytes), 4),
             "bytes of quantized linears": self.num_bytes,
             "bits per weight within reach": [least, most],
             "widths": list(self.asked.widths),
-            "cost measured": f"KL of the model with one unit at {smallest} bits by {self.sensitivity.algorithm}, "
+            "group sizes": group_sizes,
+            "cost measured": f"KL of the model with one unit at {measured} by {self.sensitivity.algorithm}, "
             f"{self.sensitivity.num_positions} positions of calibration text, sha256 {self.sensitivity.tokens}",
-            f"sum of costs at {smallest} bits": sum(self.sensitivity.costs.values()),
+            f"sum of costs at {measured.bits} bits": sum(self.sensitivity.costs.values()),
             "sum of costs as chosen": self.expected,
+            "group size of what no override is about": self.sizes.group_size,
             "as overrides": self.overrides,
             **({"linears that keep their scheme": list(self.sizes.kept)} if self.sizes.kept else {}),
             "linears": {
                 unit.name: {
-                    "bits": self.widths[unit.name],
-                    f"cost at {smallest} bits": self.sensitivity.costs[unit.name],
+                    "bits": self.choices[unit.name].bits,
+                    "group size": self.choices[unit.name].group_size,
+                    f"cost at {measured.bits} bits": self.sensitivity.costs[unit.name],
+                    "cost": self.sensitivity.at(unit.name, self.choices[unit.name]),
                     "weights": unit.num_weights,
                 }
                 for unit in self.sizes.units
@@ -83,25 +88,41 @@ class WidthChoice:
         }
 
     def say(self, progress: Progress) -> None:
-        smallest = self.asked.widths[0]
-        costs = self.sensitivity.costs
+        costs, measured = self.sensitivity.costs, self.sensitivity.measured
         progress.say(
             f"budget of {self.asked.budget:g} bits per weight: {self.sizes.bits_per_weight(self.num_bytes):.4f} taken, "
-            f"expected KL {self.expected:.4f} ({sum(costs.values()):.4f} with all in {smallest} bits)"
+            f"expected KL {self.expected:.4f} ({sum(costs.values()):.4f} with all at {measured})"
         )
-        for bits in self.asked.widths:
-            units = [unit for unit in self.sizes.units if self.widths[unit.name] == bits]
+        for choice in sorted(set(self.choices.values()), key=lambda choice: (choice.bits, choice.group_size % 1000)):
+            units = [unit for unit in self.sizes.units if self.choices[unit.name] == choice]
             share = sum(unit.num_weights for unit in units) / self.sizes.num_weights
             dearest = sorted(units, key=lambda unit: -costs[unit.name])
             shown = ", ".join(f"{unit.name} ({costs[unit.name]:.2g})" for unit in dearest[:SHOWN])
             rest = f" and {len(units) - SHOWN} more" if len(units) > SHOWN else ""
-            progress.say(f"{bits} bits: {share:.1%} of the weights{': ' if units else ''}{shown}{rest}")
+            progress.say(f"{choice}: {share:.1%} of the weights: {shown}{rest}")
         for unit in self.sizes.units:
-            progress.detail(f"{unit.name}: {self.widths[unit.name]} bits, costs {costs[unit.name]:.3g} at {smallest}")
+            progress.detail(
+                f"{unit.name}: {self.choices[unit.name]}, costs {costs[unit.name]:.3g} at {measured.bits} bits"
+            )
 
 
 def _as_option(override: OverrideConfig) -> str:
-    return f"{override.pattern}:bits={override.bits}"
+    settings = {"bits": override.bits, "group-size": override.group_size}
+    return f"{override.pattern}:" + ",".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+
+
+def _measured(sizes: Sizes, config: QuantizationConfig) -> int:
+    """The width to measure at: the largest that all could have, or the smallest.
+
+    Near what will be chosen: the further away, the less is the KL quadratic in the error.
+    """
+    assert config.budget is not None
+    fitting = [bits for bits in config.widths if _bits_per_weight(sizes, bits) <= config.budget]
+    return max(fitting, default=config.widths[0])
+
+
+def _bits_per_weight(sizes: Sizes, bits: int) -> float:
+    return sizes.bits_per_weight(sizes.num_bytes(sizes.everywhere(bits)))
 
 
 def with_widths(job: MergeJob, device: str, progress: Progress) -> tuple[MergeJob, dict[int, WidthChoice]]:
@@ -142,11 +163,11 @@ def _choose(
     assert plan.calibration is not None  # a budget needs text
     weights = [name for name in view.specs() if name in layout.quantized]
     sizes = sizes_of(view, weights, config, FORMATS[TARGETS[config.target].format], layout.storage)
-    smallest = config.widths[0]
-    at_smallest = without_budget(config, sizes, {unit.name: smallest for unit in sizes.units})
-    default, schemes = schemes_of(view, weights, at_smallest)
+    bits = _measured(sizes, config)
+    uniform = without_budget(config, sizes, sizes.everywhere(bits))
+    default, schemes = schemes_of(view, weights, uniform)
     request = QuantizeRequest(
-        config=measured_by(at_smallest),
+        config=measured_by(uniform),
         scheme=default,
         weights=layout.quantized,
         schemes=schemes,
@@ -154,18 +175,24 @@ def _choose(
         model_type=str(view.config.get("model_type")),
         gpu_memory_limit=job.gpu_memory_limit,
     )
-    key = (request.config.resolved_algorithm, request.config.desc_act, request.config.damping, layout.storage,
-           frozenset(schemes.items()), tuple(unit.modules for unit in sizes.units))  # fmt: skip
+    key = (
+        (request.config.resolved_algorithm, request.config.desc_act, request.config.damping, layout.storage),
+        frozenset(schemes.items()),
+        tuple((unit.modules, tuple(unit.num_bytes)) for unit in sizes.units),
+    )
     if key not in measured:
-        progress.say(f"measuring what each of {len(sizes.units)} linears, fused ones as one, costs in {smallest} bits")
-        measured[key] = measure_sensitivity(view, sizes.units, smallest, request, plan.calibration, device, progress)
+        progress.say(f"measuring what each of {len(sizes.units)} linears, fused ones as one, costs in {bits} bits")
+        at = Choice(bits, sizes.group_size)
+        measured[key] = measure_sensitivity(view, sizes.units, at, request, plan.calibration, device, progress)
     sensitivity = measured[key]
-    costs = {name: {bits: sensitivity.at(name, bits) for bits in config.widths} for name in sensitivity.costs}
-    widths = choose_widths(sizes, config, costs)
+    costs = {
+        unit.name: {choice: sensitivity.at(unit.name, choice) for choice in unit.num_bytes} for unit in sizes.units
+    }
+    choices = choose(sizes, config, costs)
     return WidthChoice(
         asked=config,
-        chosen=without_budget(config, sizes, widths),
+        chosen=without_budget(config, sizes, choices),
         sizes=sizes,
-        widths=widths,
+        choices=choices,
         sensitivity=sensitivity,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping
 from math import prod
@@ -107,14 +108,23 @@ def uniform(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[
     return {bits: folder / str(bits) for bits in (4, 8)}
 
 
+@pytest.fixture(scope="module")
+def with_groups(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, dict[str, Any]]:
+    """Group sizes are chosen, too."""
+    out = tmp_path_factory.mktemp("groups") / "out"
+    document = quantize(tiny_llama, out, budget=BUDGET)
+    return out, document["stages"]["budget"]
+
+
 def bytes_of_linears(folder: Path) -> int:
     modules = reopened(folder).quantized_modules
     tensors = stored_tensors(folder)
     return sum(t.numel() * t.element_size() for name, t in tensors.items() if name.rpartition(".")[0] in modules)
 
 
-def test_the_budget_is_kept_to_the_byte(chosen: tuple[Path, dict[str, Any]]) -> None:
-    folder, facts = chosen
+@pytest.mark.parametrize("made", ["chosen", "with_groups"])
+def test_the_budget_is_kept_to_the_byte(made: str, request: pytest.FixtureRequest) -> None:
+    folder, facts = request.getfixturevalue(made)
     view = reopened(folder)
     num_weights = sum(prod(view.specs()[f"{module}.weight"].shape) for module in view.quantized_modules)
     stored = bytes_of_linears(folder)
@@ -125,24 +135,30 @@ def test_the_budget_is_kept_to_the_byte(chosen: tuple[Path, dict[str, Any]]) -> 
     assert BUDGET * num_weights - 8 * stored < 4 * max(unit["weights"] for unit in facts["linears"].values())
 
 
-def test_what_is_reported_is_what_is_stored(chosen: tuple[Path, dict[str, Any]]) -> None:
-    folder, facts = chosen
+@pytest.mark.parametrize("made", ["chosen", "with_groups"])
+def test_what_is_reported_is_what_is_stored(made: str, request: pytest.FixtureRequest) -> None:
+    folder, facts = request.getfixturevalue(made)
     schemes = reopened(folder).schemes
     units = together(list(schemes))
     assert list(units) == list(facts["linears"])
     assert len(units) == 16  # of 28 linears
     for name, modules in units.items():
-        assert {schemes[module].bits for module in modules} == {facts["linears"][name]["bits"]}
+        unit = facts["linears"][name]
+        assert {(schemes[m].bits, schemes[m].group_size) for m in modules} == {(unit["bits"], unit["group size"])}
     assert {unit["bits"] for unit in facts["linears"].values()} == {4, 8}
+    sizes = {unit["group size"] for unit in facts["linears"].values()}
+    assert sizes == {128} if made == "chosen" else {-1, 64} < sizes <= {-1, 32, 64, 128}
     check_logits(folder)
 
 
+@pytest.mark.parametrize("made", ["chosen", "with_groups"])
 def test_the_overrides_of_the_report_give_the_same_bytes(
-    chosen: tuple[Path, dict[str, Any]], tiny_llama: Path, tmp_path: Path
+    made: str, request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    folder, facts = chosen
+    folder, facts = request.getfixturevalue(made)
     overrides = tuple(parse_override(text) for text in facts["as overrides"])
-    quantize(tiny_llama, tmp_path / "again", group_size=128, overrides=overrides)
+    size = facts["group size of what no override is about"]
+    quantize(tiny_llama, tmp_path / "again", group_size=size, overrides=overrides)
     own, again = stored_tensors(folder), stored_tensors(tmp_path / "again")
     assert own.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in own.items())
@@ -201,6 +217,17 @@ def test_the_choice_beats_one_width_and_chance(
     assert own < min(by_chance)
 
 
+def test_groups_that_are_chosen_beat_groups_that_are_given(
+    chosen: tuple[Path, dict[str, Any]], with_groups: tuple[Path, dict[str, Any]], tiny_llama: Path
+) -> None:
+    """The same widths, algorithm, calibration and budget; on text that nothing saw."""
+    ids = make_plan(job_of(tiny_llama, CalibrationConfig(samples=16, seq_len=64, seed=5)), QUIET).calibration
+    assert ids is not None
+    model = Whole(tiny_llama, ids)
+    own, given = (model.kl(weights_of(folder)) for folder, _ in (with_groups, chosen))
+    assert own < 0.95 * given
+
+
 def job_of(model: Path, calibration: CalibrationConfig, target: str = "w4a16", **config: Any) -> MergeJob:
     return MergeJob(
         base=str(model),
@@ -235,6 +262,25 @@ def test_costs_are_those_of_transformers_with_that_part_exchanged(
     assert all(unit["cost at 4 bits"] > 0 for unit in facts.values())
 
 
+def test_costs_of_what_was_chosen_follow_from_the_sample(tmp_path: Path, tiny_llama: Path) -> None:
+    """One unit was measured in 4 bits and one size of groups; what else was chosen costs what transformers finds."""
+    widths = (3, 4, 5, 6, 8)
+    document = quantize(tiny_llama, tmp_path / "out", budget=BUDGET, budget_bits=widths, algorithm="rtn")
+    facts, stored = document["stages"]["budget"]["linears"], weights_of(tmp_path / "out")
+    calibration = make_plan(job_of(tiny_llama, CALIBRATION), QUIET).calibration
+    assert calibration is not None
+    whole = Whole(tiny_llama, split_rows(calibration)[1])
+    others = {name: unit for name, unit in facts.items() if (unit["bits"], unit["group size"]) != (4, 128)}
+    assert len({(unit["bits"], unit["group size"]) for unit in others.values()}) > 3
+    modules = together([name.removesuffix(".weight") for name in stored])
+    ratios = [
+        whole.kl({f"{module}.weight": stored[f"{module}.weight"] for module in modules[name]}) / unit["cost"]
+        for name, unit in others.items()
+    ]
+    assert 0.8 < math.prod(ratios) ** (1 / len(ratios)) < 1.25
+    assert all(0.5 < ratio < 2 for ratio in ratios)
+
+
 def in_parameters(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Experts as transformers holds them: gate above up, all experts in one tensor."""
     result = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
@@ -254,6 +300,8 @@ def test_text_that_is_compared_is_not_calibrated_on() -> None:
     rows = torch.arange(16 * 300).view(16, 300)
     calibrated, compared = split_rows(rows)
     assert calibrated.shape == (12, 300)
+    assert [len(part) for part in split_rows(rows[:, :64])] == [12, 4]  # a quarter at most
+    assert [len(part) for part in split_rows(rows.reshape(64, 75))] == [50, 14]
     assert torch.equal(compared, rows[12:, :256])
     assert [len(part) for part in split_rows(rows[:2])] == [1, 1]
     assert [len(part) for part in split_rows(rows[:1])] == [1, 1]  # there is no other
@@ -281,7 +329,7 @@ def test_overrides_keep_what_they_say_and_count(tmp_path: Path, tiny_llama: Path
     assert facts["bytes of quantized linears"] == bytes_of_linears(tmp_path / "out")
     num_weights = sum(prod(view.specs()[f"{module}.weight"].shape) for module in view.quantized_modules)
     assert 8 * bytes_of_linears(tmp_path / "out") <= 6.0 * num_weights
-    assert facts["cost measured"].startswith("KL of the model with one unit at 3 bits by gptq, ")
+    assert facts["cost measured"].startswith("KL of the model with one unit at 4 bits in groups of 128 by gptq, ")
 
 
 def test_a_validated_run_with_folds_is_near_what_was_expected(tmp_path: Path, tiny_llama: Path) -> None:
@@ -307,9 +355,16 @@ def test_a_validated_run_with_folds_is_near_what_was_expected(tmp_path: Path, ti
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "too little": ({"budget": 4.0}, r"--budget 4bpw: .*4 or 8 bits.* take 4\.12\d+ to 8\.12\d+ bits per weight"),
-    "too much": ({"budget": 9.0}, r"take 4\.12\d+ to 8\.12\d+ bits per weight, scales included; give a budget"),
-    "other widths": ({"budget": 3.0, "budget_bits": (3, 5)}, r"3 or 5 bits.* take 3\.12\d+ to 5\.12\d+"),
+    "too little": (
+        {"budget": 4.0},
+        r"--budget 4bpw: .*4 or 8 bits for each.* take 4\.05\d+ to 8\.5\d+ bits per weight",
+    ),
+    "too little for groups": (
+        {"budget": 4.1, "group_size": 128},
+        r"4 or 8 bits in groups of 128 for each linear.* take 4\.12\d+ to 8\.12\d+ bits per weight",
+    ),
+    "too much": ({"budget": 9.0}, r"take 4\.05\d+ to 8\.5\d+ bits per weight, scales included; give a budget"),
+    "other widths": ({"budget": 3.0, "budget_bits": (3, 5)}, r"3 or 5 bits.* take 3\.05\d+ to 5\.5\d+"),
     "nothing to choose": ({"budget": 8.0, "overrides": (OverrideConfig(pattern="*", bits=8),)}, "nothing to choose"),
     "bits, too": ({"budget": 4.5, "bits": 4}, "--bits 4 says them; drop one"),
     "one width": ({"budget": 4.5, "budget_bits": (4,)}, "two widths or more"),
@@ -319,6 +374,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no number of bits": ({"budget": 45.0}, "such as 4.5bpw, got 45"),
     "one scheme for all": ({"budget": 4.5, "target": "awq"}, "awq has one scheme for all linears; gptq, gptq_v2"),
 }
+
+
+def test_stored_orders_of_columns_have_groups(tiny_llama: Path) -> None:
+    """One scale for each row makes an order needless, which is stored for each linear all the same."""
+    (layout,) = make_plan(job_of(tiny_llama, CALIBRATION, target="gptq", budget=4.2), QUIET).layouts
+    assert -1 in {scheme.group_size for scheme in layout.schemes.values()}
+    with pytest.raises(UsageError, match=r"take 4\.2\d+ to"):
+        make_plan(job_of(tiny_llama, CALIBRATION, target="gptq", budget=4.2, desc_act=True), QUIET)
 
 
 @pytest.mark.parametrize("case", REFUSED)
