@@ -53,6 +53,16 @@ class WidthChoice:
         return sum(self.sensitivity.at(name, choice) for name, choice in self.choices.items())
 
     @property
+    def alike(self) -> dict[int, tuple[float, float]]:
+        """Bits per weight and sum of costs if all units had one width, in the groups that nothing chose, by width."""
+        found = {}
+        for bits in self.asked.widths:
+            everywhere = self.sizes.everywhere(bits)
+            cost = sum(self.sensitivity.at(name, choice) for name, choice in everywhere.items())
+            found[bits] = self.sizes.bits_per_weight(self.sizes.num_bytes(everywhere)), cost
+        return found
+
+    @property
     def overrides(self) -> list[str]:
         """Those that stand for the budget, as ``--override`` takes them."""
         return [_as_option(override) for override in self.chosen.overrides[len(self.asked.overrides) :]]
@@ -70,8 +80,11 @@ class WidthChoice:
             "group sizes": group_sizes,
             "cost measured": f"KL of the model with one unit at {measured} by {self.sensitivity.algorithm}, "
             f"{self.sensitivity.num_positions} positions of calibration text, sha256 {self.sensitivity.tokens}",
-            f"sum of costs at {measured.bits} bits": sum(self.sensitivity.costs.values()),
             "sum of costs as chosen": self.expected,
+            "with one width for all": {
+                f"{bits} bits": {"bits per weight": round(taken, 4), "sum of costs": cost}
+                for bits, (taken, cost) in self.alike.items()
+            },
             "group size of what no override is about": self.sizes.group_size,
             "as overrides": self.overrides,
             **({"linears that keep their scheme": list(self.sizes.kept)} if self.sizes.kept else {}),
@@ -88,10 +101,11 @@ class WidthChoice:
         }
 
     def say(self, progress: Progress) -> None:
-        costs, measured = self.sensitivity.costs, self.sensitivity.measured
+        costs = self.sensitivity.costs
+        alike = ", ".join(f"{cost:.2g} with all in {bits} ({taken:.3f})" for bits, (taken, cost) in self.alike.items())
         progress.say(
             f"budget of {self.asked.budget:g} bits per weight: {self.sizes.bits_per_weight(self.num_bytes):.4f} taken, "
-            f"expected KL {self.expected:.4f} ({sum(costs.values()):.4f} with all at {measured})"
+            f"expected KL {self.expected:.2g}; {alike}"
         )
         for choice in sorted(set(self.choices.values()), key=lambda choice: (choice.bits, choice.group_size % 1000)):
             units = [unit for unit in self.sizes.units if self.choices[unit.name] == choice]
@@ -102,7 +116,7 @@ class WidthChoice:
             progress.say(f"{choice}: {share:.1%} of the weights: {shown}{rest}")
         for unit in self.sizes.units:
             progress.detail(
-                f"{unit.name}: {self.choices[unit.name]}, costs {costs[unit.name]:.3g} at {measured.bits} bits"
+                f"{unit.name}: {self.choices[unit.name]}, costs {costs[unit.name]:.3g} at {self.sensitivity.measured}"
             )
 
 

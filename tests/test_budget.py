@@ -73,6 +73,19 @@ def test_coarse_cells_keep_the_limit(items: list[list[Option]], limit: int) -> N
             assert totals(items, allocate(items, limit))[0] <= limit
 
 
+def test_many_units_end_near_reverse_water_filling() -> None:
+    """Cover and Thomas 2006, theorem 10.3.3: bits of any fraction would end at the geometric mean of the sensitivities.
+
+    Whole bits end up to (2 - 1/2) / ln 4 = 1.082 above it.
+    """
+    dice = random.Random(1)
+    sensitivities = [math.exp(dice.gauss(0, 1.5)) for _ in range(400)]
+    items = [[Option(num_bytes=bits, cost=s * 4.0**-bits) for bits in range(1, 17)] for s in sensitivities]
+    _, cost = totals(items, allocate(items, 6 * len(items)))
+    bound = len(items) * math.exp(sum(map(math.log, sensitivities)) / len(items)) * 4.0**-6
+    assert bound < cost < 1.1 * bound
+
+
 # What is written ----------------------------------------------------------------------------------
 
 
@@ -349,7 +362,11 @@ def test_a_validated_run_with_folds_is_near_what_was_expected(tmp_path: Path, ti
     (outcome,) = pipeline.run(job)
     facts = outcome.document["stages"]["budget"]
     kl = outcome.document["fidelity"]["total"]["kl"]["mean"]
-    assert facts["sum of costs as chosen"] < facts["sum of costs at 4 bits"]
+    alike = facts["with one width for all"]
+    assert alike["8 bits"]["sum of costs"] < facts["sum of costs as chosen"] < alike["4 bits"]["sum of costs"]
+    assert [round(row["bits per weight"], 2) for row in alike.values()] == [4.13, 8.13]
+    measured = sum(unit["cost at 4 bits"] for unit in facts["linears"].values())
+    assert alike["4 bits"]["sum of costs"] == pytest.approx(measured)
     assert 0.3 < kl / facts["sum of costs as chosen"] < 3  # beside it, rounding activations to bfloat16
     assert outcome.document["verdict"] == "pass"
 
