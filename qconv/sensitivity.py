@@ -45,7 +45,7 @@ from qconv.timeline import TIMELINE
 from qconv.types import Checkpoint
 from qconv.validate.divergences import divergences
 
-COMPARED_TOKENS, COMPARED_LENGTH = 1024, 256
+COMPARED_TOKENS, COMPARED_LENGTH = 2048, 256
 """In all, and of a row: half as many choose widths that are 2% worse on SmolLM2-135M."""
 SAMPLED_WEIGHTS, SAMPLED_ROWS = 1 << 16, 4
 """Of a unit, and at least of each of its linears, that are rounded to see what its choices do."""

@@ -314,7 +314,9 @@ def test_text_that_is_compared_is_not_calibrated_on() -> None:
     calibrated, compared = split_rows(rows)
     assert calibrated.shape == (12, 300)
     assert [len(part) for part in split_rows(rows[:, :64])] == [12, 4]  # a quarter at most
-    assert [len(part) for part in split_rows(rows.reshape(64, 75))] == [50, 14]
+    assert [len(part) for part in split_rows(rows.reshape(150, 32))] == [113, 37]
+    assert [len(part) for part in split_rows(rows.reshape(300, 16))] == [225, 75]
+    assert [len(part) for part in split_rows(rows.reshape(600, 8).repeat(2, 1))] == [944, 256]  # 2048 tokens
     assert torch.equal(compared, rows[12:, :256])
     assert [len(part) for part in split_rows(rows[:2])] == [1, 1]
     assert [len(part) for part in split_rows(rows[:1])] == [1, 1]  # there is no other
