@@ -24,6 +24,7 @@ Dimension legend: R = calibration rows, B = rows that are compared, S = tokens p
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,8 +48,8 @@ from qconv.validate.divergences import divergences
 
 COMPARED_TOKENS, COMPARED_LENGTH = 2048, 256
 """In all, and of a row: half as many choose widths that are 2% worse on SmolLM2-135M."""
-SAMPLED_WEIGHTS, SAMPLED_ROWS = 1 << 16, 4
-"""Of a unit, and at least of each of its linears, that are rounded to see what its choices do."""
+SAMPLED_WEIGHTS, SAMPLED_ROWS = 1 << 16, 16
+"""Of a unit, and rows of it at least, that are rounded to see what its choices do."""
 EXACT = 2.0**-40
 """Squared error relative to the weights, from which on down all choices are as good."""
 
@@ -151,16 +152,22 @@ def rounding_errors(
     weights: Mapping[str, Tensor], choices: Iterable[Choice], request: QuantizeRequest
 ) -> dict[Choice, float]:
     """Squared error of each choice on evenly spaced rows of a unit's weights (by module), rounded to nearest."""
-    searched = request.config.resolved_algorithm != "rtn"
-    errors = dict.fromkeys(choices, 0.0)
-    for module, w_NK in weights.items():
-        num_rows = max(SAMPLED_ROWS, SAMPLED_WEIGHTS // (len(weights) * w_NK.shape[1]))
-        rows_NK = w_NK[:: -(-len(w_NK) // num_rows)]
-        scheme, exact = request.scheme_of(f"{module}.weight"), EXACT * float(rows_NK.square().sum())
-        for choice in errors:
-            rounded = rtn(rows_NK, choice.of(scheme), module, mse=searched)
-            errors[choice] += float((rounded.dequantize() - rows_NK).square().sum()) + exact
-    return errors
+    rows: dict[int, list[Tensor]] = defaultdict(
+        list
+    )  # by K: rows are independent, and experts have hundreds of linears
+    for w_NK in weights.values():
+        k = w_NK.shape[1]
+        num_rows = max(-(-SAMPLED_ROWS // len(weights)), SAMPLED_WEIGHTS // (len(weights) * k))
+        rows[k].append(w_NK[:: -(-len(w_NK) // num_rows)])
+    sample = [torch.cat(parts) for parts in rows.values()]
+    name, searched = next(iter(weights)), request.config.resolved_algorithm != "rtn"
+    scheme, exact = request.scheme_of(f"{name}.weight"), EXACT * sum(float(w_NK.square().sum()) for w_NK in sample)
+
+    def error(choice: Choice) -> float:
+        rounded = [rtn(w_NK, choice.of(scheme), name, mse=searched).dequantize() for w_NK in sample]
+        return sum(float((q_NK - w_NK).square().sum()) for q_NK, w_NK in zip(rounded, sample, strict=True)) + exact
+
+    return {choice: error(choice) for choice in choices}
 
 
 def _carry(
