@@ -54,7 +54,7 @@ class Target:
     @property
     def has_float_zeros(self) -> bool:
         """Whether a group's zero point may be any number, and no code alone."""
-        return self.format == "gguf-q4_1"
+        return self.format in ("gguf-q4_1", "hqq")
 
     @property
     def gguf_kind(self) -> str | None:
@@ -133,6 +133,14 @@ TARGETS: Mapping[str, Target] = {
         bits=(4,),
         symmetric=False,
         readers="vLLM, SGLang, transformers + gptqmodel",
+    ),
+    "hqq": Target(
+        name="hqq",
+        format="hqq",
+        algorithms=("zeros",),
+        bits=(4, 2, 3, 5, 6, 8),
+        symmetric=None,
+        readers="transformers 4 + hqq, vLLM (before 0.15: 4 bits, groups of 64)",
     ),
     "w4a16": Target(
         name="w4a16",

@@ -199,7 +199,7 @@ class QuantizedLinear:
             ``[ceil(N / block_rows), G]``, any float32 values: such formats store float32. With a global scale the
             float32 quotients of float8 numbers and it.
         zeros_NG: ``[N, G]`` uint8 zero points, or None when the scheme is symmetric; float32 for a format that stores
-            any numbers (ggml's q4_1).
+            any numbers (ggml's q4_1, HQQ).
         group_index_K: ``[K]`` int32, the group of each input feature, or None for ``k // group_size``.
         scheme: what the codes mean.
         input_scale: ``[1]`` float32, exact in both float16 and bfloat16, what inputs are divided by before they are
@@ -207,6 +207,8 @@ class QuantizedLinear:
             one of the weight; else None: see ``scheme.stores_input_scale``.
         global_scale: ``[1]`` float32, positive, what the stored float8 scales are divided by; with
             ``scheme.has_global_scale``, else None.
+        computed_in: dtype in which readers round the difference and the product that make the weight (HQQ); None = they
+            round no more than the result.
     """
 
     codes_NK: Tensor
@@ -216,6 +218,7 @@ class QuantizedLinear:
     scheme: Scheme
     input_scale: Tensor | None = None
     global_scale: Tensor | None = None
+    computed_in: torch.dtype | None = None
 
     def rows(self, rows: slice) -> QuantizedLinear:
         """Some rows, with a scale for each; where ``rows`` begins and ends need not fit blocks."""
@@ -241,9 +244,10 @@ class QuantizedLinear:
         if self.scheme.is_fp4:
             w_NK = e2m1.decode(self.codes_NK).contiguous()
         else:
-            w_NK = self.codes_NK.to(torch.float32, memory_format=torch.contiguous_format)
+            dtype = self.computed_in or torch.float32
+            w_NK = self.codes_NK.to(dtype, memory_format=torch.contiguous_format)
         n, k = w_NK.shape
-        scales, zeros = self.scales_NG.float(), None if self.zeros_NG is None else self.zeros_NG.float()
+        scales, zeros = self.scales_NG.to(w_NK.dtype), None if self.zeros_NG is None else self.zeros_NG.to(w_NK.dtype)
         if self.scheme.block_rows > 1:
             scales = scales.repeat_interleave(self.scheme.block_rows, dim=0)[:n]
         size = k if scales.shape[1] == 1 else self.scheme.group_size
@@ -258,7 +262,7 @@ class QuantizedLinear:
         if self.scheme.kind == "int":
             target -= self.scheme.mid_code if zeros is None else zeros
         target *= scales
-        return w_NK
+        return w_NK.float()
 
 
 class _OfLayer:

@@ -219,20 +219,20 @@ def test_groups_of_an_index_and_without_a_scale() -> None:
     scheme = Scheme(bits=4, group_size=4, symmetric=False)
     indexed = linear(group_index_K=torch.tensor([0, 1] * 4, dtype=torch.int32))
     with pytest.raises(SchemeError, match="group index"):
-        moved_zeros(indexed.dequantize(), indexed, scheme, False, "m", ZeroMoves())
+        moved_zeros(indexed.dequantize(), indexed, scheme, torch.uint8, "m", ZeroMoves())
     flat = linear(scales_NG=torch.tensor([[0.0, 1.0]] * 3))
-    same = moved_zeros(flat.dequantize(), flat, scheme, False, "m", ZeroMoves())
+    same = moved_zeros(flat.dequantize(), flat, scheme, torch.uint8, "m", ZeroMoves())
     assert torch.equal(same.zeros_NG, flat.zeros_NG)  # type: ignore[arg-type]
     with pytest.raises(SchemeError, match="no zero point makes it"):
-        moved_zeros(flat.dequantize() + 1, flat, scheme, False, "m", ZeroMoves())
+        moved_zeros(flat.dequantize() + 1, flat, scheme, torch.uint8, "m", ZeroMoves())
     with pytest.raises(NumericsError, match="finite"):
-        moved_zeros(flat.dequantize() + torch.nan, flat, scheme, False, "m", ZeroMoves())
+        moved_zeros(flat.dequantize() + torch.nan, flat, scheme, torch.uint8, "m", ZeroMoves())
 
 
 def test_zero_points_end() -> None:
     base, moves = linear(), ZeroMoves()
     w_NK = base.dequantize() - 20 * base.scales_NG.repeat_interleave(4, 1)
-    found = moved_zeros(w_NK, base, Scheme(bits=4, group_size=4, symmetric=False), False, "m", moves)
+    found = moved_zeros(w_NK, base, Scheme(bits=4, group_size=4, symmetric=False), torch.uint8, "m", moves)
     assert torch.equal(found.zeros_NG, torch.full((3, 2), 15, dtype=torch.uint8))  # type: ignore[arg-type]
     assert (moves.clipped, moves.moved, moves.error) == (6, 6, pytest.approx(12 / 20, rel=1e-4))
 

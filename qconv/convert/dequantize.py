@@ -24,6 +24,7 @@ from qconv.convert.fused_experts import separate_experts
 from qconv.convert.ggml_blocks import GGML_FORMATS, GgmlBlocks
 from qconv.convert.gpt_oss import GptOssMxfp4
 from qconv.convert.gptq import Gptq
+from qconv.convert.hqq import Hqq
 from qconv.convert.int_quantized import IntQuantized
 from qconv.convert.key_values import CacheReading, read_cache, read_cache_scale
 from qconv.convert.matmul_nbits import MatMulNBits
@@ -43,11 +44,12 @@ FORMATS: Mapping[str, Format] = {
     "mxfp4-pack-quantized": MXFP4,
     "fp8-block": Fp8Block(),
     "gpt-oss-mxfp4": GptOssMxfp4(),
+    "hqq": Hqq(),
 }
 
 COMPRESSED = ("pack-quantized", "float-quantized", "int-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
 READ = (
-    "bitsandbytes 4-bit (nf4, fp4), GPTQ, AWQ gemm, fp8 with block scales, gpt-oss's mxfp4, "
+    "bitsandbytes 4-bit (nf4, fp4), GPTQ, AWQ gemm, HQQ, fp8 with block scales, gpt-oss's mxfp4, "
     f"compressed-tensors {', '.join(COMPRESSED[:-1])} and {COMPRESSED[-1]}"
 )
 
@@ -61,6 +63,7 @@ SIGNS: Mapping[str, str] = {
     ".weight_scale_inv": "fp8 with block scales",
     "_blocks": "mxfp4",
     ".W_q": "HQQ",
+    ".zero_scale": "HQQ with its scales moved to the CPU",
     ".weight_global_scale": "nvfp4",
     ".input_global_scale": "nvfp4",
     ".qweight": "GPTQ or AWQ",
@@ -221,7 +224,7 @@ class DequantizedCheckpoint:
             return f"gguf-{quantization['kind']}"
         if method == "onnx" and quantization is not None and "modules" in quantization:
             return self._find_nbits(quantization["modules"])
-        if method not in ("gptq", "awq", "compressed-tensors", "fp8", "mxfp4"):
+        if method not in ("gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "hqq"):
             raise CheckpointError(f"{self.location}: quantized with {method!r}, which is not read; read are {READ}")
         assert isinstance(quantization, dict)
         self._find_modules(_formats_of(method, quantization, self.location), quantization)
@@ -321,8 +324,10 @@ class DequantizedCheckpoint:
         return TensorSpec(name=weight, shape=shape, dtype=torch.float32)
 
     def _stored_shape(self, module: str) -> tuple[int, int]:
-        """Reads the two numbers of ``weight_shape``."""
-        name = module + ".weight_shape"
+        """Reads the two numbers of ``weight_shape``, or ``shape``."""
+        fmt = self._formats[module]
+        assert not isinstance(fmt, GgmlBlocks)  # tells by its blocks
+        name = module + next(suffix for suffix in fmt.suffixes if suffix in (".weight_shape", ".shape"))
         if name not in self.source.specs():
             raise CheckpointError(
                 f"{self.location}: quantized module {module!r} has no tensor {name!r}, or its shape is damaged"
@@ -344,7 +349,7 @@ def dequantize(checkpoint: Checkpoint) -> DequantizedCheckpoint:
 
 def _formats_of(method: str, config: Mapping[str, Any], location: str) -> list[Format]:
     """The layouts that a configuration names: one, but for compressed-tensors with several."""
-    if method in ("awq", "fp8", "mxfp4"):
+    if method in ("awq", "fp8", "mxfp4", "hqq"):
         return [FORMATS[{"fp8": "fp8-block", "mxfp4": "gpt-oss-mxfp4"}.get(method, method)]]
     if method == "gptq":
         name = str(config.get("checkpoint_format") or "gptq").lower()

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from qconv.convert.format import Format
+from qconv.convert.hqq import settings_of, tag_of
 from qconv.errors import SchemeError
 from qconv.overrides import fused_linears
 from qconv.types import Scheme
@@ -50,6 +51,8 @@ def mixed_config(
         return config | ({"dynamic": rules} if rules else {})
     if len(groups) == 1 and "lm_head" not in schemes:
         return config
+    if config["quant_method"] == "hqq":
+        return config | {"quant_config": _by_tag(schemes)}
     if config["quant_method"] != "compressed-tensors":
         raise SchemeError(f"{fmt.name} has one scheme for all linears, got {len(groups)}")
     config["config_groups"] = {}
@@ -61,6 +64,15 @@ def mixed_config(
             targets = [by_pattern.get(f"re:{pattern}", f"re:{pattern}") for pattern in _patterns(modules, everything)]
             config["config_groups"][f"group_{len(config['config_groups'])}"] = own | {"targets": targets}
     return config
+
+
+def _by_tag(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """HQQ's settings of linears by what transformers calls those of one role."""
+    found: dict[str, Scheme] = {}
+    for module, scheme in schemes.items():
+        if found.setdefault(tag_of(module), scheme) != scheme:
+            raise SchemeError(f"{module}: hqq has one scheme for {tag_of(module)} of all blocks, got several")
+    return {tag: settings_of(scheme) for tag, scheme in found.items()}
 
 
 def _patterns(modules: Collection[str], everything: Collection[str]) -> list[str]:

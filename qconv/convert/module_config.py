@@ -7,6 +7,8 @@ compressed-tensors 0.20 (`utils/match.py`): ``ignore`` excludes names and ``re:`
 counts whose target is the module's name, else whose ``re:`` pattern matches (patterns in alphabetical order), else
 whose target is the class ``Linear``. A group may name a layout of its own (``mixed-precision``).
 
+HQQ (transformers' integration): ``quant_config`` holds settings for all linears, or by tag (the name without blocks).
+
 Left out: targets that are other classes, and fused names that only engines know.
 """
 
@@ -16,6 +18,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from qconv.convert.hqq import tag_of
 from qconv.errors import CheckpointError
 
 
@@ -30,6 +33,8 @@ def config_for(config: Mapping[str, Any], module: str, location: str) -> Mapping
             return _by_rule(config, module, location)
         case "compressed-tensors":
             return _by_group(config, module, location)
+        case "hqq":
+            return _by_tag(config, module, location)
     return config
 
 
@@ -47,6 +52,18 @@ def _by_rule(config: Mapping[str, Any], module: str, location: str) -> Mapping[s
             raise CheckpointError(f"{location}: quantization_config: rule {rule!r} of 'dynamic' is not an object")
         return rest | changes
     return rest
+
+
+def _by_tag(config: Mapping[str, Any], module: str, location: str) -> Mapping[str, Any]:
+    settings = config.get("quant_config")
+    if isinstance(settings, dict) and "weight_quant_params" not in settings:
+        if tag_of(module) not in settings:
+            raise CheckpointError(
+                f"{location}: module {module!r} is stored quantized, and 'quant_config' says nothing of "
+                f"{tag_of(module)!r}; there are {', '.join(map(repr, settings)) or 'no others'}"
+            )
+        return {**config, "quant_config": settings[tag_of(module)]}
+    return config
 
 
 def _by_group(config: Mapping[str, Any], module: str, location: str) -> Mapping[str, Any]:

@@ -95,10 +95,6 @@ class QuantizeRequest:
     kept: Callable[[str, str], QuantizedLinear] | None = None
     zero_moves: ZeroMoves = field(default_factory=ZeroMoves)
 
-    @property
-    def has_float_zeros(self) -> bool:
-        return TARGETS[self.config.target].has_float_zeros
-
     def scheme_of(self, weight: str) -> Scheme:
         return self.schemes.get(weight, self.scheme)
 
@@ -287,7 +283,10 @@ def _moved(model: StreamedModel | StoredBlocks, name: str, w_NK: Tensor, request
     assert request.kept is not None
     stored, scheme = request.kept(name, str(w_NK.device)), request.scheme_of(name)
     where = f"{model.view.location}: {name}"
-    return moved_zeros(w_NK, stored, scheme, request.has_float_zeros, where, request.zero_moves)
+    target = TARGETS[request.config.target]
+    in_storage = request.storage if target.format == "hqq" else None
+    zeros_in = in_storage or (torch.float32 if target.has_float_zeros else torch.uint8)
+    return moved_zeros(w_NK, stored, scheme, zeros_in, where, request.zero_moves, in_storage)
 
 
 def _count_tokens(

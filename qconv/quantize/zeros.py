@@ -5,9 +5,9 @@ update of a group is one number, and ``(code - zero) * scale + update`` is ``(co
 ``zero' = zero - update / scale``. Here zero' is read off the merged weight, as the mean of ``code - w / scale`` in each
 group; what is left beside it has to be rounding, so that any other update is refused.
 
-Rounding points: none where zero points are stored as floats (ggml's q4_1 holds ``-zero' * scale`` in float16); one, to
-whole numbers, where the format has integers. Whole steps are large beside most updates: `ZeroMoves` measures what is
-left of them.
+Rounding points: none where a format makes the weight of float32 zero points (ggml's q4_1 holds ``-zero' * scale`` in
+float16); one to the dtype of scales where zero points are floats of it (HQQ), or to whole numbers where the format has
+integers. Whole steps are large beside most updates, and so are bfloat16's of a 16th: `ZeroMoves` measures what is left.
 
 Left out: bases whose groups are made by a group index (they are no neighbours, which QA-LoRA pools).
 
@@ -69,7 +69,13 @@ class ZeroMoves:
 
 
 def moved_zeros(
-    w_NK: Tensor, stored: QuantizedLinear, scheme: Scheme, floating: bool, name: str, moves: ZeroMoves
+    w_NK: Tensor,
+    stored: QuantizedLinear,
+    scheme: Scheme,
+    zeros_in: torch.dtype,
+    name: str,
+    moves: ZeroMoves,
+    computed_in: torch.dtype | None = None,
 ) -> QuantizedLinear:
     """The base's codes and scales with the zero points that make them ``w_NK``.
 
@@ -77,9 +83,10 @@ def moved_zeros(
         w_NK: the merged weight, float32.
         stored: the base's.
         scheme: of the result; its group size divides that of ``stored``, whose groups are then repeated.
-        floating: zero points stay float32; else they are whole numbers of the scheme, in uint8.
+        zeros_in: what zero points are rounded to, which is handed over as float32; uint8 = whole numbers of the scheme.
         name: the weight, for messages.
         moves: what happens is added to it.
+        computed_in: see `QuantizedLinear`, of the result.
 
     Raises:
         SchemeError: the update of a group is more than one number, or the base's groups are no neighbours.
@@ -106,9 +113,11 @@ def moved_zeros(
             "with the groups of this base (--qa-lora). Merge with another --algorithm"
         )
     zeros = before - wanted
-    if not floating:
+    if zeros_in == torch.uint8:
         exact, zeros = zeros, zeros.round().clamp(scheme.min_zero, scheme.max_code)
         moves.clipped += int(((exact - zeros).abs() > 0.5 + TOLERANCE).sum())
+    else:
+        zeros = zeros.to(zeros_in).float()
     members = k // scales.shape[1]
     moves.groups += zeros.numel()
     moves.moved += int((zeros != before).sum())
@@ -118,6 +127,7 @@ def moved_zeros(
     return replace(
         stored,
         scales_NG=scales.repeat_interleave(times, dim=1),
-        zeros_NG=(zeros if floating else zeros.to(torch.uint8)).repeat_interleave(times, dim=1),
+        zeros_NG=(zeros.to(torch.uint8) if zeros_in == torch.uint8 else zeros).repeat_interleave(times, dim=1),
         scheme=scheme,
+        computed_in=computed_in,
     )

@@ -24,6 +24,7 @@ _FORMATS = {
     "fp8": ("compressed-tensors float-quantized (FP8)", "compressed-tensors"),
     "fp8-block": ("FP8 with 128 x 128 blocks (DeepSeek-V3 layout)", ""),
     "gpt-oss-mxfp4": ("MXFP4 experts, as gpt-oss is published", ""),
+    "hqq": ("HQQ (as transformers 4 saves it)", '"transformers<5" hqq'),
     "nf4": ("bitsandbytes NF4 with double quantization", "bitsandbytes"),
     "w4a8": ("compressed-tensors pack-quantized (INT8 activations)", "compressed-tensors"),
     "w4a8-fp8": ("compressed-tensors pack-quantized (FP8 activations)", "compressed-tensors"),
@@ -173,7 +174,8 @@ def _serving(document: Document) -> Iterator[str]:
     yield ""
     yield "```python"
     if target in _FORMATS:
-        yield f"# needs: pip install transformers accelerate {_FORMATS[target][1]}"
+        needs = _FORMATS[target][1]
+        yield f"# needs: pip install {'' if 'transformers<' in needs else 'transformers '}accelerate {needs}"
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
     yield ""
     yield 'model = AutoModelForCausalLM.from_pretrained("./this-folder", device_map="auto")'

@@ -40,6 +40,8 @@ def _old_layouts(served: Served) -> str | None:
         return "it quantizes 16-bit weights with bitsandbytes itself and reads none that are; decode with " + (
             "qconv convert --to bf16, or " + instead("awq", served)
         )
+    if served.layout == "hqq":
+        return "it reads no HQQ that is stored; " + instead("awq --algorithm zeros", served)
     if served.layout == "gpt-oss-mxfp4":
         return "nothing says that it loads MXFP4; serve it with vLLM or SGLang"
     if served.layout == "gptq_v2":

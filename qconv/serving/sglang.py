@@ -16,6 +16,8 @@ def refusal(served: Served) -> str | None:
             return f"it loads pack-quantized of 4 or 8 bits, and this has {served.odd_bits}; " + instead(
                 "w4a16", served
             )
+        if layout == "hqq":
+            return "it reads no HQQ; " + instead("awq --algorithm zeros", served)
         if layout == "gptq_v2":
             return "it reads no checkpoint_format, so zero points of version 2 as those of version 1; " + instead(
                 "gptq, which holds the same numbers when symmetric", served

@@ -24,6 +24,8 @@ def refusal(served: Served) -> str | None:
                 + instead("w4a16", served)
                 + ", or decode a base exactly with qconv convert --to bf16"
             )
+        if layout == "hqq":
+            return "its releases since 0.15 read no HQQ (from its source); " + instead("awq --algorithm zeros", served)
         if layout in ("gptq", "gptq_v2"):
             if served.has_group_index:
                 return (
