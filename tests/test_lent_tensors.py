@@ -8,8 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qconv.checkpoint import open_checkpoint
+from qconv.convert import FORMATS, dequantize
+from qconv.quantize.rtn import rtn
 from qconv.remembered import Remembered
+from qconv.remembered_codes import RememberedCodes
+from qconv.types import Scheme
 from qconv.validate.resident import ResidentModel
+from tests.merge_cases import TensorsInMemory
 
 
 def test_a_view_gives_what_a_resident_model_holds(tiny_llama: Path) -> None:
@@ -68,3 +73,29 @@ def test_parameters_in_another_dtype_or_shape_are_read_from_the_file(tiny_llama:
     other = torch.float32 if stored.specs()["model.norm.weight"].dtype != torch.float32 else torch.bfloat16
     model = ResidentModel(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=other), "cpu")
     assert model.held(stored.specs()) == {}
+
+
+def test_the_readers_of_a_candidate_share_its_codes() -> None:
+    module, scheme = "model.layers.0.mlp.up_proj", Scheme(bits=4, group_size=32, symmetric=False)
+    linear = rtn(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), scheme, module)
+    packed = FORMATS["awq"].pack(linear, module, torch.float16)
+    config = {"quantization_config": FORMATS["awq"].quantization_config(scheme, [module], [])}
+    source = TensorsInMemory({**packed, "model.norm.weight": torch.ones(128)}, config)
+    reads: list[str] = []
+
+    class Counted(TensorsInMemory):
+        def read(self, name: str, device: str = "cpu") -> torch.Tensor:
+            reads.append(name)
+            return super().read(name, device)
+
+    view = RememberedCodes(Counted({**packed, "model.norm.weight": torch.ones(128)}, config))
+    codes = view.read_quantized(module)
+    assert torch.equal(view.read(f"{module}.weight"), dequantize(source).read(f"{module}.weight"))
+    assert view.read_quantized(module) is codes
+    assert torch.equal(codes.codes_NK, linear.codes_NK)
+    assert sorted(reads) == sorted(packed)
+    view.forget()
+    assert view.read_quantized(module) is not codes
+    view.stop()
+    assert view.read_quantized(module) is not view.read_quantized(module)
+    assert torch.equal(view.read("model.norm.weight"), torch.ones(128))
