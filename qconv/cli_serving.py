@@ -13,7 +13,7 @@ from qconv.cli_options import json_option, run_options
 from qconv.cli_parsing import Choice, Command, files, folders
 from qconv.config import parse_size
 from qconv.own_process import begin
-from qconv.serving import ENGINES, FOREIGN
+from qconv.serving import ENGINES
 from qconv.serving_config import PackConfig, parse_adapter
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("model", shell_complete=folders)
-@click.option("--for", "engine", required=True, type=Choice([*ENGINES, *FOREIGN]), help="What will serve the model.")
+@click.option("--for", "engine", required=True, type=Choice([*ENGINES]), help="What will serve the model.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder for what is written [default: MODEL-ENGINE, beside it]"
 )
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tp", default=1, show_default=True, help="GPUs that the engine splits the model among.")
 @click.option("--context", type=int, help="Tokens of a sequence at most [default: the model's, at most 8192]")
-@click.option("--concurrency", type=int, help="Sequences at a time [default: 16; ort-genai: 1]")
+@click.option("--concurrency", type=int, help="Sequences at a time [default: 16; ort-genai, ollama: 1]")
 @click.option(
     "--kv-dtype",
     type=Choice(["auto", "fp8"]),

@@ -21,7 +21,7 @@ from qconv.inputs import resolve_device
 from qconv.progress import QUIET, Progress
 from qconv.runners import Candidate
 from qconv.served_model import ServedModel, open_served
-from qconv.serving import ENGINES, FOREIGN, Engine, Request, Served, ServedAdapter
+from qconv.serving import ENGINES, Engine, Request, Served, ServedAdapter
 from qconv.serving.memory import ServingMemory, serving_memory
 from qconv.serving.page import launch_script, read_me
 from qconv.serving_config import DEFAULT_CONCURRENCY, PackConfig
@@ -30,6 +30,11 @@ from qconv.work_folder import PACK_SIGN, check_inputs, check_output, check_place
 
 PACK_FORMAT = 1
 ORT_GENAI = "ort-genai"
+OLLAMA = "ollama"
+_GGUF = (
+    f"{{folder}} holds a GGUF file ({{layout}}), which Ollama takes: --for {OLLAMA}; llama.cpp serves it as it is "
+    "(llama-server -m FILE). For other engines make another target, such as --requant w4a16"
+)
 _ONNX = f"{{folder}} holds an ONNX graph ({{layout}}), which ONNX Runtime GenAI runs: --for {ORT_GENAI}"
 UNRECORDED_TOKENS = 16
 _PROMPT_ALONE = "The capital of France is"
@@ -55,10 +60,6 @@ def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
         CapacityError: not one sequence fits on the GPUs that were named.
         CheckpointError, AdapterError, UsageError: see `open_served`; ``out`` cannot be written.
     """
-    if config.engine in FOREIGN:
-        model = open_served(config, port=1, concurrency=1)
-        words = _ONNX if model.served.is_onnx else FOREIGN[config.engine]
-        raise SchemeError(words.format(folder=config.model, layout=model.served.layout))
     engine = ENGINES[config.engine]
     model = open_served(config, config.port or engine.port, _concurrency(engine, config))
     out = config.out or _beside(config, engine)
@@ -71,6 +72,8 @@ def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
     reason = engine.refusal(served)
     if served.is_onnx and engine.name != ORT_GENAI:
         reason = _ONNX.format(folder=config.model, layout=served.layout)
+    if served.is_gguf and engine.name != OLLAMA:
+        reason = _GGUF.format(folder=config.model, layout=served.layout)
     if reason is not None:
         raise SchemeError(f"{engine.title} does not load {config.model}: {reason}")
     warnings = check_parallel(model.shape, model.linears(), served.num_gpus, config.model)
@@ -110,13 +113,13 @@ def _concurrency(engine: Engine, config: PackConfig) -> int:
     most = engine.most_at_a_time
     if config.concurrency is not None and most is not None and config.concurrency > most:
         raise UsageError(f"--concurrency {config.concurrency}: the server for {engine.title} runs {most} at a time")
-    return config.concurrency or most or DEFAULT_CONCURRENCY
+    return config.concurrency or most or engine.usual_at_a_time or DEFAULT_CONCURRENCY
 
 
 def _beside(config: PackConfig, engine: Engine) -> Path:
-    """Beside the model's folder; what lies in the hub's cache gets a folder here."""
+    """Beside the model's folder or file; what lies in the hub's cache gets a folder here."""
     folder = (
-        Path(os.path.abspath(config.model)) if Path(config.model).is_dir() else Path.cwd() / Path(config.model).name
+        Path(os.path.abspath(config.model)) if Path(config.model).exists() else Path.cwd() / Path(config.model).name
     )
     return folder.with_name(f"{folder.name}-{engine.name}")
 
@@ -128,7 +131,7 @@ def _memory(model: ServedModel, config: PackConfig) -> ServingMemory:
         model.source.specs().values(),
         model.view.specs(),
         num_gpus=served.num_gpus,
-        cache_itemsize=1 if served.cache_dtype == "fp8" else _ITEMSIZE.get(served.dtype, 2),
+        cache_itemsize=1 if served.cache_dtype == "fp8" else 2 if served.is_gguf else _ITEMSIZE.get(served.dtype, 2),
         context=served.context,
         concurrency=served.concurrency,
         adapters=model.adapter_bytes,
@@ -179,6 +182,8 @@ def _cases(
     served = model.served
     device = resolve_device(config.device)
     why = "--no-answers" if not config.answers else why_not_whole(model.candidates[0], device)
+    if why is None and model.source.folder.is_file():
+        why = "no tokenizer lies beside a GGUF file alone"
     if why is not None:
         progress.say(f"note: no answers are recorded ({why}); the smoke test takes any that is not empty")
     cases = []

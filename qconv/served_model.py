@@ -13,7 +13,7 @@ from qconv.checkpoint import open_adapter_files, open_checkpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.convert.dequantize import CONV1D_MODELS
 from qconv.decoder_shape import DecoderShape
-from qconv.errors import AdapterError, CheckpointError, SchemeError, UsageError
+from qconv.errors import AdapterError, CheckpointError, UsageError
 from qconv.gguf import GgufCheckpoint
 from qconv.merge import load_adapter
 from qconv.records import read_train_record
@@ -58,7 +58,6 @@ def open_served(config: PackConfig, port: int, concurrency: int) -> ServedModel:
         CheckpointError: the model cannot be read.
         AdapterError: an adapter is not plain LoRA, or not of this model.
         UsageError: an adapter in the model's place, or a context that the model does not have.
-        SchemeError: a GGUF file, which is served as it is.
     """
     folder = Path(config.model)
     if folder.is_dir() and is_adapter(folder):
@@ -66,12 +65,6 @@ def open_served(config: PackConfig, port: int, concurrency: int) -> ServedModel:
             f"{config.model} is an adapter: name the model that serves it, and it as --adapter {config.model}"
         )
     source = open_checkpoint(config.model)
-    if isinstance(source, GgufCheckpoint):
-        raise SchemeError(
-            f"{config.model} holds a GGUF file, which needs no pack: llama.cpp serves it as it is (llama-server -m "
-            "FILE), Ollama with the Modelfile that qconv writes beside it (ollama create NAME -f Modelfile). For "
-            "other engines make another target, such as --requant w4a16"
-        )
     view = dequantize(source)
     shape = DecoderShape.of(source.config, source.location)
     candidates = [Candidate(source=source, view=view)]
@@ -84,7 +77,7 @@ def open_served(config: PackConfig, port: int, concurrency: int) -> ServedModel:
     quantized = set(view.quantized_modules)
     served = Served(
         name=config.name or _name_of(config.model),
-        path=config.model_path or str(source.folder.resolve()),
+        path=config.model_path or str(_place(source).resolve()),
         layout=view.kind,
         schemes=tuple(dict.fromkeys(view.schemes.values())),
         quantization=source.config.get("quantization_config") or {},
@@ -98,6 +91,7 @@ def open_served(config: PackConfig, port: int, concurrency: int) -> ServedModel:
         cache_dtype="fp8" if view.cache.scales else config.cache_dtype,
         has_cache_scales=bool(view.cache.scales),
         port=port,
+        model_file=_model_file(source),
     )
     return ServedModel(
         source=source,
@@ -110,6 +104,29 @@ def open_served(config: PackConfig, port: int, concurrency: int) -> ServedModel:
     )
 
 
+def _place(source: FileCheckpoint) -> Path:
+    """What an engine is given: the folder, or the GGUF file in it."""
+    return source.file_of(next(iter(source.specs()))) if isinstance(source, GgufCheckpoint) else source.folder
+
+
+def _model_file(source: FileCheckpoint) -> str:
+    """The Modelfile in the folder of a GGUF file, for Ollama; empty where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not begin with the file.
+    """
+    file = source.folder / "Modelfile"
+    if not isinstance(source, GgufCheckpoint) or not file.is_file():
+        return ""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from error
+    if not text.startswith("FROM "):
+        raise CheckpointError(f"{file}: expected a line FROM with the GGUF file first, as qconv writes it; remove it")
+    return text
+
+
 def _context(config: PackConfig, shape: DecoderShape) -> int:
     longest = shape.max_positions
     if config.context is None:
@@ -120,7 +137,7 @@ def _context(config: PackConfig, shape: DecoderShape) -> int:
 
 
 def _name_of(model: str) -> str:
-    name = os.path.basename(os.path.abspath(model))
+    name = os.path.basename(os.path.abspath(model)).removesuffix(".gguf")
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
 
 

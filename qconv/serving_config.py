@@ -32,7 +32,7 @@ class PackConfig:
 
     Attributes:
         model: folder or hub id.
-        engine: a key of `serving.ENGINES` or `serving.FOREIGN`.
+        engine: a key of `serving.ENGINES`.
         out: folder for what is written; None = beside the model, called after it and the engine.
         adapters: plain LoRAs to serve beside the model.
         num_gpus: that the engine splits the model among.
@@ -42,7 +42,7 @@ class PackConfig:
         gpu_memory: bytes of each GPU; None = not compared.
         name: that requests call the model; None = its folder's.
         port: that the engine listens on; None = its own.
-        model_path: where the engine finds the model, if not where it lies now (in a container).
+        model_path: where the engine finds the folder, or the GGUF file, if not where it lies now (in a container).
         answers: record what the model is sure to answer, for the smoke test.
         prompts: for these answers; None = embedded ones.
         device: that computes them.

@@ -26,7 +26,7 @@ from qconv.serving import ENGINES
 from tests.cli_cases import Variant, made, set_config
 from tests.conftest import TINY_LLAMA, save_random_adapter
 
-OF_SAFETENSORS = [name for name in ENGINES if name != "ort-genai"]  # that one is in tests/test_onnx.py
+OF_SAFETENSORS = [name for name in ENGINES if name not in ("ort-genai", "ollama")]  # the first: tests/test_onnx.py
 Pack = Callable[..., dict[str, Any]]
 
 
@@ -160,6 +160,7 @@ def test_expected_text_of_rounded_inputs_is_of_the_rounded_model(
 FORMS: dict[str, Callable[[str], Any]] = {
     "/v1/completions": lambda text: {"id": "x", "choices": [{"index": 0, "text": text}]},
     "/generate": lambda text: {"generated_text": text},
+    "/api/generate": lambda text: {"model": "tiny", "response": text, "done": True},
     "/v2/models/tiny/generate": lambda text: {"model_name": "tiny", "model_version": "1", "text_output": text},
 }
 
@@ -322,12 +323,91 @@ def test_engines_of_other_containers(engine: str, word: str, model: Path, capsys
     assert "safetensors (plain)" in message
 
 
-@pytest.mark.parametrize("engine", ["vllm", "ollama"])
-def test_gguf_files_need_no_pack(engine: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["convert", str(model), "--to", "gguf-f16", "-q", "-o", str(tmp_path / "packed")])
-    code, message = refused(capsys, tmp_path / "packed", "--for", engine)
+# GGUF files
+
+
+@pytest.fixture
+def gguf(model: Path, tmp_path: Path) -> Path:
+    main(["convert", str(model), "--to", "gguf-q8_0", "-q", "-o", str(tmp_path / "as gguf")])
+    return tmp_path / "as gguf"
+
+
+def test_ollama_gets_a_modelfile_and_the_lines(
+    gguf: Path, tmp_path: Path, pack: Pack, server: tuple[str, dict[str, Any]]
+) -> None:
+    document = pack(gguf, "ollama", "--context", "512", "--concurrency", "2", "--name", "tiny")
+    folder, file = Path(document["folder"]), gguf / "model-Q8_0.gguf"
+    beside = (gguf / "Modelfile").read_text().splitlines()
+    assert (folder / "Modelfile").read_text().splitlines() == [
+        f"FROM {file}", *beside[1:], "PARAMETER num_ctx 512"
+    ]  # fmt: skip
+    assert document["launch"] == ["ollama", "create", "tiny", "-f", "./Modelfile"]
+    binary = tmp_path / "bin" / "ollama"
+    binary.parent.mkdir()
+    binary.write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\n')
+    binary.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{binary.parent}:{os.environ['PATH']}"}
+    said = subprocess.run([folder / "launch.sh"], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines() == [str(folder), *document["launch"][1:]]
+    page = (folder / "README.md").read_text()
+    assert (
+        "    OLLAMA_NUM_PARALLEL=2 ollama serve    # where no server runs yet\n    ./launch.sh\n    ollama run tiny"
+        in page
+    )
+    memory = document["memory"]
+    assert memory["cache_bytes_per_token"] == 2 * 4 * 2 * 64 * 2  # keys and values, layers, heads, features, float16
+    assert memory["cache_bytes"] == 2 * 512 * memory["cache_bytes_per_token"]
+    assert 0 < file.stat().st_size - memory["weights_bytes"] < 200_000  # the rest is tokenizer and names
+    url, state = server
+    state["ready"] = "/api/version"
+    cases = json.loads((folder / "smoke.json").read_text())["cases"]
+    assert document["answers"] > 0
+    state["answers"] = {case["prompt"]: case["expected"] for case in cases}
+    assert smoke(folder, "--url", url).returncode == 0
+    assert state["asked"][0] == (
+        "/api/generate",
+        {
+            "model": "tiny",
+            "prompt": cases[0]["prompt"],
+            "raw": True,
+            "stream": False,
+            "options": {"temperature": 0, "repeat_penalty": 1.0, "num_predict": 16},
+        },
+    )
+    state["answers"][cases[0]["prompt"]] = "xyzzy"
+    assert smoke(folder, "--url", url).returncode == 1
+
+
+def test_a_gguf_file_alone(gguf: Path, tmp_path: Path, pack: Pack) -> None:
+    """No tokenizer and no Modelfile lie beside it: nothing to record answers with, and Ollama goes by the file."""
+    file = Path(shutil.copy(gguf / "model-Q8_0.gguf", tmp_path / "alone.gguf"))
+    document = pack(file, "ollama", "--port", "12000")
+    folder = Path(document["folder"])
+    assert folder == tmp_path / "alone.gguf-ollama"
+    assert document["name"] == "alone"
+    assert document["no answers because"] == "no tokenizer lies beside a GGUF file alone"
+    assert (folder / "Modelfile").read_text() == f"FROM {file}\nPARAMETER num_ctx 1024\n"
+    assert document["launch"][:3] == ["env", "OLLAMA_HOST=127.0.0.1:12000", "ollama"]
+    assert "OLLAMA_HOST=127.0.0.1:12000 ollama serve" in (folder / "README.md").read_text()
+    assert any("no TEMPLATE was at hand" in note for note in document["notes"])
+    path = pack(gguf, "ollama", "--model-path", "/models/m.gguf", "--no-answers")
+    assert (Path(path["folder"]) / "Modelfile").read_text().startswith("FROM /models/m.gguf\n")
+
+
+@pytest.mark.parametrize(
+    ("engine", "words", "message"),
+    [
+        ("vllm", (), "which Ollama takes: --for ollama"),
+        ("ollama", ("--tp", "2"), "drop --tp"),
+        ("ollama", ("--kv-dtype", "fp8"), "drop --kv-dtype"),
+    ],
+)
+def test_what_gguf_files_are_not_packed_for(
+    engine: str, words: tuple[str, ...], message: str, gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = refused(capsys, gguf, "--for", engine, *words)
     assert code == 3
-    assert "ollama create" in message
+    assert message in said
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,14 @@ one is from its documentation or source at the address in the module, or measure
 """
 
 from qconv.serving.engine import Engine, Request, Served, ServedAdapter
-from qconv.serving.foreign import FOREIGN
 from qconv.serving.launcher import LORAX, TGI
+from qconv.serving.ollama import OLLAMA
 from qconv.serving.ort_genai import ORT_GENAI
 from qconv.serving.sglang import SGLANG
 from qconv.serving.triton import TRITON
 from qconv.serving.trtllm import TRTLLM
 from qconv.serving.vllm import VLLM
 
-ENGINES = {engine.name: engine for engine in (VLLM, SGLANG, TGI, TRITON, TRTLLM, LORAX, ORT_GENAI)}
+ENGINES = {engine.name: engine for engine in (VLLM, SGLANG, TGI, TRITON, TRTLLM, LORAX, ORT_GENAI, OLLAMA)}
 
-__all__ = ["ENGINES", "FOREIGN", "Engine", "Request", "Served", "ServedAdapter"]
+__all__ = ["ENGINES", "Engine", "Request", "Served", "ServedAdapter"]

@@ -43,6 +43,7 @@ class Served:
         concurrency: sequences at a time.
         cache_dtype: of keys and values: ``"auto"`` (the model's) or ``"fp8"``.
         has_cache_scales: the folder holds calibrated scales for these.
+        model_file: the Modelfile beside a GGUF file; empty = there is none.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Served:
     concurrency: int = 16
     cache_dtype: str = "auto"
     has_cache_scales: bool = False
+    model_file: str = ""
     host: str = "0.0.0.0"
     port: int = 8000
 
@@ -66,6 +68,11 @@ class Served:
     def is_onnx(self) -> bool:
         """A graph, which other engines do not read."""
         return self.layout.startswith("onnx")
+
+    @property
+    def is_gguf(self) -> bool:
+        """A GGUF file, which other engines do not read."""
+        return self.layout.startswith("gguf-")
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -108,7 +115,9 @@ class Engine:
     links_model: whether these have to lie in the model's folder: then a folder of links to its files is made.
     request: asks the model, or an adapter, for so many tokens of a greedy answer.
     ready: path that answers once it serves.
+    steps: lines that make it serve, `launch.sh` among them.
     most_at_a_time: sequences; None = as many as fit.
+    usual_at_a_time: the same unless more are asked for; None = as any engine.
     sources: where all of this is from.
     """
 
@@ -122,7 +131,9 @@ class Engine:
     files: Callable[[Served], dict[str, str]] = lambda _: {}
     links_model: Callable[[Served], bool] = lambda _: False
     ready: str = "/health"
+    steps: Callable[[Served], list[str]] = lambda _: ["./launch.sh"]
     most_at_a_time: int | None = None
+    usual_at_a_time: int | None = None
     sources: tuple[str, ...]
 
 

@@ -14,7 +14,7 @@ from qconv.serving.memory import USABLE, ServingMemory
 def launch_script(engine: Engine, served: Served) -> str:
     return (
         "#!/bin/sh\n"
-        f"# Starts {engine.title} with {_comment(served.name)}; arguments are passed on. Made by qconv {__version__}.\n"
+        f"# {_comment(served.name)} for {engine.title}; arguments are passed on. Made by qconv {__version__}.\n"
         "set -eu\n"
         'cd -- "$(dirname -- "$0")"\n'
         f'exec {shlex.join(engine.command(served))} "$@"\n'
@@ -33,9 +33,9 @@ def _lines(engine: Engine, served: Served, document: Mapping[str, Any], memory: 
     yield ""
     yield "## Start it"
     yield ""
-    yield "    ./launch.sh"
+    yield from (f"    {line}" for line in engine.steps(served))
     yield ""
-    yield "which is"
+    yield "where `./launch.sh` is"
     yield ""
     yield f"    {shlex.join(document['launch'])}"
     yield ""
