@@ -404,7 +404,7 @@ USAGE: dict[str, tuple[list[str], list[str]]] = {
     "desc_act alone": (["--desc-act"], ["belong to --requant"]),
     "ignore alone": (
         ["--ignore", "*.o_proj"],
-        ["--ignore, --override, --budget, --budget-bits, --imatrix and --lm-head belong to --requant"],
+        ["--ignore, --override, --budget, --budget-bits, --imatrix, --kv-cache and --lm-head belong to --requant"],
     ),
     "override": (["--requant", "w4a16", "--override", "*.o_proj:bit=8"], ["'bit=8' is no setting"]),
     "head": (["--requant", "awq", "--lm-head"], ["readers of awq expect the output head in 16 bits"]),
@@ -751,6 +751,7 @@ QUANTIZE = {
     "--budget",
     "--budget-bits",
     "--imatrix",
+    "--kv-cache",
     "--lm-head",
     "--damping",
     "--calibration",

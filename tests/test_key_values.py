@@ -21,7 +21,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, DynamicCache, FineGrainedFP8Config
 
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
@@ -29,6 +29,7 @@ from qconv.config import OutputConfig, ValidateJob, ValidationConfig
 from qconv.convert import dequantize
 from qconv.describe import describe
 from qconv.errors import CheckpointError, NumericsError, SchemeError, UsageError
+from qconv.estimate_jobs import estimate_merge
 from qconv.judging import validate
 from qconv.layout import _cached_attentions, plan_layout
 from qconv.pack import pack
@@ -44,6 +45,8 @@ from qconv.skeleton import cached_attention_names, linear_weights
 from qconv.streaming import StreamedModel
 from qconv.targets import TARGETS
 from tests.cli_cases import EVAL_TOKENS, SEQ_LEN, job, report_of, small_texts
+from tests.conftest import copy_tokenizer
+from tests.expert_cases import moe
 
 NEAREST_BF16 = 2**-8  # a scale is rounded once
 SCALES = (".k_scale", ".v_scale")
@@ -99,7 +102,8 @@ def dense(folder: Path) -> nn.Module:
 @torch.no_grad()
 def expected_scales(model: nn.Module, rows_TS: Tensor) -> dict[str, float]:
     """The largest magnitudes in the cache that transformers fills, after rotary embedding, / 448."""
-    cache = model(rows_TS, use_cache=True).past_key_values
+    cache = DynamicCache()  # without a config: it keeps what lies before a sliding window, too
+    model(rows_TS, past_key_values=cache, use_cache=True)
     found = {}
     for index, layer in enumerate(cache.layers):
         found[f"model.layers.{index}.self_attn.k_scale"] = float(layer.keys.abs().max()) / 448
@@ -202,6 +206,23 @@ def test_families(random_model: Callable[..., Path], family: str) -> None:
             _set_weight(model, name, linear.dequantize())
     assert_scales(found, expected_scales(model, ids_BS))
     assert request.cache_scales.keys() == set(names)
+
+
+def test_a_family_whose_files_are_fused(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    """gpt-oss: windows and sinks in the attention, experts of a layer in one tensor, and scales beside both."""
+    model: Any = moe("gpt_oss", vocab_size=2048)
+    model.save_pretrained(tmp_path / "base")
+    copy_tokenizer(tmp_path / "base")
+    quantization = config("w4a16", ignore=("*.experts.*",))
+    pipeline.run(job(tmp_path_factory, tmp_path / "out", tmp_path / "base", quantization=quantization, validation=None))
+    view = dequantize(open_checkpoint(tmp_path / "out"))
+    with torch.no_grad():
+        for module in view.quantized_modules:
+            model.get_parameter(f"{module}.weight").copy_(view.read(f"{module}.weight"))
+    planned = job(tmp_path_factory, tmp_path / "other", tmp_path / "base", quantization=quantization)
+    rows_TS = make_plan(planned, QUIET).calibration
+    assert rows_TS is not None
+    assert_scales(stored_scales(tmp_path / "out"), expected_scales(model.float().eval(), rows_TS))
 
 
 def _set_weight(model: Any, name: str, w_NK: Tensor) -> None:
@@ -508,6 +529,24 @@ def test_layout_plans_what_is_written(make: Making, tiny_llama: Path) -> None:
     assert {spec.name: (spec.shape, spec.dtype) for spec in layout.specs} == {
         name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()
     }
+
+
+def test_estimates_count_the_passes(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tmp_path: Path) -> None:
+    """One for the next block's input where nothing else is calibrated; of two outputs each looks for itself."""
+
+    def passes(*quantizations: QuantizationConfig) -> float:
+        outputs = tuple(OutputConfig(out=tmp_path / str(i), quantization=q) for i, q in enumerate(quantizations))
+        planned = job(tmp_path_factory, tmp_path / "x", tiny_llama, outputs=outputs, validation=None)
+        estimate = estimate_merge(planned, make_plan(planned, QUIET), "cpu", "")
+        stage = next(stage for stage in estimate.stages if stage.name == "quantize")
+        return stage.units.get("forward", 0.0)
+
+    one = passes(config("fp8"))
+    assert passes(QuantizationConfig(target="fp8")) == 0
+    assert one > 0
+    assert passes(config("fp8"), config("fp8-block")) == 3 * one
+    squares = passes(QuantizationConfig(target="w4a16")) - 2 * one
+    assert passes(config("w4a16")) == 2 * one + squares
 
 
 # Serving
