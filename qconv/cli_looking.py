@@ -41,6 +41,10 @@ def report(reports: tuple[Path, ...], form: str, out: Path | None, debug: bool) 
     if out is None:
         click.echo(text)
         return
+    _write(out, text)
+
+
+def _write(out: Path, text: str) -> None:
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -52,6 +56,9 @@ def report(reports: tuple[Path, ...], form: str, out: Path | None, debug: bool) 
 @click.option("--spectral", is_flag=True, help="Of an adapter: singular vectors of merged weights that the base lacks.")
 @click.option("--base", shell_complete=folders, help="--spectral: the adapter's base.")
 @trained_on_option
+@click.option(
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="--spectral: a page with maps by block and linear."
+)
 @click.option("--device", shell_complete=devices, help="--spectral: cpu, cuda, or auto [default: auto]")
 @json_option
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -60,6 +67,7 @@ def inspect(
     spectral: bool,
     base: str | None,
     trained_on: BnbKind | None,
+    plot: Path | None,
     device: str | None,
     as_json: bool,
     debug: bool,
@@ -69,15 +77,21 @@ def inspect(
     \b
     qconv inspect ./out
     qconv inspect ./adapter --json
-    qconv inspect ./adapter --base ./base-nf4 --spectral
+    qconv inspect ./adapter --base ./base-nf4 --spectral --plot spectrum.html
     """
     from qconv.describe import describe, describe_spectrum
 
-    if spectral != (base is not None) or (not spectral and (trained_on or device)):
+    if spectral != (base is not None) or (not spectral and (trained_on or plot or device)):
         raise errors.UsageError(
-            "--spectral needs --base, and --base, --trained-on and --device are for --spectral alone"
+            "--spectral needs --base, and --base, --trained-on, --plot and --device are for --spectral alone"
         )
+    if plot is not None and plot.suffix != ".html":
+        raise errors.UsageError(f"--plot: expected a name that ends in .html, got {plot}")
     facts = describe_spectrum(path, base, trained_on, device or "auto") if base is not None else describe(path)
+    if plot is not None:
+        from qconv.report.html import spectrum_to_html
+
+        _write(plot, spectrum_to_html(path, facts))
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return

@@ -14,6 +14,7 @@ from qconv.estimate_machine import file_bytes
 from qconv.estimate_memory import Contest, Steps, comparing
 from qconv.layout import block_number, config_dtype
 from qconv.lineup import LEAST_FLOOR_ROWS, control_rows, fits_in_memory, rows_per_batch
+from qconv.merge.leading_vectors import SMALL
 from qconv.quantize.memory import ModelShape
 from qconv.runners import Reference, resident_bytes
 from qconv.streaming import StreamedModel
@@ -96,11 +97,11 @@ def decompositions(reference: Reference, looks_for_intruders: bool = False) -> d
         return {}
     times = {name: 1 for name, delta in adapter.deltas.items() if delta.dropped}  # KaSA
     times |= {name: 1 for name, transform in adapter.transforms.items() if transform.kind == "OSF"}
-    if looks_for_intruders and reference.dampening is not None:
-        for name in [*adapter.deltas, *adapter.transforms]:
-            times[name] = times.get(name, 0) + 2
     specs = reference.base.specs()
     work = [count * prod(specs[name].shape) * min(specs[name].shape) for name, count in times.items() if name in specs]
+    if looks_for_intruders and reference.dampening is not None:
+        changed = [specs[name].shape for name in (*adapter.deltas, *adapter.transforms) if name in specs]
+        work += [2 * prod(shape) * min(*shape, SMALL) for shape in changed]
     return {"svd": float(sum(work))} if work else {}
 
 

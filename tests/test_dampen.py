@@ -123,6 +123,10 @@ def test_a_run_shows_what_it_did_to_both_texts(
     assert plain["fidelity"]["merge"]["kl"]["mean"] < 0.01
     assert document["fidelity"]["merge"]["kl"]["mean"] > 0.1
     assert document["fidelity"]["requantization"]["kl"]["mean"] < 0.01, "what was written is the dampened merge"
+    page = (tmp_path / "out" / "qconv-report.html").read_text()
+    section = page.partition('id="intruders"')[2].partition("</section>")[0]
+    assert "stronger colour is more" in section
+    assert all(model in section for model in models)
     said = capsys.readouterr().err
     assert "loss on task text" in said
     assert f"intruder dimensions scaled by 0.3: {facts['found']}, in {facts['in weights']} weights" in said

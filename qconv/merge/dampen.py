@@ -74,6 +74,7 @@ class Dampening:
             "scaled by": self.factor,
             "found": sum(map(len, changed.values())),
             "in weights": f"{len(changed)} of {len(self.found)}",
+            "count by weight": {name: len(one.intruders) for name, one in self.found.items()},
             "by weight": {
                 name: ", ".join(f"{i.singular_value:.4g} (place {i.place}, cosine {i.cosine:.2f})" for i in intruders)
                 for name, intruders in changed.items()

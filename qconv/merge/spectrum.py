@@ -4,7 +4,7 @@ Method: Shuttleworth et al. 2024 (section 3): a left singular vector of the merg
 singular values, is an intruder when its cosine with every left singular vector of W stays below a threshold. Full
 fine-tuning makes almost none; LoRA makes some, and models with more of them forget more.
 
-Rounding: float32; the weight is the base as training saw it.
+Rounding: as in `leading_vectors`; the weight is the base as training saw it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qconv.merge.delta import merged_weight
+from qconv.merge.leading_vectors import leading_vectors, nearest_cosines
 from qconv.types import Adapter, Checkpoint
 
 THRESHOLD = 0.5
@@ -58,16 +59,23 @@ def intruding_components(
     w_NK: Tensor, merged_NK: Tensor, looked_at: int = LOOKED_AT
 ) -> tuple[list[Intruder], Tensor, Tensor]:
     """As `find_intruders`, with their left ``[N, I]`` and right ``[I, K]`` singular vectors."""
-    u_NR = torch.linalg.svd(w_NK, full_matrices=False)[0]
-    v_NR, s_R, right_RK = torch.linalg.svd(merged_NK, full_matrices=False)
-    nearest_R = (u_NR.T @ v_NR[:, :looked_at]).abs().amax(dim=0)
+    found, (u_NC, _, right_CK), _ = _compared(w_NK, merged_NK, looked_at)
+    places = [one.place for one in found]
+    return found, u_NC[:, places], right_CK[places]
+
+
+def _compared(
+    w_NK: Tensor, merged_NK: Tensor, looked_at: int
+) -> tuple[list[Intruder], tuple[Tensor, Tensor, Tensor], float]:
+    """Intruders, the components that were looked at, and the largest singular value of ``w_NK``."""
+    components = leading_vectors(merged_NK, looked_at)
+    nearest_C, largest = nearest_cosines(w_NK, components[0], THRESHOLD)
     found = [
-        Intruder(place=place, singular_value=float(s_R[place]), cosine=cosine)
-        for place, cosine in enumerate(nearest_R.tolist())
+        Intruder(place=place, singular_value=float(components[1][place]), cosine=cosine)
+        for place, cosine in enumerate(nearest_C.tolist())
         if cosine < THRESHOLD
     ]
-    places = [one.place for one in found]
-    return found, v_NR[:, places], right_RK[places]
+    return found, components, largest
 
 
 def spectrum_changes(base: Checkpoint, adapter: Adapter, device: str = "cpu") -> Iterator[SpectrumChange]:
@@ -83,10 +91,11 @@ def spectrum_changes(base: Checkpoint, adapter: Adapter, device: str = "cpu") ->
         w = base.read(delta.weight, device).float()
         merged = merged_weight(w, adapter, delta)
         w_NK, merged_NK = (w.T, merged.T) if delta.transposed else (w, merged)
+        found, (_, sizes_C, _), largest = _compared(w_NK, merged_NK, LOOKED_AT)
         yield SpectrumChange(
             module=delta.module,
             change=float(torch.linalg.vector_norm(merged - w) / torch.linalg.vector_norm(w)),
-            largest_before=float(torch.linalg.matrix_norm(w_NK, 2)),
-            largest_after=float(torch.linalg.matrix_norm(merged_NK, 2)),
-            intruders=tuple(find_intruders(w_NK, merged_NK)),
+            largest_before=largest,
+            largest_after=float(sizes_C[0]),
+            intruders=tuple(found),
         )

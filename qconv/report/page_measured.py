@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qconv.report import charts, content
+from qconv.report import charts, content, page_spectrum
 from qconv.report.content import Document
 from qconv.report.markup import Markup, badge, element, folded, join, section, table
 from qconv.report.values import at, count, items, number, number_at, one_line, percent, visible
@@ -111,18 +111,11 @@ def _by_block(units: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, str]
 
 def _by_kind(units: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[int, float, str]]]]:
     """Linears of blocks, grouped by what they are: ``mlp.down_proj`` and the like."""
-    kinds: dict[str, list[tuple[int, float, str]]] = {}
-    for unit in units:
-        match = _BLOCK.match(str(unit.get("name")))
-        kl = number_at(unit, "kl_mean")
-        if match and match["kind"] and kl is not None:
-            title = f"{one_line(unit['name'])}: {number(kl)} nats, {percent(unit.get('share'))}"
-            kinds.setdefault(match["kind"], []).append((int(match["index"]), kl, title))
-    short = {kind: kind.rpartition(".")[2] for kind in kinds}
-    if len(set(short.values())) < len(short) or len(kinds) > 24:
-        return []  # names that do not tell them apart, or more experts than a map can show
-    order = sorted(kinds, key=lambda kind: -sum(kl for _, kl, _ in kinds[kind]))
-    return [(one_line(short[kind])[:14], sorted(kinds[kind])) for kind in order]
+    return page_spectrum.by_kind(
+        (str(unit["name"]), kl, f"{one_line(unit['name'])}: {number(kl)} nats, {percent(unit.get('share'))}")
+        for unit in units
+        if (kl := number_at(unit, "kl_mean")) is not None
+    )
 
 
 def confidence(document: Document) -> Markup:

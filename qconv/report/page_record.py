@@ -60,7 +60,8 @@ def method(document: Document) -> Markup:
 def stages(document: Document) -> Markup:
     parts = []
     for name, facts in (document.get("stages") or {}).items():
-        rows = [(one_line(key).replace("_", " "), fact(value)) for key, value in (facts or {}).items()]
+        shown = {key: value for key, value in (facts or {}).items() if key != "intruder dimensions"}  # have a section
+        rows = [(one_line(key).replace("_", " "), fact(value)) for key, value in shown.items()]
         title = one_line(name).replace("_", " ").capitalize()
         parts.append(folded(title, _facts(title, rows)))
     return section("stages", "What each stage did", *parts)
