@@ -45,7 +45,7 @@ from tests.test_streaming import run
 
 peft = pytest.importorskip("peft")
 FAMILIES = ["mixtral", "qwen3_moe"]
-MOE_FAMILIES = ["dots1", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+MOE_FAMILIES = ["deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
 LAYER = 1  # of both the one whose experts are looked at
 BARE = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -139,22 +139,32 @@ def test_hidden_states_go_on_as_without_the_second_pass(tmp_path: Path) -> None:
 # Scales in the norm before the experts
 
 
-def loud(family: str) -> TensorsInMemory:
+def loud(family: str, **changes: Any) -> TensorsInMemory:
     """A 16-bit model, the inputs of whose experts have a few loud channels, as trained ones have."""
     sizes = {"hidden_size": 128, "intermediate_size": 64, "moe_intermediate_size": 64, "num_attention_heads": 8}
-    sizes |= {"first_k_dense_replace": 0}
-    model = moe(family, **sizes).to(torch.bfloat16)
+    sizes |= {"first_k_dense_replace": 0} | ({"num_key_value_heads": 8} if "deepseek" in family else {})
+    model = moe(family, **sizes, **changes).to(torch.bfloat16)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.post_attention_layernorm.weight[::32] *= 60
+            if "q_lora_rank" in changes:
+                layer.input_layernorm.weight[::16] *= 20
     names = dequantize(TensorsInMemory(dict(model.state_dict()), model.config.to_dict() | {"dtype": "float32"}))
     return TensorsInMemory({name: names.read(name) for name in names.specs()}, names.config)
 
 
 def folded(
-    view: TensorsInMemory, monkeypatch: pytest.MonkeyPatch, keep: Callable[[Fold], bool], rounded: bool
+    view: TensorsInMemory,
+    monkeypatch: pytest.MonkeyPatch,
+    keep: Callable[[Fold], bool],
+    rounded: bool,
+    quantized: Callable[[str], bool] | None = None,
 ) -> TensorsInMemory:
     """The model after some of its folds, linears in AWQ's 4 bits or as the folds left them, all stored in bfloat16."""
+
+    def is_first_of_experts(name: str) -> bool:
+        return name.split(".")[-2] in roles(view.config["model_type"])[:2]
+
     with monkeypatch.context() as patch:
         patch.setattr(blocks, "folds_of", lambda *of: tuple(fold for fold in folds_of(*of) if keep(fold)))
         if not rounded:
@@ -162,9 +172,7 @@ def folded(
         request = QuantizeRequest(
             config=QuantizationConfig(target="awq"),
             scheme=Scheme(group_size=64, symmetric=False),
-            weights=[
-                name for name in linear_weights(view) if name.split(".")[-2] in roles(view.config["model_type"])[:2]
-            ],
+            weights=list(filter(quantized or is_first_of_experts, linear_weights(view))),
             storage=torch.bfloat16,
             model_type=view.config["model_type"],
         )
@@ -204,6 +212,32 @@ def test_scales_before_experts_change_neither_scores_nor_anything_else(
     assert len(set(s_K.tolist())) > 1
     (expected,), (found,) = (run(StreamedModel(v, "cpu", torch.float32), [IDS]) for v in (view, after))
     assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 16])
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_scales_of_latent_attention(family: str, q_lora_rank: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a norm and the linears after it make together stays, and so does the model's function."""
+    view = loud(family, q_lora_rank=q_lora_rank)
+    after = folded(view, monkeypatch, lambda fold: "attn" in fold.targets[0], False, lambda name: "self_attn" in name)
+    attention = "model.layers.0.self_attn"
+    pairs = {"model.layers.0.input_layernorm": ["q_proj" if q_lora_rank is None else "q_a_proj", "kv_a_proj_with_mqa"]}
+    pairs |= {f"{attention}.kv_a_layernorm": ["kv_b_proj"]}
+    pairs |= {f"{attention}.q_a_layernorm": ["q_b_proj"]} if q_lora_rank is not None else {}
+    changed = {
+        name.removesuffix(".weight") for name, t in after.tensors.items() if not torch.equal(t, view.tensors[name])
+    }
+    of_block = {name for name in changed if name.startswith("model.layers.0.")}
+    assert of_block == {*pairs, *(f"{attention}.{linear}" for linears in pairs.values() for linear in linears)}
+    for norm, linears in pairs.items():
+        for linear in linears:
+            before_NK, found_NK = (
+                tensors[f"{attention}.{linear}.weight"].float() * tensors[f"{norm}.weight"].float()
+                for tensors in (view.tensors, after.tensors)
+            )
+            torch.testing.assert_close(found_NK, before_NK, rtol=2e-2, atol=1e-6)  # rounded to bfloat16 twice
+    (expected,), (found,) = (run(StreamedModel(v, "cpu", torch.float32), [IDS]) for v in (view, after))
+    assert mean_kl(expected, found) < 1e-3
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)

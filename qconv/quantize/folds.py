@@ -10,7 +10,8 @@ channel where it is produced, which leaves the function unchanged. Two kinds of 
   value and up parts of Phi-3's fused projections) are divided by s. With grouped-query attention
   several heads of ``o_proj``'s input come from one value head, so they share a scale.
 
-A model family that is not in the table gets no scales, which the report counts.
+A model family that is not in the table gets no scales, which the report counts. In latent attention (DeepSeek) norms of
+latents are producers, too; inputs of ``o_proj`` get no scales: in ``kv_b_proj`` values lie between keys, head by head.
 
 In a layer of experts the rows of each expert's up projection take the scales of its own down projection. The norm
 before it feeds gate and up projections of all experts and of shared ones, and the router, which stays in 16 bits: its
@@ -57,6 +58,13 @@ def _family(kind: Literal["norm", "norm_plus_one"], mlp_norm: str) -> tuple[Fold
 
 
 _LLAMA = _family("norm", "post_attention_layernorm")
+# Queries of latent attention come straight from hidden features, or by way of a latent of their own.
+_QUERIES = (
+    Fold("norm", "input_layernorm", ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa")),
+    Fold("norm", "input_layernorm", ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")),
+    Fold("norm", "self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
+)
+_LATENT = (*_QUERIES, Fold("norm", "self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)), *_LLAMA[2:])
 FOLDS: Mapping[str, tuple[Fold, ...]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -65,6 +73,8 @@ FOLDS: Mapping[str, tuple[Fold, ...]] = {
     "gemma": _family("norm_plus_one", "post_attention_layernorm"),
     "gemma2": _family("norm_plus_one", "pre_feedforward_layernorm"),
     "gemma3_text": _family("norm_plus_one", "pre_feedforward_layernorm"),
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
     "dots1": _LLAMA,
     "glm4_moe": _LLAMA,
     "mixtral": _LLAMA,
@@ -82,8 +92,9 @@ FOLDS: Mapping[str, tuple[Fold, ...]] = {
 
 def folds_of(model_type: str, weights: Iterable[str]) -> tuple[Fold, ...]:
     """The folds of a block with these weights (names local to it); empty for a family that is not in the table."""
-    folds, names = FOLDS.get(model_type, ()), FAMILIES.get(model_type)
     modules = [weight.removesuffix(".weight") for weight in weights]
+    folds, names = FOLDS.get(model_type, ()), FAMILIES.get(model_type)
+    folds = tuple(fold for fold in folds if fold not in _QUERIES or all(target in modules for target in fold.targets))
     if not folds or names is None or not any(expert_of(module) for module in modules):
         return folds
     downs = [module for module in modules if module.rpartition(".")[2] == names.down]
