@@ -91,6 +91,11 @@ def separate_experts(model: nn.Module, names: ExpertNames) -> None:
         fused._parameters.clear()  # what is left of it says how gate and up are combined
         experts = [Expert(names, hidden, inner, fused._apply_gate, dtype) for _ in range(num_experts)]
         sparse.experts = Experts(experts, names.router)
+        router = getattr(sparse, names.router)
+        for module in names.beside_router:
+            own = router._modules.pop(module)
+            sparse.add_module(module, own)
+            router.__dict__[module] = own  # what its forward asks for
         if names.stored != RUNNING:
             layer._modules = {names.stored if k == RUNNING else k: m for k, m in layer._modules.items()}
             layer.__dict__[RUNNING] = sparse  # what the layer's forward asks for; no second place of parameters

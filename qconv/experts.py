@@ -44,6 +44,8 @@ class ExpertNames:
         gate, up, down: the linears of one expert, as files call them.
         unquantized: further linears of that module that choose instead of compute, and stay in 16 bits.
         router: the module that chooses experts.
+        beside_router: modules that lie in the router in memory, and beside it in files.
+        float32_router: the router's weight is in float32 in any model.
         transposed: fused weights are ``[E, in, out]``.
         interleaved: outputs of gate and up projection take turns in `GATE_UP`; else the gate's lie above.
         biases: linears of experts have biases.
@@ -56,6 +58,8 @@ class ExpertNames:
     down: str = "down_proj"
     unquantized: tuple[str, ...] = ()
     router: str = "gate"
+    beside_router: tuple[str, ...] = ()
+    float32_router: bool = False
     transposed: bool = False
     interleaved: bool = False
     biases: bool = False
@@ -76,6 +80,8 @@ class ExpertNames:
 
     def stored_name(self, name: str) -> str:
         """A module or tensor in a decoder layer under the name that files give it."""
+        for module in self.beside_router:
+            name = re.sub(rf"\.{self.router}\.{module}(?=\.|$)", f".{module}", name)
         if self.stored == RUNNING:
             return name
         return re.sub(rf"(\.layers\.\d+)\.{RUNNING}(?=\.|$)", rf"\1.{self.stored}", name)
@@ -86,6 +92,7 @@ FAMILIES: Mapping[str, ExpertNames] = {
     "deepseek_v2": _QWEN,
     "deepseek_v3": _QWEN,
     "dots1": _QWEN,
+    "ernie4_5_moe": replace(_QWEN, beside_router=("moe_statics",), float32_router=True),
     "flex_olmo": _QWEN,
     "glm4_moe": _QWEN,
     "gpt_oss": ExpertNames(router="router", transposed=True, interleaved=True, biases=True, fused_in_files=True),
@@ -122,10 +129,12 @@ def expert_of(module: str) -> ExpertLinear | None:
     return None if found is None else ExpertLinear(found[1], int(found[2]), found[3])
 
 
-def stays_float32(name: str) -> bool:
+def stays_float32(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor is kept in float32 in any model: what is added to scores only to choose experts (DeepSeek-V3
-    technical report, 2024, section 2.1.2) is large beside the differences that decide."""
-    return name.endswith(".e_score_correction_bias")
+    technical report, 2024, section 2.1.2) is large beside the differences that decide; some routers are, too."""
+    names = names_of(config)
+    has_router = names is not None and names.float32_router and name.endswith(f".{names.router}.weight")
+    return has_router or name.endswith(".e_score_correction_bias")
 
 
 def has_experts(names: Iterable[str]) -> bool:

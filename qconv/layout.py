@@ -307,10 +307,10 @@ def _specs(
             tensors = packed(name.removesuffix(".weight"), *spec.shape)
             specs += [TensorSpec(name=key, shape=tuple(t.shape), dtype=t.dtype) for key, t in tensors.items()]
         else:
-            specs.append(_stored_spec(spec, storage))
+            specs.append(_stored_spec(view, spec, storage))
     return specs
 
 
-def _stored_spec(spec: TensorSpec, storage: torch.dtype) -> TensorSpec:
-    dtype = storage if is_plain_float(spec.dtype) and not stays_float32(spec.name) else spec.dtype
-    return TensorSpec(name=spec.name, shape=spec.shape, dtype=dtype)
+def _stored_spec(view: Checkpoint, spec: TensorSpec, storage: torch.dtype) -> TensorSpec:
+    is_kept = not is_plain_float(spec.dtype) or stays_float32(spec.name, view.config)
+    return TensorSpec(name=spec.name, shape=spec.shape, dtype=spec.dtype if is_kept else storage)

@@ -60,7 +60,7 @@ def _write_from_gpu(
     is_finite: dict[str, Tensor] = {}
     for name in names:
         with TIMELINE.stage("decode and merge"):
-            stored = _cast(name, view.read(name, device), storage)
+            stored = _cast(view, name, view.read(name, device), storage)
             if is_plain_float(stored.dtype):
                 is_finite[name] = is_surely_finite(stored)
         writer.write(name, stored)
@@ -120,7 +120,7 @@ def to_storage(view: Checkpoint, name: str, tensor: Tensor, storage: torch.dtype
     Raises:
         NumericsError: a value overflows the storage dtype or is not finite.
     """
-    stored = _cast(name, tensor, storage)
+    stored = _cast(view, name, tensor, storage)
     if is_plain_float(stored.dtype) and not all_finite(stored):
         where = f"{view.location}: tensor {name!r}"
         num_bad = int((~torch.isfinite(tensor)).sum())
@@ -136,6 +136,7 @@ def to_storage(view: Checkpoint, name: str, tensor: Tensor, storage: torch.dtype
     return stored
 
 
-def _cast(name: str, tensor: Tensor, storage: torch.dtype | None) -> Tensor:
-    is_rounded = storage is not None and is_plain_float(tensor.dtype) and not stays_float32(name)
-    return tensor.to(storage) if is_rounded else tensor
+def _cast(view: Checkpoint, name: str, tensor: Tensor, storage: torch.dtype | None) -> Tensor:
+    if storage is None or not is_plain_float(tensor.dtype) or stays_float32(name, view.config):
+        return tensor
+    return tensor.to(storage)

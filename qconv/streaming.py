@@ -193,7 +193,7 @@ class StreamedModel(BlockModel):
         """A runnable decoder layer holding ``tensors`` (as `read_block` names them), cast to the compute dtype."""
         block = copy.deepcopy(self._layers[index])
         for name, tensor in tensors.items():
-            _assign(block, name, tensor if stays_float32(name) else _cast(tensor, self.compute_dtype))
+            _assign(block, name, tensor if stays_float32(name, self.view.config) else _cast(tensor, self.compute_dtype))
         block.to(self.device).eval()
         if self._decorate is not None:
             self._decorate(self.block_prefix(index), block)

@@ -74,6 +74,13 @@ ALIKE: dict[str, dict[str, Any]] = {  # in what concerns experts
     "deepseek_v2": _SHARED | _LATENT | {"num_experts": 4},
     "deepseek_v3": _SHARED | _LATENT,
     "dots1": _SHARED,
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 24,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
     "flex_olmo": {"num_experts": 4},
     "glm4_moe": _SHARED,
     "qwen3_next": {

@@ -45,7 +45,17 @@ from tests.test_streaming import run
 
 peft = pytest.importorskip("peft")
 FAMILIES = ["mixtral", "qwen3_moe"]
-MOE_FAMILIES = ["deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+MOE_FAMILIES = [
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+]
 LAYER = 1  # of both the one whose experts are looked at
 BARE = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -142,7 +152,9 @@ def test_hidden_states_go_on_as_without_the_second_pass(tmp_path: Path) -> None:
 def loud(family: str, **changes: Any) -> TensorsInMemory:
     """A 16-bit model, the inputs of whose experts have a few loud channels, as trained ones have."""
     sizes = {"hidden_size": 128, "intermediate_size": 64, "moe_intermediate_size": 64, "num_attention_heads": 8}
-    sizes |= {"first_k_dense_replace": 0} | ({"num_key_value_heads": 8} if "deepseek" in family else {})
+    sizes |= {"first_k_dense_replace": 0, "moe_layer_start_index": 0} | (
+        {"num_key_value_heads": 8} if "deepseek" in family else {}
+    )
     model = moe(family, **sizes, **changes).to(torch.bfloat16)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -377,17 +389,20 @@ def test_families_alike_are_written_as_transformers_loads_them(
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.data = 7 + torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)) * 0.01
+    if family == "ernie4_5_moe":  # as its files have it
+        model.model.layers[LAYER].mlp.gate.float()
     folder = save_model(model, tmp_path / "base")
     copy_tokenizer(folder)
     config = QuantizationConfig(target="w4a16", group_size=8)
     (outcome,) = pipeline.run(new_job(tmp_path / "out", folder, quantization=config))
     stored, before = stored_tensors(tmp_path / "out"), stored_tensors(folder)
-    kept = [name for name in before if ".gate." in name or "shared_expert_gate" in name]
+    kept = [name for name in before if any(part in name for part in (".gate.", "shared_expert_gate", "moe_statics"))]
     assert kept
     assert all(torch.equal(stored[name], before[name]) and stored[name].dtype == before[name].dtype for name in kept)
     assert any(name.endswith("e_score_correction_bias") for name in kept) == (
-        family in ("deepseek_v3", "dots1", "glm4_moe")
+        family in ("deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe")
     )
+    assert (before[f"model.layers.{LAYER}.mlp.gate.weight"].dtype == torch.float32) == (family == "ernie4_5_moe")
     view = dequantize(open_checkpoint(tmp_path / "out"))
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True

@@ -317,7 +317,8 @@ def _run_stored(
     Args:
         advance: run each batch to its end, and put what the block makes of it in its place.
     """
-    stored = {name: tensor if stays_float32(name) else tensor.to(request.storage) for name, tensor in others.items()}
+    config, storage = model.view.config, request.storage
+    stored = {name: tensor if stays_float32(name, config) else tensor.to(storage) for name, tensor in others.items()}
     for name, linear in linears.items():  # one float32 copy at a time
         stored[name] = linear.dequantize().to(model.compute_dtype)
     block = model.build_block(index, stored)

@@ -76,6 +76,7 @@ FOLDS: Mapping[str, tuple[Fold, ...]] = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "dots1": _LLAMA,
+    "ernie4_5_moe": _LLAMA,
     "glm4_moe": _LLAMA,
     "mixtral": _LLAMA,
     "olmoe": tuple(fold for fold in _LLAMA if fold.source != "self_attn.v_proj"),  # may clip values
