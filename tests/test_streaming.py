@@ -151,8 +151,7 @@ def test_a_composite_checkpoint_is_refused(tmp_path, use):
 
 
 def test_experts_of_an_unknown_family_are_refused_before_any_work(tmp_path):
-    sizes = SMALL | {"intermediate_size": 64, "moe_intermediate_size": 32, "num_key_value_heads": 2}
-    sizes |= {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0}
-    folder = save_random(tmp_path / "m", "ernie4_5_moe", **sizes)
-    with pytest.raises(CheckpointError, match=r"'ernie4_5_moe' are not known; known are .*, mixtral, .*--no-validate"):
+    sizes = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4}
+    folder = save_random(tmp_path / "m", "phimoe", **sizes)
+    with pytest.raises(CheckpointError, match=r"'phimoe' are not known; known are .*, mixtral, .*--no-validate"):
         StreamedModel(open_checkpoint(folder), "cpu", torch.float32)
