@@ -60,6 +60,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "awq": {"quantization": QuantizationConfig(target="awq", algorithm="awq")},
     "awq-8bit": {"quantization": QuantizationConfig(target="w8a16", algorithm="awq")},
 }
+LOSSY: dict[str, dict[str, Any]] = {"nf4": {"quantization": QuantizationConfig(target="nf4")}}
 SIXTEEN_BIT = ("bf16", "fp16", "fp32")
 
 
@@ -77,7 +78,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             MergeJob(
                 base=str(base),
                 adapter=None if adapter is None else str(adapter),
-                outputs=(OutputConfig(out=out, max_shard_bytes=shard_bytes, **TARGETS[target]),),
+                outputs=(OutputConfig(out=out, max_shard_bytes=shard_bytes, **(TARGETS | LOSSY)[target]),),
                 calibration=calibration,
                 validation=None,
                 device="cpu",
@@ -288,6 +289,42 @@ def test_merge_in_four_bits_as_peft_does_it(
         out = make(out, None, "bf16")
     found = findings(tiny_nf4, weak_adapter, out)
     assert "4-bit grid" in the_error(found, "adapter-rounded-away")["message"]
+
+
+def test_rounding_to_blocks_that_takes_a_part_back(
+    make: Make, tmp_path: Path, dequantized: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    """bitsandbytes decodes what was written, peft merges what should be: the named weights hold the least of it."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    out = make(tiny_nf4, tiny_adapter, "nf4")
+    base = load_file(next(dequantized.glob("*.safetensors")))
+    merged = load_file(next(peft_merge(dequantized, tiny_adapter, tmp_path / "merged").glob("*.safetensors")))
+    stored = load_file(next(out.glob("*.safetensors")))
+    share = {}
+    for name in (f"model.layers.{i}.mlp.{role}_proj.weight" for i in range(4) for role in ("gate", "up", "down")):
+        parts = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.")}
+        update = (merged[name].float() - base[name].float()).flatten()
+        left = dequantize_4bit(stored[name], QuantState.from_dict(parts, "cpu")).flatten() - base[name].flatten()
+        share[name] = float(left.float() @ update / update.square().sum())
+    finding = the_error(findings(tiny_nf4, tiny_adapter, out), "adapter-rounded-away")
+    assert set(finding["tensors"]) == set(sorted(share, key=share.__getitem__)[:4])
+    assert max(share[name] for name in finding["tensors"]) < 0.6
+    assert "w4a16" in finding["message"]
+
+
+def test_weights_in_blocks_that_are_the_bases_own(
+    make: Make, tmp_path: Path, tiny_nf4: Path, tiny_adapter: Path
+) -> None:
+    own = load_file(next(make(tiny_nf4, None, "nf4").glob("*.safetensors")))
+    out = edited(
+        make(tiny_nf4, tiny_adapter, "nf4"),
+        tmp_path / "out",
+        lambda name, t: own[name] if ".1.mlp.up_proj" in name else t,
+    )
+    found = {f["code"]: f for f in findings(tiny_nf4, tiny_adapter, out)}
+    assert found.keys() == {"adapter-partly-applied", "adapter-rounded-away"}
+    assert found["adapter-partly-applied"]["tensors"] == ["model.layers.1.mlp.up_proj.weight"]
 
 
 @pytest.mark.parametrize("target", ["bf16", "fp8", "gptq-8bit"])

@@ -96,9 +96,14 @@ def adapter_findings(tensors: Sequence[TensorAudit], everything: Sequence[Tensor
     if not applied or ("applied" not in single.values() and _verdict(seen) == "absent"):
         return [_nothing_applied(seen)]
     found: list[Finding] = []
+    rounded = _rounded_away(seen)
+    if rounded:
+        found.append(_blocks_finding(rounded))
+        absent -= {t.name for t in rounded}
+        applied = [t for t in applied if t not in rounded]
     if absent:
         found.append(_partly_applied([t for t in seen if t.name in absent], everything))
-    return found + _scaling_findings(applied)
+    return found + (_scaling_findings(applied) if applied else [])
 
 
 def _margin(tensors: Sequence[TensorAudit]) -> float:
@@ -136,9 +141,49 @@ def _groups(tensors: Sequence[TensorAudit], key: str) -> Iterable[list[TensorAud
     return groups.values()
 
 
+def _rounded_away(tensors: Sequence[TensorAudit]) -> list[TensorAudit]:
+    """Weights in 4-bit blocks that hold too little of their update, and are not the base's own.
+
+    What rounding to nearest leaves there is not known (a block's scale follows its largest weight), but it is what
+    takes updates away that are smaller than the grid's steps: of merges that were right it left 0 to 95%.
+    """
+    on_blocks = [t for t in tensors if t.on_blocks and _coefficient(t) < 1 and not _is_base(t)]
+    if not on_blocks:
+        return []
+    if _verdict(on_blocks) == "scaled":
+        return on_blocks
+    weak = absent_names(on_blocks) | {t.name for t in _scaled_parts(on_blocks)}
+    return [t for t in on_blocks if t.name in weak]
+
+
+def _blocks_finding(tensors: Sequence[TensorAudit]) -> Finding:
+    values = [_coefficient(t) for t in tensors]
+    return finding(
+        "error",
+        "adapter-rounded-away",
+        f"{len(tensors)} weights lost much of the adapter to rounding in 4-bit blocks",
+        f"{where(tensors)}: {min(values):.0%}"
+        + (f" to {max(values):.0%}" if len(values) > 1 else "")
+        + " of the adapter's update is in these weights, which lie on a 4-bit grid of blocks of 64: rounding to "
+        "nearest takes updates back that are smaller than its steps (an adapter applied with less than its scaling "
+        "looks the same). Quantize the merged weights with calibration instead, e.g. to w4a16, awq or gptq",
+        tensors,
+    )
+
+
+def _coefficient(tensor: TensorAudit) -> float:
+    assert tensor.fit is not None
+    assert tensor.fit.coefficient is not None
+    return tensor.fit.coefficient
+
+
+def _is_base(tensor: TensorAudit) -> bool:
+    return tensor.fit is not None and (tensor.fit.base_distance or 0.0) < SAME_AS_BASE
+
+
 def _nothing_applied(tensors: Sequence[TensorAudit]) -> Finding:
     pooled = pool(tensors)
-    is_base = all(t.fit is not None and (t.fit.base_distance or 0.0) < SAME_AS_BASE for t in tensors)
+    is_base = all(_is_base(t) for t in tensors)
     on_blocks = sum(t.on_blocks for t in tensors) >= 0.9 * len(tensors)
     if on_blocks and not is_base:
         return finding(
@@ -200,7 +245,7 @@ def _scaling_findings(tensors: Sequence[TensorAudit]) -> list[Finding]:
     odd = _scaled_parts(tensors)
     found = []
     if odd:
-        values = [t.fit.coefficient for t in odd if t.fit is not None and t.fit.coefficient is not None]
+        values = [_coefficient(t) for t in odd]
         found.append(
             finding(
                 "error",
