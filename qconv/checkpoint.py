@@ -270,9 +270,17 @@ def _read_header(file: Path) -> Iterator[tuple[TensorSpec, int]]:
     try:
         file_bytes = file.stat().st_size
         with open(file, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
+            start = handle.read(8)
+            length = int.from_bytes(start, "little")
+            if start == b"version ":  # a header would not be as long as these bytes say
+                raise CheckpointError(
+                    f"{file}: expected safetensors, found text, as Git LFS leaves it where the file itself was not "
+                    "fetched; run 'git lfs pull' in that clone, or give the model's hub id instead"
+                )
             if file_bytes < 8 or length > min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(f"{file}: not a safetensors file, or truncated ({file_bytes} bytes)")
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or truncated ({file_bytes} bytes); copy or download it again"
+                )
             header = parse_json_object(handle.read(length), str(file))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error})") from error
@@ -288,7 +296,8 @@ def _read_header(file: Path) -> Iterator[tuple[TensorSpec, int]]:
         end = begin + spec.num_bytes
     if data_start + end != file_bytes:
         raise CheckpointError(
-            f"{file}: expected {data_start + end} bytes, found {file_bytes}; the file is truncated or padded"
+            f"{file}: expected {data_start + end} bytes, found {file_bytes}; the file is truncated or padded: "
+            "copy or download it again"
         )
     by_name = {spec.name: (spec, begin) for spec, begin in entries}
     for name in header:

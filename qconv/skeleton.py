@@ -20,6 +20,7 @@ from qconv.expert_modules import router_modules, separate_experts
 from qconv.experts import FAMILIES, expert_of, has_experts, names_of
 from qconv.key_values import cached_attentions
 from qconv.own_process import importing_libraries, without_collections
+from qconv.suggest import did_you_mean
 from qconv.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _ROPE_KEYS: Mapping[str, tuple[str, ...]] = {  # values of rope_type, with what 
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 _OTHER_WAYS = ("_attn_implementation", "attn_implementation", "text_config", "sub_configs")  # of making a model
+_PLAIN_MERGE = "no --requant, --no-validate, and a base that is stored in 4 bits or --trained-on 16bit"
 
 _last_built: dict[str, nn.Module] = {}
 
@@ -54,8 +56,16 @@ def model_config(view: Checkpoint) -> PreTrainedConfig:
         CheckpointError: an unknown architecture, or values that it refuses.
     """
     with importing_libraries():
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
+    family = view.config.get("model_type")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        found = "has no model_type" if family is None else f"has model_type {family!r}"
+        raise CheckpointError(
+            f"{view.location}: config.json {found}; expected one of the {len(CONFIG_MAPPING)} families of "
+            f"transformers {__version__}{did_you_mean(str(family), CONFIG_MAPPING.keys())}. A newer release may have "
+            f"it; a plain merge does without: {_PLAIN_MERGE}"
+        )
     fields = {key: value for key, value in view.config.items() if key != "quantization_config"}
     with _blamed_on_config(view):
         return AutoConfig.for_model(**fields)
@@ -338,6 +348,5 @@ def _check_names(names: Collection[str], model: nn.Module, view: Checkpoint) -> 
     raise CheckpointError(
         f"{view.location}: {type(model).__name__} needs tensor {missing!r}, which is not in the checkpoint: {cause}. "
         "Models stored under other names than those of their transformers modules cannot be quantized or validated "
-        "yet. If the files are complete, a plain merge does without: no --requant, --no-validate, and a base that is "
-        "stored in 4 bits or --trained-on 16bit"
+        f"yet. If the files are complete, a plain merge does without: {_PLAIN_MERGE}"
     )

@@ -184,6 +184,17 @@ def test_header_longer_than_the_file_is_refused(tmp_path):
         open_checkpoint(folder)
 
 
+def test_what_git_lfs_leaves_in_place_of_a_file_is_told(tmp_path):
+    """The pointer's text is that of the Git LFS specification, version 1."""
+    folder = make_raw(tmp_path / "m", "{}")
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+        "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+    )
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        open_checkpoint(folder)
+
+
 def with_index(folder: Path, weight_map: dict[str, str]) -> Path:
     make_folder(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -122,6 +122,26 @@ def test_a_checkpoint_that_is_not_the_model_is_refused(tiny_llama, tmp_path, fau
 
 
 @pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("lama", "has model_type 'lama'; .* did you mean llama"),
+        ("nonesuch", "has model_type 'nonesuch'"),
+        (None, "has no model_type"),
+        (3, "has model_type 3"),
+    ],
+)
+def test_a_family_that_transformers_does_not_know_is_told_in_a_few_lines(tiny_llama, tmp_path, model_type, words):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        StreamedModel(open_checkpoint(folder), "cpu", torch.float32)
+    assert "plain merge" in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
     "values",
     [
         {"num_attention_heads": 0},
