@@ -16,6 +16,7 @@ import pytest
 from qconv.targets import TARGETS
 from scripts.engines import exchange
 from scripts.engines.agreement import LIMIT, Check, Reading
+from scripts.engines.importance import Weighed, means_of
 from scripts.engines.page import Found, render
 from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_MADE, NOT_RUN, NOTES, readers_of
 
@@ -147,6 +148,31 @@ def test_the_page_begins_with_what_failed() -> None:
     assert "**1 of 2 checks failed:**\n\n- gptq in vLLM: the perplexity is off by +10.52%" in page
     assert "| FAIL |" in page
     assert "readings below agree" not in page
+
+
+def test_an_importance_matrix_must_bring_files_nearer() -> None:
+    nearer, worse = (Weighed(kind="Q3_K_M", plain=0.009, weighed=weighed) for weighed in (0.008, 0.009))
+    refused = Weighed(kind="Q4_K_M", refusal="ValueError: no such tensor")
+    assert nearer.failure is None
+    page = render(dataclasses.replace(found(check(reading(0))), weighed=[nearer, worse, refused]))
+    assert "| Q3_K_M | 0.00900 | 0.00800 | nearer |" in page
+    assert "| Q3_K_M | 0.00900 | 0.00900 | FAIL |" in page
+    assert "**2 of 4 checks failed:**" in page
+    assert "- Q4_K_M by llama.cpp: refused: ValueError: no such tensor\n" in page
+
+
+def test_an_importance_matrix_is_read_as_llama_cpp_reads_it(tmp_path: Path) -> None:
+    import numpy as np
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "model.imatrix", arch="")
+    writer.add_tensor("blk.0.attn_q.weight.in_sum2", np.array([[2.0, 4.0, 8.0]], dtype=np.float32))
+    writer.add_tensor("blk.0.attn_q.weight.counts", np.array([[4.0]], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert means_of(tmp_path / "model.imatrix") == {"blk.0.attn_q.weight": [0.5, 1.0, 2.0]}
 
 
 def test_the_plan_names_what_exists() -> None:

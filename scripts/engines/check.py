@@ -22,7 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.engines import importance
 from scripts.engines.agreement import Check, Reading
+from scripts.engines.importance import Weighed
 from scripts.engines.page import Found, render
 from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_RUN, Engine
 
@@ -84,9 +86,17 @@ class Run:
         subprocess.run(overwrite, check=True, stdout=subprocess.DEVNULL)
 
     def read(self, reader: str, key: str, script: str, python: Path, request: dict[str, Any]) -> Reading:
-        """An artifact through one reader's process; its output goes to a file beside the answer."""
+        """An artifact through one reader's process."""
         name = Path(request["folder"]).name
-        stem = self.out / "readings" / f"{name}-{key}"
+        answer = self.ask(reader, f"{name}-{key}", script, python, request)
+        reading = Reading.of(answer)
+        result = f"perplexity {reading.perplexity:.3f}" if reading.refusal is None else reading.refusal
+        self.say(f"{name} in {reader}: {result} ({answer['seconds']:.0f} s)")
+        return reading
+
+    def ask(self, reader: str, name: str, script: str, python: Path, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request; the process' output goes to a file beside it."""
+        stem = self.out / "readings" / name
         stem.parent.mkdir(exist_ok=True)
         asked, answered, log = (Path(f"{stem}.{ending}") for ending in ("request.json", "answer.json", "log"))
         content = json.dumps(request)
@@ -96,15 +106,12 @@ class Run:
             try:
                 self.start(python, script, asked, answered, log)
             except subprocess.TimeoutExpired:
-                return Reading(logprobs=[], refusal=f"not finished after {LIMIT_SECONDS} s")
+                return {"refusal": f"not finished after {LIMIT_SECONDS} s", "seconds": LIMIT_SECONDS}
         if not answered.exists():
-            return Reading(logprobs=[], refusal=f"the process ended without an answer, see {log}")
-        answer = json.loads(answered.read_text())
+            return {"refusal": f"the process ended without an answer, see {log}", "seconds": 0}
+        answer: dict[str, Any] = json.loads(answered.read_text())
         self.versions[reader] = answer["versions"]
-        reading = Reading.of(answer)
-        result = f"perplexity {reading.perplexity:.3f}" if reading.refusal is None else reading.refusal
-        self.say(f"{name} in {reader}: {result} ({answer['seconds']:.0f} s)")
-        return reading
+        return answer
 
     def start(self, python: Path, script: str, asked: Path, answered: Path, log: Path) -> None:
         # An engine's environment is its own: nothing of the one that this runs in.
@@ -166,6 +173,20 @@ def check_all(run: Run, names: Sequence[str], pythons: Mapping[str, Path]) -> li
     return checks
 
 
+def check_importance(run: Run, python: Path) -> list[Weighed]:
+    """llama.cpp quantizes with our importance matrix, and without."""
+    folder = run.out / "imatrix"
+    run.qconv(*importance.ARGUMENTS, "--no-validate", "-o", str(folder), made=run.resume and folder.exists())
+    found = []
+    for kind in importance.KINDS:
+        request = importance.request_of(folder, kind, held_out_rows(folder, 8)) | {"sha256": digest(folder)}
+        answer = run.ask("llama.cpp", f"imatrix-{kind}", "quantize_llama_cpp.py", python, request)
+        names = ("plain", "weighed", "refusal")
+        found.append(Weighed(kind=kind, **{name: answer[name] for name in names if name in answer}))
+        run.say(f"{kind} with our importance matrix: {found[-1].failure or 'nearer'} ({answer['seconds']:.0f} s)")
+    return found
+
+
 def python_of(engine: Engine, environments: Path) -> Path:
     return Path(sys.executable) if engine.environment is None else environments / engine.environment / "bin" / "python"
 
@@ -202,6 +223,7 @@ def main() -> int:
     run = Run(arguments.out, arguments.base, arguments.adapter, arguments.resume)
     found = Found(
         checks=check_all(run, names, pythons),
+        weighed=[] if arguments.only else check_importance(run, pythons["llama-cpp"]),
         machine=processor(),
         commands=run.commands,
         versions=run.versions,
@@ -214,10 +236,9 @@ def main() -> int:
     else:
         arguments.page.write_text(page)
         run.say(f"wrote {arguments.page}")
-    failed = [check for check in found.checks if check.failure]
-    for check in failed:
-        print(f"FAILED: {check.artifact} in {check.engine}: {check.failure}", file=sys.stderr)
-    return 1 if failed else 0
+    for failure in found.failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if found.failures else 0
 
 
 if __name__ == "__main__":

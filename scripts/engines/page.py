@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from qconv.targets import TARGETS
 from scripts.engines.agreement import LIMIT, Check
+from scripts.engines.importance import Weighed
 from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_MADE, NOTES, Engine, readers_of
 
 
@@ -19,6 +20,7 @@ class Found:
         commands: what made base, adapter and artifacts, as one would type it.
         versions: the packages of each environment, by reader.
         not_run: why, by what was left out.
+        weighed: llama.cpp's own files, with our importance matrix and without.
     """
 
     machine: str
@@ -27,17 +29,23 @@ class Found:
     not_run: Mapping[str, str]
     prompt: str
     checks: Sequence[Check]
+    weighed: Sequence[Weighed] = ()
+
+    @property
+    def failures(self) -> list[str]:
+        readings = [f"{check.artifact} in {check.engine}: {check.failure}" for check in self.checks if check.failure]
+        return readings + [f"{each.kind} by llama.cpp: {each.failure}" for each in self.weighed if each.failure]
 
 
 def render(found: Found) -> str:
     read = [check for check in found.checks if check.theirs.refusal is None]
     refused = [check for check in found.checks if check.theirs.refusal is not None]
-    failed = [check for check in found.checks if check.failure]
     parts = [
-        _introduction(found, len(read), failed),
+        _introduction(found, len(read)),
         "## Target by target\n\n" + _targets(found),
         "## What was read\n\n" + _table(read),
         "## What was refused\n\n" + _refusals(refused),
+        "## Importance matrix\n\n" + _importance(found.weighed),
         "## What was not run\n\n" + "\n".join(_not_run(found)),
         "## Settings\n\n" + "\n".join(_settings()),
         "## Text\n\n" + _texts(found.prompt, read),
@@ -47,10 +55,11 @@ def render(found: Found) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _introduction(found: Found, num_read: int, failed: Sequence[Check]) -> str:
-    if failed:
-        lines = "\n".join(f"- {check.artifact} in {check.engine}: {check.failure}" for check in failed)
-        verdict = f"**{len(failed)} of {len(found.checks)} checks failed:**\n\n{lines}"
+def _introduction(found: Found, num_read: int) -> str:
+    if found.failures:
+        lines = "\n".join(f"- {failure}" for failure in found.failures)
+        num_checks = len(found.checks) + len(found.weighed)
+        verdict = f"**{len(found.failures)} of {num_checks} checks failed:**\n\n{lines}"
     else:
         verdict = f"All {num_read} readings below agree with qconv's."
     return f"""# Targets in their engines
@@ -125,6 +134,19 @@ def _refusals(checks: Sequence[Check]) -> str:
         return "Nothing."
     rows = [f"| `{check.artifact}` | {check.engine} | {_cell(check.theirs.refusal or '')} |" for check in checks]
     return "\n".join(["| artifact | engine | what it says |", "|---|---|---|", *rows])
+
+
+def _importance(weighed: Sequence[Weighed]) -> str:
+    rows = [
+        f"| {each.kind} | {each.plain:.5f} | {each.weighed:.5f} | {'FAIL' if each.failure else 'nearer'} |"
+        for each in weighed
+        if each.plain is not None and each.weighed is not None
+    ]
+    explanation = """\
+Files that llama.cpp's own quantizer makes of a `gguf-f32` file of the tests' four-layer Llama (K-quants need widths
+that are multiples of 256), without and with the importance matrix that `--imatrix` writes beside it: mean KL divergence
+from the float32 file, nats per token, computed by llama.cpp."""
+    return "\n".join([explanation, "", "| kind | without | with ours | |", "|---|---|---|---|", *rows])
 
 
 def _texts(prompt: str, checks: Sequence[Check]) -> str:
