@@ -43,7 +43,7 @@ class Run:
     def __init__(self, out: Path, base: Path | None, adapter: Path | None, resume: bool):
         self.out, self.resume = out, resume
         self.base, self.adapter = base or out / "base-nf4", adapter or out / "adapter"
-        self.vocabularies = out / "vocabularies"
+        self.vocabularies, self.gpt_oss = out / "vocabularies", out / "base-gpt-oss"
         self.commands: list[str] = []
         self.versions: dict[str, Mapping[str, str]] = {}
         self.started = time.monotonic()
@@ -52,9 +52,10 @@ class Run:
         print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
 
     def prepare(self) -> None:
-        """Base, adapter and vocabularies, unless they are there."""
+        """Bases, vocabularies and the adapter, unless they are there."""
         from qconv.demo_model import build_smollm2
         from qconv.progress import quiet_libraries
+        from scripts.engines import gpt_oss
         from scripts.engines.vocabularies import STYLES, build
 
         self.out.mkdir(parents=True, exist_ok=True)
@@ -65,11 +66,13 @@ class Run:
         for style in STYLES:
             if not (folder := self.vocabularies / style).exists():
                 build(style, TINY_LLAMA, folder)
+        if not self.gpt_oss.exists():
+            gpt_oss.build(TINY_LLAMA, self.gpt_oss)
         self.qconv("train", str(self.base), *TRAINING, "-o", str(self.adapter), made=self.adapter.exists())
 
     def artifact(self, name: str) -> Path:
         arguments = ARTIFACTS[name].arguments.format(
-            base=self.base, adapter=self.adapter, vocabularies=self.vocabularies
+            base=self.base, adapter=self.adapter, vocabularies=self.vocabularies, gpt_oss=self.gpt_oss
         )
         folder = self.out / name
         made = self.resume and folder.exists()

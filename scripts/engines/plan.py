@@ -17,7 +17,7 @@ class Artifact:
 
     Attributes:
         target: of `qconv.targets.TARGETS`, or None for plain weights.
-        arguments: of qconv, with ``{base}``, ``{adapter}`` and ``{vocabularies}`` to fill in.
+        arguments: of qconv, with ``{base}``, ``{adapter}``, ``{vocabularies}`` and ``{gpt_oss}`` to fill in.
         rows: of 512 tokens to score; more where single tokens differ more.
         texts: tokenizers are asked for the tokens of `vocabularies.TEXTS`, too.
     """
@@ -57,6 +57,9 @@ ARTIFACTS = {
     "nvfp4a16": _merged("nvfp4a16", "--algorithm rtn"),
     "mxfp4": _merged("mxfp4"),
     "mxfp4a16": _merged("mxfp4a16", "--algorithm rtn"),
+    "gpt-oss-mxfp4": Artifact(
+        target="gpt-oss-mxfp4", arguments="quantize {gpt_oss} --to gpt-oss-mxfp4 --algorithm rtn"
+    ),
     "nf4": _merged("nf4", ""),
     "gguf-q4_0": _merged("gguf-q4_0"),
     "gguf-q4_1": _merged("gguf-q4_1"),
@@ -137,7 +140,7 @@ ENGINES = (
         ),
         tried=(
             *("w8a16", "fp8-static", "gptq-desc-act", "gptq-asym", "fp8-block", "nf4"),
-            *("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"),
+            *("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "gpt-oss-mxfp4"),
         ),
         note="CPU build, `dtype=bfloat16`, `enforce_eager`, `VLLM_CPU_INT4_W4A8=0`. The last matters on CPUs with AMX: "
         "by default vLLM's 4-bit kernels there also round activations to 8 bits, which is not what the files say.",
@@ -171,7 +174,7 @@ ENGINES = (
         name="transformers",
         reader="read_transformers.py",
         environment=None,
-        reads=("bf16", *_IN_16_BITS, *_ROUNDING_INPUTS, "nf4", *_GGUF),
+        reads=("bf16", *_IN_16_BITS, *_ROUNDING_INPUTS, "nf4", "gpt-oss-mxfp4", *_GGUF),
         tried=("w4a16-asym", "fp8-static"),
         stands_for=("transformers + compressed-tensors", "transformers + bitsandbytes"),
         note="the same with compressed-tensors, bitsandbytes and gguf in qconv's own environment; GGUF files with "
@@ -215,6 +218,7 @@ ENGINES = (
 
 NOTES = {
     "fp8-block": "the tests' four-layer Llama, as blocks of 128 divide no layer of SmolLM2, and without an adapter.",
+    "gpt-oss-mxfp4": "a small gpt-oss with random weights (`scripts/engines/gpt_oss.py`), the only family that has it.",
     "vocabulary-*": "the same Llama with small vocabularies that SentencePiece trained with the options of Llama 2, "
     "Mistral and Gemma (`scripts/engines/vocabularies.py`); the engine must make the tokens that transformers makes of "
     "some texts, too.",
@@ -229,8 +233,8 @@ NOT_RUN = {
 }
 """Readers that this leaves out, and why: among them all that `Target.readers` names and `ENGINES` has not."""
 
+
 NOT_MADE = {
-    "gpt-oss-mxfp4": "for gpt-oss alone; `make test` loads it with transformers, from random weights.",
     "hqq": "for bases of HQQ alone; transformers 4.57 with hqq makes the same weights of it, and 5 does not read HQQ.",
 }
 """Targets that have no artifact, and why."""
