@@ -30,11 +30,9 @@ def merge_job(
     not_taken: dict[str, list[str]] = {}
     if targets:
         quantizations = [*_quantizations(targets, options, not_taken)]
-    elif _given(options):
-        raise errors.UsageError(
-            "--algorithm, --bits, --group-size, --sym/--asym, --activations, --damping, --desc-act, --ignore, "
-            "--override, --budget, --budget-bits, --imatrix, --kv-cache and --lm-head belong to --requant"
-        )
+    elif given := _given(options):
+        words = ", ".join(one.typed for one in given)
+        raise errors.UsageError(f"{words}: without --requant the output is not quantized; name a target, or drop it")
     return MergeJob(
         base=base,
         adapter=adapters[0] if len(adapters) == 1 else None,
