@@ -108,6 +108,13 @@ def full(num_blocks: int = 30) -> dict[str, Any]:
                 "damping raised": 3,
             },
             "calibration": {"source": "embedded prose", "samples": 128, "seq_len": 512, "sha256": "b2" * 32},
+            "budget": {
+                "bits per weight": 4.79,
+                "linears": {
+                    f"model.layers.{i}.mlp.down_proj": {"bits": 4 * (1 + i % 2), "cost at 4 bits": 0.0004 / (1 + i)}
+                    for i in range(3)
+                },
+            },
         },
         "fidelity": fidelity(num_blocks),
         "findings": findings(),

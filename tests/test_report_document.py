@@ -16,6 +16,7 @@ import pytest
 
 from qconv import report
 from qconv.errors import CheckpointError
+from qconv.report.content import evaluation_line
 from qconv.report.document import (
     ALL_NAMES,
     HTML_NAME,
@@ -244,3 +245,10 @@ def test_texts_for_people():
     assert fact({"a": [1, 2.5, None], "b": True, "c": 123456}) == "a 1; 2.50; –, b yes, c 123,456"
     assert one_line("a\n\tb \x1b[31m\u202ec") == "a b \ufffd[31m\ufffdc"
     assert visible("a\n\tb\x00\x1b") == "a↵⇥b␀␛"
+
+
+def test_what_was_evaluated_is_a_sentence():
+    document = CASES["full"]()
+    assert "positions from 24 documents of" in evaluation_line(document)
+    document["fidelity"]["evaluation"]["documents"] = 1
+    assert "positions from 1 document of" in evaluation_line(document)

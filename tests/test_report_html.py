@@ -143,6 +143,14 @@ def test_parts_that_were_not_measured_are_left_out():
     assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", " ".join(parsed.texts).lower())
 
 
+def test_what_a_stage_says_of_each_linear_is_a_table():
+    texts = outline(page("full")).texts
+    place = texts.index("Budget: linears")
+    after = [text for text in texts[place + 1 :] if text.strip()]
+    assert after[:3] == ["linears", "bits", "cost at 4 bits"]
+    assert after[3:6] == ["model.layers.0.mlp.down_proj", "4", "0.000400"]
+
+
 def test_hostile_texts_stay_texts():
     text = page("nasty")
     assert "<script" not in text

@@ -74,6 +74,20 @@ def test_markdown_says_the_verdict_and_why_first():
     assert text.index("error: The chat template") < text.index("warning: generation_config")
 
 
+def test_what_a_stage_says_of_each_linear_is_a_table():
+    tokens = MarkdownIt("commonmark").enable("table").parse(to_markdown(document("full")))
+    rows, row = [], []
+    for token in tokens:
+        if token.type == "tr_open":
+            row = []
+            rows.append(row)
+        elif token.type == "inline":
+            row.append("".join(child.content for child in token.children if child.type != "html_inline"))
+    assert ["linears", "bits", "cost at 4 bits"] in rows
+    assert ["model.layers.1.mlp.down_proj", "8", "0.000200"] in rows
+    assert ["bits per weight", "4.79"] in rows
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_markdown_parses_to_what_was_meant(name):
     """Against markdown-it: every hostile text comes out as text, and nothing but the report's own HTML as HTML."""

@@ -171,7 +171,7 @@ def evaluation_line(document: Document) -> str:
         return ""
     text = f"{count(evaluation.get('positions'))} positions"
     if number_at(evaluation, "documents") is not None:
-        text += f" from {count(evaluation['documents'])} documents"
+        text += f" from {count(evaluation['documents'])} document" + "s" * (evaluation["documents"] != 1)
     if evaluation.get("source"):
         text += f" of {one_line(evaluation['source'])}"
     if number_at(evaluation, "rows") is not None and number_at(evaluation, "seq_len") is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from qconv.report import content
 from qconv.report.content import Document
 from qconv.report.markdown_text import code, escape, folded, table
-from qconv.report.values import at, count, fact, items, number, number_at, percent, shorten, span, visible
+from qconv.report.values import at, count, fact, items, number, number_at, percent, rows_of, shorten, span, visible
 
 _SYMBOLS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️", "waived": "⏸️", "not gated": "➖"}
 _SEVERITY_SYMBOLS = {"error": "❌", "warning": "⚠️", "note": "💬"}
@@ -257,9 +257,15 @@ def _notes(document: Document) -> Iterator[str]:
 
 def _stages(document: Document) -> Iterator[str]:
     for stage, facts in (document.get("stages") or {}).items():
-        rows = [(escape(_label(key)), escape(fact(value))) for key, value in (facts or {}).items()]
+        title = f"Stage: {escape(_label(stage))}"
+        tables = {key: found for key, value in (facts or {}).items() if (found := rows_of(value)) is not None}
+        rows = [(escape(_label(key)), escape(fact(value))) for key, value in (facts or {}).items() if key not in tables]
         if rows:
-            yield from folded(f"Stage: {escape(_label(stage))}", table(("fact", "value"), rows))
+            yield from folded(title, table(("fact", "value"), rows))
+        for key, (headings, records) in tables.items():
+            label = escape(_label(key))
+            cells = [tuple(escape(cell) for cell in record) for record in records]
+            yield from folded(f"{title}, {label}", table((label, *(escape(heading) for heading in headings)), cells))
 
 
 def _environment(document: Document) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from qconv.report import content
 from qconv.report.content import Document
 from qconv.report.markup import Markup, badge, element, folded, section, table
-from qconv.report.values import at, fact, items, one_line
+from qconv.report.values import at, fact, items, one_line, rows_of
 
 
 def findings(document: Document) -> Markup:
@@ -47,7 +47,7 @@ def method(document: Document) -> Markup:
     if cache:
         rows.append(("reference cache", fact(cache)))
     evaluation = at(fidelity, "evaluation") or {}
-    rows += [(str(key).replace("_", " "), fact(value)) for key, value in evaluation.items()]
+    rows += [(_label(key), fact(value)) for key, value in evaluation.items()]
     notes = [element("li", one_line(note)) for note in items(fidelity, "notes")]
     return section(
         "method",
@@ -61,9 +61,15 @@ def stages(document: Document) -> Markup:
     parts = []
     for name, facts in (document.get("stages") or {}).items():
         shown = {key: value for key, value in (facts or {}).items() if key != "intruder dimensions"}  # have a section
-        rows = [(one_line(key).replace("_", " "), fact(value)) for key, value in shown.items()]
-        title = one_line(name).replace("_", " ").capitalize()
-        parts.append(folded(title, _facts(title, rows)))
+        title, rows, tables = _label(name).capitalize(), [], []
+        for key, value in shown.items():
+            found = rows_of(value)
+            if found is None:
+                rows.append((_label(key), fact(value)))
+            else:
+                headings, records = found
+                tables.append(table(f"{title}: {_label(key)}", (_label(key), *headings), records))
+        parts.append(folded(title, _facts(title, rows), *tables))
     return section("stages", "What each stage did", *parts)
 
 
@@ -84,6 +90,10 @@ def environment(document: Document) -> Markup:
 
 def day(document: Document) -> str:
     return one_line(document.get("created") or "an unknown day")
+
+
+def _label(key: Any) -> str:
+    return one_line(key).replace("_", " ")
 
 
 def _facts(title: str, rows: list[tuple[str, str]]) -> Markup:

@@ -126,6 +126,17 @@ def fact(value: Any) -> str:
     return one_line(value)
 
 
+def rows_of(value: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Headings and rows, where a fact is several things, each with the same facts; otherwise None."""
+    if not isinstance(value, Mapping) or len(value) < 2:
+        return None
+    records = list(value.values())
+    if not all(isinstance(record, Mapping) and record and record.keys() == records[0].keys() for record in records):
+        return None
+    headings = tuple(one_line(key) for key in records[0])
+    return headings, [(one_line(name), *(fact(record[key]) for key in records[0])) for name, record in value.items()]
+
+
 def one_line(text: Any) -> str:
     """Text for one line of prose: whitespace collapses, and what could steer a terminal or hide text becomes �."""
     return _UNSAFE.sub("\ufffd", " ".join(str(text).split()))
