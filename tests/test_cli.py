@@ -823,7 +823,7 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
         | {"--name", "--port", "--model-path", "--answers", "--no-answers", "--prompts", "--overwrite", "--json"}
         | RUN,
     ),
-    "inspect": (["path"], {"--json", "--debug", "--spectral", "--base", "--trained-on", "--device"}),
+    "inspect": (["path"], {"--json", "--debug", "--spectral", "--plot", "--base", "--trained-on", "--device"}),
     "demo": ([], {"-o", "--out", "--requant", "--steps"} | RUN),
     "run": (["recipe"], {"--set", "--check", "--json", "--dry-run"} | RUN),
     "schema": ([], set()),
