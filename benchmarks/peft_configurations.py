@@ -157,7 +157,7 @@ def reason_of(message: str) -> str:
     for words, reason in REASONS:
         if words in message:
             return reason
-    key = re.search(r"adapter_config.json: (\w+) is set", message)
+    key = re.search(r"adapter_(?:config.json|model.safetensors): (\w+) is set", message)
     if key:
         return f"`{key[1]}`"
     return "the kind" if "adapter_config.json: peft_type" in message else message

@@ -61,9 +61,9 @@ def test_not_a_peft_config(kind: Any, tmp_path: Path) -> None:
         ("layer_replication", [[0, 2], [1, 2]], "other layers"),
         ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
         ("alora_invocation_tokens", [5], "invocation"),
+        ("alora_invocation_tokens", [5], "serve it beside the base model"),
         ("arrow_config", {"top_k": 3}, "routes"),
-        ("monteclora_config", {"num_samples": 4}, "samples"),
-        ("velora_config", {"num_groups": 4}, "VeLoRA"),
+        ("arrow_config", {"top_k": 3}, "merge one of these, or several with --combine"),
         ("megatron_config", {"a": 1}, "Megatron"),
     ],
 )

@@ -14,7 +14,7 @@ from qconv.checkpoint import open_checkpoint
 from qconv.merge import MergedCheckpoint, load_adapter, merge
 from tests.merge_cases import TINY_LLAMA, gpt2, llama, logits, plain_model, qwen2, save_model, trained
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 CONV1D = ["c_attn", "c_proj", "c_fc"]
@@ -43,6 +43,14 @@ def assert_matches_peft_merge(view: MergedCheckpoint, adapted: nn.Module) -> Non
         close(view.read(name).float(), state[name].float(), relative=2e-6)
 
 
+def velora() -> Any:
+    return peft.VeloraConfig(num_groups=2, init_type="random")
+
+
+def monteclora() -> Any:
+    return peft.MontecloraConfig(num_samples=2)
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "llama-lora": (llama, {"target_modules": ALL_LINEARS}),
     "llama-rslora": (llama, {"target_modules": ALL_LINEARS, "use_rslora": True, "r": 8}),
@@ -68,6 +76,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "llama-norm-saved": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "model.norm"]}),
     "llama-linear-saved": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
     "llama-mica": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
+    "llama-velora": (llama, {"target_modules": ["q_proj", "up_proj"], "velora_config": velora()}),
+    "llama-monteclora": (llama, {"target_modules": ["q_proj", "up_proj"], "monteclora_config": monteclora()}),
     "llama-orthogonal": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
     "qwen2-lora": (qwen2, {"target_modules": ALL_LINEARS}),
     "qwen2-bias-lora-only": (qwen2, {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"}),

@@ -129,7 +129,7 @@ def test_peft_adapter_before_any_training(tmp_path: Path) -> None:
         ("model.embed_tokens.trainable_tokens_delta", "trained rows"),
         ("model.layers.0.self_attn.q_proj.lora_E", "AdaLoRA"),
         ("model.layers.0.self_attn.q_proj.lora_diag", "KaSA"),
-        ("model.layers.0.self_attn.q_proj.lora_velora_embed", "not a part of plain LoRA"),
+        ("model.layers.0.self_attn.q_proj.lora_left_over", "not a part of plain LoRA"),
         ("model.layers.0.self_attn.q_proj.lora_A.bias", "no part of a LoRA layer"),
     ],
 )
@@ -150,6 +150,13 @@ def test_spare_magnitude_and_missing_magnitude(tmp_path: Path) -> None:
     refused(write_adapter(tmp_path, use_dora=True), "has no lora_magnitude_vector")
     wrong = {**factors(), Q_PROJ + "lora_magnitude_vector": torch.ones(K)}
     refused(write_adapter(tmp_path, wrong, use_dora=True), f"expected shape [{N}], found [{K}]")
+
+
+def test_spare_and_missing_tensors_of_training(tmp_path: Path) -> None:
+    with_projection = {**factors(), Q_PROJ + "lora_velora_embed": torch.ones(3)}
+    refused(write_adapter(tmp_path, with_projection), "spare tensor", "velora_config is false or not set")
+    refused(write_adapter(tmp_path, velora_config={"num_groups": 2}), "has no tensor of velora_config")
+    assert load_adapter(write_adapter(tmp_path, with_projection, velora_config={"num_groups": 2}), toy_base()).deltas
 
 
 def test_spare_and_missing_lora_bias(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from qconv.records import read_train_record, write_train_record
 from qconv.side_files import is_adapter
 from tests.merge_cases import TINY_LLAMA, edit_adapter, gpt2, llama, logits, qwen2, save_model, trained, write_adapter
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
     "plain": (llama, {"target_modules": ["q_proj", "down_proj"]}, 8),
@@ -33,6 +33,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
         },
         64,
     ),
+    "velora": (llama, {"target_modules": ["q_proj"], "velora_config": peft.VeloraConfig(num_groups=2)}, 8),
     "some-layers": (llama, {"target_modules": ["q_proj"], "layers_to_transform": [1, 3]}, 8),
     "regex": (llama, {"target_modules": r".*layers\.2\.mlp\.(up|down)_proj"}, 8),
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, 8),

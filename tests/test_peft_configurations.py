@@ -60,6 +60,8 @@ def test_outcomes(table: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows(table: ModuleType) -> None:
     outcomes = Counter({"merged": 3, "refused: adapter_config.json: use_bdlora is set (1), which": 2, "peft: no": 1})
     assert list(table.table_of({"LORA": outcomes}))[2:] == ["| `LORA` | 3 | 2 (`use_bdlora`) | 1 |"]
+    bare = Counter({"refused: /x/adapter_model.safetensors: target_parameters is set (lin0.weight): LoRA on": 2})
+    assert list(table.table_of({"LORA": bare}))[2:] == ["| `LORA` |  | 2 (`target_parameters`) |  |"]
 
 
 def test_the_documented_table_agrees_with_the_kinds() -> None:
@@ -74,4 +76,5 @@ def test_the_documented_table_agrees_with_the_kinds() -> None:
         assert ("(the kind)" in refused) is (kind in REFUSED), kind
         assert bool(count) is (kind in merged and kind != "UNILORA"), kind  # of which the list saves no indices
     not_in_the_list = {"BONE", "CARTRIDGE", "XLORA", "POLY", "SHADOW", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT"}
+    not_in_the_list |= {"BOTTLENECK"}  # of LLM-Adapters, a fork of peft
     assert merged | REFUSED.keys() == {row[0].strip("`") for row in rows[1:]} | not_in_the_list

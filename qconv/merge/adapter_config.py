@@ -62,6 +62,7 @@ UNDERSTOOD_KEYS = frozenset(
         "lora_alpha",
         "lora_bias",
         "modules_to_save",
+        "monteclora_config",
         "peft_type",
         "qalora_group_size",
         "r",
@@ -71,18 +72,22 @@ UNDERSTOOD_KEYS = frozenset(
         "use_dora",
         "use_qalora",
         "use_rslora",
+        "velora_config",
     }
 )
 REFUSED_KEYS = {
-    "alora_invocation_tokens": "Activated LoRA acts only on tokens after the invocation, so no fixed weight equals it",
-    "arrow_config": "Arrow routes every token to other adapters, so no fixed weight equals it",
+    "alora_invocation_tokens": "Activated LoRA acts only on tokens after the invocation, so no fixed weight equals it; "
+    "serve it beside the base model, or train a plain LoRA",
+    "arrow_config": "Arrow routes every token to other adapters, so no fixed weight equals it; merge one of these, or "
+    "several with --combine",
     "enable_lora": "peft before 0.3 put several LoRAs into one fused linear, whose factors lie in another layout",
     "layer_replication": "the trained model has other layers than the base; build that base first, without an adapter",
     "megatron_config": "Megatron layers are sharded and named differently; convert the adapter to plain peft first",
-    "monteclora_config": "MonteCLoRA samples its weights; its tensors are not a plain low-rank update",
-    "use_bdlora": "block-diagonal factors are stored in another layout",
-    "velora_config": "VeLoRA adds its own tensors, which are not read",
+    "use_bdlora": "block-diagonal factors are stored in another layout; merge it with peft's merge_and_unload into the "
+    "16-bit base (qconv convert BASE --to bf16), then use qconv quantize",
 }
+# VeLoRA compresses what the backward pass keeps, MonteCLoRA samples A in training: what runs afterwards is plain LoRA.
+TRAINING_KEYS = ("monteclora_config", "velora_config")
 # Of AdaLoRA: its schedule, which is over once it was saved, and what is read.
 ADALORA_KEYS = frozenset(
     {"beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"}
@@ -133,6 +138,7 @@ class AdapterConfig:
         kind: what the adapter is, when its update is not made of LoRA's two factors.
         read: for the keys that only this kind has.
         is_kasa: KaSA as peft has it: the base lost its R smallest components, and a diagonal stands between A and B.
+        of_training: ``velora``, ``monteclora``: their own tensors, which only training uses, are in the file.
         qalora_group: inputs that peft's QA-LoRA pools, or None.
         pattern_key: what ``rank_pattern`` is called.
         kept_ranks: AdaLoRA alone: module -> components that were kept. Modules without an entry keep all.
@@ -153,6 +159,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     tie_trained: bool
     is_kasa: bool = False
+    of_training: frozenset[str] = frozenset()
     qalora_group: int | None = None
     pattern_key: str = "rank_pattern"
     kept_ranks: Mapping[str, int] | None = None
@@ -257,6 +264,7 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig
         modules_to_save=read.names("modules_to_save"),
         tie_trained=read.flag("ensure_weight_tying"),
         is_kasa=is_kasa,
+        of_training=frozenset(key.removesuffix("_config") for key in TRAINING_KEYS if has_factors and config.get(key)),
         qalora_group=read.whole("qalora_group_size", 2) if is_qalora else None,
         pattern_key=pattern_key,
         kept_ranks={_module_of(key): _kept_rank(value, key, where) for key, value in masks} if is_adalora else None,

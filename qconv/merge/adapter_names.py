@@ -26,6 +26,11 @@ _LORA_PARTS = {
     "lora_default_B_scale": "elastic_b",
     "lora_embedding_A": "embedding_a",
     "lora_embedding_B": "embedding_b",
+    "lora_velora_embed": "velora",
+    "lora_monteclora_sampler.expert_weights": "monteclora_weights",
+    "lora_monteclora_sampler.expert_weights_prior": "monteclora_weights_prior",
+    "lora_monteclora_sampler.gaussian_var_prior": "monteclora_variances_prior",
+    "lora_monteclora_sampler.std_prior": "monteclora_deviations_prior",
 }
 _PARTS_OF_LOW_RANK = {"LORA": _LORA_PARTS, "ADALORA": {"lora_A": "a", "lora_B": "b", "lora_E": "singular"}}
 _HEADS = frozenset(part.partition(".")[0] for part in _LORA_PARTS)
@@ -59,7 +64,8 @@ class AdapterNames:
     Attributes:
         layers: module -> part -> adapter tensor. Parts are ``a``, ``b``, ``b_bias``, ``magnitude``, ``singular``,
             ``elastic_a`` and ``elastic_b`` for the low-rank kinds (``embedding_a`` and ``embedding_b`` where an
-            embedding is adapted), and as the file spells them for others (`Kind.parts`).
+            embedding is adapted; ``velora`` and ``monteclora_...`` are of training alone), and as the file spells
+            them for others (`Kind.parts`).
         rows: module -> adapter tensor with some rows of its weight (trainable tokens).
         shared: part -> adapter tensor, for those that all layers share.
         tuned: base tensor names whose values are trained copies of whole layers (LN tuning).

@@ -22,6 +22,14 @@ _SPELLED = {
     "elastic_b": "lora_default_B_scale",
 }
 _SAID_BY = {"b_bias": "lora_bias", "magnitude": "use_dora"}
+_OF_TRAINING = {
+    "velora": ("velora",),
+    "monteclora": tuple(
+        f"monteclora_{part}" for part in ("weights", "weights_prior", "variances_prior", "deviations_prior")
+    ),
+}
+_SPELLED |= {part: f"tensor of {scheme}_config" for scheme, parts in _OF_TRAINING.items() for part in parts}
+_SAID_BY |= {part: f"{scheme}_config" for scheme, parts in _OF_TRAINING.items() for part in parts}
 
 
 def find_deltas(
@@ -58,6 +66,8 @@ def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -
         )
     wanted_parts["singular"] = config.is_adalora or config.is_kasa or source.options.kasa is not None
     wanted_parts |= dict.fromkeys(("elastic_a", "elastic_b"), source.options.ir_qlora is not None)
+    for scheme, own in _OF_TRAINING.items():
+        wanted_parts |= dict.fromkeys(own, scheme in config.of_training)
     for part, wanted in wanted_parts.items():
         if wanted and part not in parts:
             found = ", ".join(map(repr, parts.values()))
@@ -75,7 +85,9 @@ def _check_parts(source: AdapterSource, module: str, parts: Mapping[str, str]) -
                     f"tensor {parts[part]!r} is KaSA's, and {config.where} has no kasa_config, which peft writes: if "
                     "the code of its authors' repository wrote it, say --kasa repository (it cuts the base otherwise)"
                 )
-            source.refuse(f"spare tensor {parts[part]!r}: {config.where} says that {_SAID_BY[part]} is false")
+            source.refuse(
+                f"spare tensor {parts[part]!r}: {config.where} says that {_SAID_BY[part]} is false or not set"
+            )
 
 
 def _delta(source: AdapterSource, module: str, parts: Mapping[str, str], replacements: Mapping[str, str]) -> LoraDelta:

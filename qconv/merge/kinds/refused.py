@@ -26,6 +26,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         "weighs several LoRAs for every token, so no fixed weight equals it",
         "merge one of its LoRAs, or serve it",
     ),
+    "BOTTLENECK": (
+        "puts small nonlinear networks behind the layers, so no fixed weight equals it",
+        _SERVE,
+    ),
     "BONE": (
         "was removed from peft",
         "convert it with peft's scripts/convert-bone-to-miss.py: MISS adapters are merged",
