@@ -141,6 +141,7 @@ def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout]
         )
         if adapter.name_rules:
             yield f"note: names that are not peft's were read by rules: {'; '.join(adapter.name_rules)}"
+        yield from (f"note: {note}" for note in getattr(reference.merged, "notes", ()))
     if job.combination is not None:
         yield f"combining {job.combination.summary}"
         if reference.adapter is None:

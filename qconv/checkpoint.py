@@ -152,6 +152,12 @@ def open_adapter_files(source: str | Path, revision: str | None = None) -> Safet
     folder = resolve_folder(source, revision)
     config = read_json(folder / "adapter_config.json", "a PEFT adapter folder has an adapter_config.json")
     refuse_decomposed_base(folder)
+    if "peft_type" not in config and {"config", "model_class"} <= config.keys():
+        raise CheckpointError(
+            f"{folder}: an adapter of the adapters library (AdapterHub), and not of peft. Its bottleneck adapters are "
+            "nonlinear networks behind the layers, which no fixed weight equals: serve it with that library, or train "
+            "with LoRA. A LoRA of that library: merge it there (merge_adapter), then give the model to qconv quantize"
+        )
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         _refuse_files(folder, [], "adapter_model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from qconv.checkpoint import open_adapter_files, open_checkpoint, resolve_folder
 from qconv.convert import dequantize
 from qconv.errors import AdapterError
 from qconv.inputs import load_reference, resolve_device
+from qconv.merge.adapter_config import parse_adapter_config
 from qconv.merge.kinds import KINDS, LOW_RANK, how_merged
 from qconv.merge.spectrum import LOOKED_AT, THRESHOLD, spectrum_changes
 from qconv.records import read_train_record
@@ -100,7 +102,7 @@ def _describe_adapter(adapter: FileCheckpoint) -> dict[str, Any]:
         "folder": adapter.location,
         "peft_type": config.get("peft_type"),
         **({} if kind is None else {"method": kind.title}),
-        "merge": how_merged(config.get("peft_type")),
+        "merge": _how_merged(config),
         "base": config.get("base_model_name_or_path"),
         **decisive,
         "target_modules": config.get("target_modules"),
@@ -110,6 +112,15 @@ def _describe_adapter(adapter: FileCheckpoint) -> dict[str, Any]:
         "parameters": _num_elements(adapter),
         **_sizes(adapter),
     }
+
+
+def _how_merged(config: Mapping[str, Any]) -> str:
+    if config.get("peft_type") in LOW_RANK:
+        try:
+            parse_adapter_config(config, "adapter_config.json")
+        except AdapterError as error:
+            return f"refused: {error}"
+    return how_merged(config.get("peft_type"))
 
 
 def _sizes(checkpoint: FileCheckpoint) -> dict[str, Any]:

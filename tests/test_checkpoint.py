@@ -272,6 +272,14 @@ def test_hub_failure_says_so(monkeypatch):
         open_checkpoint("some-org/some-model")
 
 
+def test_an_adapter_of_the_adapters_library_is_refused_with_the_alternative(tmp_path):
+    about = {"config": {"mh_adapter": True, "reduction_factor": 16}, "model_class": "LlamaForCausalLM", "name": "a"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    (tmp_path / "pytorch_adapter.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"bottleneck adapters are nonlinear.*serve it with that library"):
+        open_adapter_files(tmp_path)
+
+
 def test_side_files_prefer_the_adapters_tokenizer(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder, names in {

@@ -656,6 +656,10 @@ def test_inspect_of_inputs(run: Run, tmp_path: Path, tiny_nf4: Path, tiny_llama:
     write_train_record(adapter, "nf4", "x")
     assert json.loads(run("inspect", adapter, "--json").out)["trained on"] == "nf4"
     assert "LORA" in run("inspect", adapter).out
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert json.loads(run("inspect", adapter, "--json").out)["merge"] == "as an update of each weight"
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"alora_invocation_tokens": [5]}))
+    assert json.loads(run("inspect", adapter, "--json").out)["merge"].startswith("refused: ")
 
 
 def test_convert_of_a_4_bit_base_equals_bitsandbytes(run: Run, tiny_nf4: Path) -> None:

@@ -414,14 +414,22 @@ def test_resized_vocabulary(new_job: Callable[..., MergeJob], tmp_path: Path, ti
 
 @pytest.mark.parametrize("target", [None, "w8a16"])
 def test_untied_head(
-    new_job: Callable[..., MergeJob], tmp_path: Path, tiny_llama: Path, ids: Tensor, target: str | None
+    new_job: Callable[..., MergeJob],
+    tmp_path: Path,
+    tiny_llama: Path,
+    ids: Tensor,
+    target: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A LoRA on the head of a tied model must not move the embedding: the output has both."""
     adapter, out = tmp_path / "adapter", tmp_path / "out"
     save_random_adapter(tiny_llama, adapter, str(tiny_llama), target_modules=["q_proj", "lm_head"])
     quantization = QuantizationConfig(target=target, bits=8, algorithm="rtn") if target else None
     more: dict[str, Any] = {"trained_on": "16bit", "dtype": "fp32", "quantization": quantization}
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda _, message: said.append(message))
     (report,) = pipeline.run(new_job(out, tiny_llama, adapter, **more))
+    assert any("lm_head.weight was untied from model.embed_tokens.weight" in line for line in said)
     tensors = stored_tensors(out)
     before = load_file(tiny_llama / "model.safetensors")["model.embed_tokens.weight"].float()
     assert torch.equal(tensors["model.embed_tokens.weight"], before)
