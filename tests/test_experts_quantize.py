@@ -269,10 +269,10 @@ def made(
     tmp_path_factory: pytest.TempPathFactory, random_model: Callable[..., Path], new_job: Callable[..., MergeJob]
 ) -> Callable[..., tuple[Path, Path, Path, Any]]:
     """Base, adapter on experts, router and attention, the merged and quantized output, and the report."""
-    known: dict[tuple[str, str], tuple[Path, Path, Path, Any]] = {}
+    known: dict[tuple[str, str, str], tuple[Path, Path, Path, Any]] = {}
 
     def make(family: str, target: str, **options: Any) -> tuple[Path, Path, Path, Any]:
-        key = (family, target)
+        key = (family, target, str(options))
         if key not in known:
             base = random_model(family, num_key_value_heads=4)
             folder = tmp_path_factory.mktemp("moe")
@@ -331,11 +331,14 @@ def in_memory(view: Any, family: str) -> dict[str, Tensor]:
     return {"gate_up_proj": torch.cat([gate, up], dim=1), "down_proj": down}
 
 
-@pytest.mark.parametrize("target", ["w4a16", "fp8", "fp8-block"])
+@pytest.mark.parametrize(
+    ("target", "algorithm"), [("w4a16", "gptq"), ("w4a16", "awq"), ("fp8", None), ("fp8-block", None)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_loads_what_we_read(made: Any, family: str, target: str) -> None:
+def test_transformers_loads_what_we_read(made: Any, family: str, target: str, algorithm: str | None) -> None:
     """It decodes experts while it loads: code and scale multiplied in bfloat16, or in float32 and rounded once."""
-    _, _, out, _ = made(family, target, **TARGETS[target])
+    algorithms = {} if algorithm in (None, "gptq") else {"algorithm": algorithm}  # GPTQ is w4a16's own
+    _, _, out, _ = made(family, target, **TARGETS[target], **algorithms)
     view = dequantize(open_checkpoint(out))
     model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"] | {key for key, *_ in info["mismatched_keys"]}
