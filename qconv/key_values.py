@@ -20,6 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qconv.errors import CalibrationError
+
 _PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 
 Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -63,4 +65,9 @@ class _StandIn:
         return result
 
     def __getattr__(self, name: str) -> Any:
+        if self._cache is None:
+            raise CalibrationError(
+                f"an attention asks its cache for {name!r}, which a cache of keys and values does not have: its states "
+                "are others, and float8 scales are of keys and values; leave --kv-cache out"
+            )
         return getattr(self._cache, name)

@@ -10,7 +10,13 @@ from fnmatch import fnmatchcase
 
 from qconv.errors import UsageError
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek-V2 and V3
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),  # Qwen3.5
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
 """Linears that serving engines run as one, under the name that they give it."""
 _SYNTAX = "PATTERN:bits=8,group-size=32,sym, such as '*.down_proj:bits=8' or 're:.*layers\\.0\\..*:group-size=32,asym'"
 

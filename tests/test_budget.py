@@ -331,6 +331,16 @@ def test_all_experts_of_a_layer_get_one_width() -> None:
     }
 
 
+def test_what_engines_run_as_one_gets_one_width() -> None:
+    attention = "model.layers.0.self_attn"
+    latent = [f"{attention}.{role}" for role in ("q_a_proj", "kv_a_proj_with_mqa")]  # vLLM's fused_qkv_a_proj
+    assert list(together([*latent, f"{attention}.q_b_proj"]).values()) == [latent, [f"{attention}.q_b_proj"]]
+    linear = "model.layers.1.linear_attn"
+    for pair in (("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")):
+        modules = [f"{linear}.{role}" for role in pair]
+        assert list(together(modules).values()) == [modules]
+
+
 # With other options -------------------------------------------------------------------------------
 
 

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, DynamicC
 from qconv import pipeline
 from qconv.checkpoint import open_checkpoint
 from qconv.config import OutputConfig, ValidateJob, ValidationConfig
-from qconv.convert import dequantize
+from qconv.convert import CACHE_SCHEME, dequantize
+from qconv.convert.key_values import read_cache
 from qconv.describe import describe
 from qconv.errors import CheckpointError, NumericsError, SchemeError, UsageError
 from qconv.estimate_jobs import estimate_merge
@@ -44,6 +45,7 @@ from qconv.serving_config import PackConfig
 from qconv.skeleton import cached_attention_names, linear_weights
 from qconv.streaming import StreamedModel
 from qconv.targets import TARGETS
+from qconv.types import TensorSpec
 from tests.cli_cases import EVAL_TOKENS, SEQ_LEN, job, report_of, small_texts
 from tests.conftest import copy_tokenizer
 from tests.expert_cases import moe
@@ -425,6 +427,15 @@ def test_validation_sees_scales_that_are_too_small(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("inner", ["", ".attn", ".qkv_proj"])
+def test_scales_are_found_under_engines_own_names(inner: str) -> None:
+    names = [f"model.layers.0.self_attn{inner}.{part}_scale" for part in "kv"]
+    specs = {name: TensorSpec(name=name, shape=(1,), dtype=torch.float32) for name in names}
+    found = read_cache(specs, {"kv_cache_scheme": dict(CACHE_SCHEME)}, "here")
+    assert found.scales == {"model.layers.0.self_attn": tuple(names)}
+    assert found.why_not is None
+
+
 def test_foreign_scales_by_head_are_rounded_by(make: Making, tmp_path: Path) -> None:
     """llm-compressor's ``attn_head`` strategy, ``[heads, 1, 1]``, against the package's cache."""
 

@@ -126,6 +126,19 @@ with own_process.importing_libraries():
     run(script)
 
 
+def test_an_adapter_that_asks_peft_waits_for_the_imports() -> None:
+    script = """
+from types import SimpleNamespace
+from qconv import own_process
+own_process.leave_out_unused()
+own_process.begin("cpu", runs=True)
+from qconv.merge.kinds import wavelets
+config = {"wavelet_family": "db2"}
+assert len(wavelets._taps(SimpleNamespace(read=SimpleNamespace(config=config), refuse=print))) == 4
+"""
+    run(script)
+
+
 def test_the_first_kernel_leaves_its_tensor_as_it_is() -> None:
     script = """
 import os

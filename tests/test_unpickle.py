@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,52 @@ def test_files_that_are_no_pickled_adapter(tmp_path: Path) -> None:
     data = (cut / "adapter_model.bin").read_bytes()
     (cut / "adapter_model.bin").write_bytes(data[: len(data) // 2])
     expect(cut, "cannot be read")
-    (cut / "adapter_model.bin").write_bytes(pickle.dumps({"a": Path()}))
+    (cut / "adapter_model.bin").write_bytes(pickle.dumps({"a": Path()}, protocol=2))
     expect(cut, "more than tensors", AdapterError)
+    (cut / "adapter_model.bin").write_bytes(pickle.dumps({"a": Path()}, protocol=4))
+    expect(cut, "a pickle protocol that torch.save does not use")
+
+
+class NewTensor:
+    """Memory as it is, under the name of a tensor."""
+
+    def __reduce__(self) -> Any:
+        return torch.FloatTensor, (1000,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_without_values_of_their_own_are_refused(zipped: bool, tmp_path: Path) -> None:
+    folder = pickled(tmp_path / "new", {})
+    content = factors() | {"x": NewTensor()}
+    torch.save(content, folder / "adapter_model.bin", _use_new_zipfile_serialization=zipped)
+    assert torch.load(folder / "adapter_model.bin", weights_only=True)["x"].shape == (1000,), "torch makes it"
+    with pytest.raises(AdapterError, match=r"new tensor \(torch\.FloatTensor\)"):
+        converted(folder)
+    torch.save(factors(), folder / "adapter_model.bin", _use_new_zipfile_serialization=zipped)
+    assert converted(folder).is_dir()
+
+
+def test_a_small_file_does_not_become_a_large_one(tmp_path: Path) -> None:
+    wide = torch.zeros(1).expand(10**9)
+    folder = pickled(tmp_path / "wide", factors() | {"x": wide})
+    assert (folder / "adapter_model.bin").stat().st_size < 10**5
+    with pytest.raises(CheckpointError, match="4000000000 bytes, and 4 are stored"):
+        converted(folder)
+    file = pickled(tmp_path / "packed", factors()) / "adapter_model.bin"
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    with pytest.raises(CheckpointError, match=r"data\.pkl is compressed"):
+        converted(file.parent)
+
+
+def test_torch_before_it_was_mended_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pickled(tmp_path / "old", factors())
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    with pytest.raises(CheckpointError, match=r"torch 2\.10 or newer, found 2\.9\.1"):
+        converted(folder)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

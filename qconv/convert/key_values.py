@@ -34,6 +34,7 @@ _ENDINGS = {  # longer ones first
     KEY_SCALE: 0,
     VALUE_SCALE: 1,
 }
+_INNER = (".attn", ".qkv_proj")
 _UNUSED = (".q_scale", ".k_zero_point", ".v_zero_point", ".q_zero_point")
 
 
@@ -69,7 +70,10 @@ def read_cache(specs: Mapping[str, TensorSpec], quantization: Mapping[str, Any],
     for name in specs:
         ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
         if ending is not None:
-            found.setdefault(name.removesuffix(ending), [None, None])[_ENDINGS[ending]] = name
+            attention = name.removesuffix(ending)
+            for inner in _INNER:  # of vLLM's own names
+                attention = attention.removesuffix(inner)
+            found.setdefault(attention, [None, None])[_ENDINGS[ending]] = name
     scales: dict[str, tuple[str, str]] = {}
     for attention, (keys, values) in found.items():
         if keys is None or values is None:

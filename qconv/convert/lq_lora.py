@@ -150,6 +150,9 @@ def decode(weight: QuantizedTensor) -> Tensor:
         AttributeError,
         TypeError,
         ValueError,
+        IndexError,
+        OverflowError,
+        MemoryError,
         RuntimeError,
     ) as error:  # a field that is missing, or of another type
         raise CheckpointError(f"damaged ({error})") from error
@@ -185,7 +188,7 @@ def _decode_bytes(weight: Weight) -> Tensor:
 
 def _decode_words(weight: Weight32) -> Tensor:
     runs, blocks, elements = _blocks(weight.block_sizes)
-    scale_bits, bits = weight.qscales_num_bits.value, weight.qtensor_num_bits.value
+    scale_bits, bits = _bits(weight.qscales_num_bits.value), _bits(weight.qtensor_num_bits.value)
     codes = _from_words(weight.qscales_packed, runs * blocks, scale_bits).to(torch.float32).view(runs, blocks, 1)
     largest = _scales(weight.qscales_qscales, runs).expand(codes.shape)
     step = float(1.0 / torch.tensor(float(2**scale_bits - 1)))
@@ -217,6 +220,7 @@ def _from_bytes(packed: Packed) -> Tensor:
 
 def _from_words(data: Tensor, count: int, bits: int) -> Tensor:
     """Codes, uint8, in a row."""
+    bits = _bits(bits)
     if data.dtype != torch.int32 or data.shape != (count * bits // 32,) or count * bits % 32:
         raise CheckpointError(f"has {data.dtype} {tuple(data.shape)} for {count} codes of {bits} bits")
     stream = np.unpackbits(data.contiguous().numpy().astype("<i4", copy=False).view(np.uint8), bitorder="little")

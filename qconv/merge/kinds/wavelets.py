@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qconv.merge.kinds.kind import Kind, Layer, Parts, Settings
+from qconv.own_process import importing_libraries
 
 
 def _check(layer: Layer) -> Settings:
@@ -39,7 +40,8 @@ def _taps(layer: Layer) -> list[float]:
     if family == "db1":
         return [math.sqrt(0.5)] * 2
     try:
-        from peft.tuners.waveft.wavelet import Wavelet
+        with importing_libraries():
+            from peft.tuners.waveft.wavelet import Wavelet
     except ImportError:
         layer.refuse(f"uses the wavelet {family!r}, whose taps are read from peft: pip install peft")
     try:
