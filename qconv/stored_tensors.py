@@ -23,6 +23,7 @@ from qconv.timeline import TIMELINE
 from qconv.types import TensorSpec
 
 SMALL_BYTES = 1 << 20  # below this a tensor reaches a GPU in one plain copy
+MOST_PINNED = 1 << 28  # locking pages takes longer than reading them, and nobody else talks to the GPU meanwhile
 
 
 class FileCheckpoint:
@@ -73,8 +74,10 @@ class FileCheckpoint:
         return data.view(spec.dtype).reshape(shape).to(device)
 
     def read_ahead(self, names: Iterable[str], pin: bool = False, max_bytes: int | None = None) -> None:
-        """Begins to read ``names`` in the background, see `ReadsAhead`."""
+        """Begins to read ``names`` in the background, see `ReadsAhead`; with ``pin`` no very large ones."""
         read = partial(self._read_host, pin=pin)
+        if pin:
+            names = [name for name in names if self._specs[name].num_bytes <= MOST_PINNED]
         self._ahead.start(names, read, lambda name: self._specs[name].num_bytes, max_bytes)
 
     def _read_host(self, name: str, *, pin: bool = False) -> Tensor:
