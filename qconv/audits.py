@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qconv.validate.audit_cells import MOST_ELEMENTS, cell_findings, cell_slope
 from qconv.validate.workers import one_worker
 
 _PROBED_WEIGHTS = 24
+_REHEARSED_WEIGHTS = 3
 
 
 def _levels(reference: Reference, stored: DequantizedCheckpoint) -> Tensor | None:
@@ -82,6 +84,17 @@ class StreamedAudit:
 
     def __exit__(self, *_: object) -> None:
         self._worker.shutdown(cancel_futures=True)
+
+    def rehearse(self) -> None:
+        """Measures the smallest quantized weight of each width for nothing: a GPU's kernels are compiled for them."""
+        smallest: dict[int, str] = {}
+        shapes = {name: self._stored.specs()[name].shape for name in self._left}
+        for name in sorted(shapes, key=lambda name: prod(shapes[name])):
+            if name.removesuffix(".weight") in self._stored.quantized_modules and len(shapes[name]) == 2:
+                smallest.setdefault(shapes[name][1], name)
+        for name in list(smallest.values())[:_REHEARSED_WEIGHTS]:
+            self._audit.begin(name, self._device)
+        self._views.forget()
 
     def compare_embedding(self) -> None:
         """Passes over embeddings that are what they should be, while they are at hand: they are large."""

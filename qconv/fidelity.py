@@ -24,6 +24,7 @@ from qconv.finite import putting_off
 from qconv.layout import config_dtype
 from qconv.lineup import Lineup, Views, line_up
 from qconv.progress import Progress
+from qconv.rehearsal import rehearse_while_importing
 from qconv.runners import Candidate, Reference
 from qconv.streaming import BlockModel
 from qconv.timeline import TIMELINE
@@ -115,6 +116,8 @@ def measure_fidelity(
         CheckpointError: the candidate has another vocabulary or depth, or there is no tokenizer.
         NumericsError: NaN or infinity in a model.
     """
+    if candidate is not None:
+        rehearse_while_importing(reference, candidate, device)
     own = reference_tokenizer(reference)
     folder = own or (candidate.source.folder if candidate else reference.source.folder)
     with TIMELINE.stage("tokenizers"):

@@ -140,6 +140,11 @@ def begin(
         _importing = _in_background("qconv-import", _import_libraries, unmerged and device != "cpu")
 
 
+def is_importing() -> bool:
+    """Whether libraries are on their way that `importing_libraries` would wait for."""
+    return _importing is not None and _importing.is_alive()
+
+
 @contextmanager
 def importing_libraries() -> Iterator[None]:
     """For imports of `transformers` and what builds on it: waits for those of `begin`, then `without_collections`."""
