@@ -126,6 +126,8 @@ def test_the_page_shows_every_reading_and_refusal() -> None:
     row = next(line for line in page.splitlines() if line.startswith("| `gptq` | vLLM | 4 "))
     assert "| 12.182 | 12.195 | +0.10% ± 0.00% | 0.0010 | agrees |" in row
     assert "| the same for 9 characters, then: in |" in page
+    spaced = render(found(check(reading(0, " and went in"))))
+    assert "| `gptq` | vLLM | and went in | the same |" in spaced
     assert r"| `nf4` | vLLM | ValueError: one of \['a\_b', \| 'c'] |" in page
     assert "    qconv merge base adapter -o out\n" in page
     assert "- SGLang: it needs a GPU.\n" in page

@@ -170,7 +170,7 @@ def _leads(engine: Engine) -> str:
 
 def _same(check: Check) -> str:
     ours, theirs = check.ours.text, check.theirs.text
-    if ours == theirs:
+    if ours.strip() == theirs.strip():  # llama.cpp leaves out the space before SentencePiece's first word
         return "the same"
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     return f"the same for {same} characters, then: {_cell(ours[same:])}"
