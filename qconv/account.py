@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import platform
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from qconv.merge.combine import combined_parts
 from qconv.merge.interference import Interference, measure_interference
 from qconv.progress import Progress
 from qconv.quantization_config import QuantizationConfig
-from qconv.report.model_card import model_card as render_card
 from qconv.runners import Reference
 from qconv.targets import TARGETS
 from qconv.types import Checkpoint, Scheme
@@ -227,39 +224,16 @@ def cache_facts(scales: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
 def subject(job: MergeJob, output: OutputConfig) -> dict[str, Any]:
     return {
         "reference": job.base,
-        "adapter": _adapters(job),
+        "adapter": adapters_of(job),
         "candidate": str(output.out),
         "candidate_adapter": None,
         "target": output.quantization.target if output.quantization else "plain",
     }
 
 
-def model_card(document: Mapping[str, Any], job: MergeJob, output: OutputConfig, reference: Reference) -> str:
-    """``README.md`` of the output: what it is, how to serve it, how close it is to what was trained."""
-    recorded = reference.adapter.tensors.config.get("base_model_name_or_path") if reference.adapter else None
-    local = Path(job.base).exists()
-    return render_card(
-        document,
-        base_model=str(recorded) if local and recorded else job.base,
-        adapter=_adapters(job),
-        license=_license(reference.source.folder),
-        relation="quantized" if output.is_quantized else "merge",
-        tags=["qconv", *([output.quantization.target] if output.quantization else [])],
-    )
-
-
-def _adapters(job: MergeJob) -> str | None:
+def adapters_of(job: MergeJob) -> str | None:
+    """In one line."""
     return " + ".join(job.adapters) or None
-
-
-def _license(base: Path) -> str | None:
-    """What the base's own model card says, where it has one."""
-    try:
-        text = (base / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-    found = re.match(r"---\n.*?^license:[ \t]*([\w.+-]+)[ \t]*$.*?^---$", text, re.DOTALL | re.MULTILINE)
-    return found[1] if found else None
 
 
 def environment(device: str) -> dict[str, str]:

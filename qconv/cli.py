@@ -82,10 +82,11 @@ def cli() -> None:
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, shell_complete=folders)
 @click.option(
     "--requant",
+    "--to",
     "targets",
     multiple=True,
     type=Choice(list(TARGETS)),
-    help="Re-quantize [default: write plain shards]. Repeatable: outputs then lie in OUT/TARGET.",
+    help="Re-quantize, or write GGUF or ONNX [default: plain shards]. Repeatable: outputs then lie in OUT/TARGET.",
 )
 @combine_options
 @trained_on_option
@@ -116,6 +117,7 @@ def merge(base: str, adapters: tuple[str, ...], targets: tuple[str, ...], no_val
 @click.argument("model", shell_complete=folders)
 @click.option(
     "--to",
+    "--requant",
     "targets",
     required=True,
     multiple=True,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from qconv.account import combination_facts, describe_plan, model_card, stages
+from qconv.account import combination_facts, describe_plan, stages
 from qconv.assemble import write_tensors
+from qconv.card import model_card
 from qconv.config import MergeJob
 from qconv.estimate_jobs import estimate_merge
 from qconv.held_out import loss_facts, merge_losses
@@ -72,7 +73,7 @@ def run(job: MergeJob, progress: Progress = QUIET) -> tuple[Outcome, ...]:
             documents.append(judge_output(job, output, reference, writer.partial, facts, digests, device, progress))
             with TIMELINE.stage("report"):
                 write_reports(writer.partial, documents[-1], (JSON_NAME, MARKDOWN_NAME, HTML_NAME))
-                writer.write_text("README.md", model_card(documents[-1], job, output, reference))
+                writer.write_text("README.md", model_card(documents[-1], job, output, reference, making.layout))
         with TIMELINE.stage("publish"):
             outcomes = tuple(
                 Outcome(document=document, folder=making.publish(str(document["verdict"])))

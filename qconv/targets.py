@@ -256,7 +256,7 @@ TARGETS: Mapping[str, Target] = {
         algorithms=("bnb",),
         bits=(4,),
         symmetric=None,
-        readers="transformers + bitsandbytes, vLLM",
+        readers="transformers + bitsandbytes, vLLM (before 0.32)",
     ),
     "onnx": Target(name="onnx", format="onnx", algorithms=("plain",), bits=(16,), symmetric=None, readers=ONNX_READERS),
     "onnx-int4": _onnx(4),

@@ -620,6 +620,16 @@ def test_version_and_help(run: Run) -> None:
 
 
 @pytest.mark.parametrize("variant", LAYOUTS, ids=str)
+def test_cards_name_vllm_where_it_loads_the_folder(output: Callable[..., Path], variant: Variant) -> None:
+    """It refuses asymmetric GPTQ, other widths than 4 and 8, and a stored index (measured, docs/targets.md)."""
+    is_gptq = variant.target.startswith("gptq")
+    is_refused = is_gptq and (not variant.symmetric or variant.bits not in (4, 8) or variant.desc_act)
+    card = (output(variant) / "README.md").read_text()
+    assert ("vllm serve ./this-folder" in card) != is_refused
+    assert "AutoModelForCausalLM.from_pretrained" in card
+
+
+@pytest.mark.parametrize("variant", LAYOUTS, ids=str)
 def test_inspect_tells_what_an_output_is(run: Run, output: Any, variant: Variant) -> None:
     folder = output(variant)
     facts = json.loads(run("inspect", folder, "--json").out)
@@ -787,7 +797,7 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
     "merge": (
         ["base", "adapters"],
         {"--tp", "--combine", "--weights", "--combine-rank", "--combine-factors", "--density", "--majority-sign"}
-        | {"--requant", "--trained-on", "--no-validate", "--dtype", "--task-data"}
+        | {"--requant", "--to", "--trained-on", "--no-validate", "--dtype", "--task-data"}
         | ADAPTER
         | OUTPUT
         | QUANTIZE
@@ -798,7 +808,7 @@ SURFACE: dict[str, tuple[list[str], set[str]]] = {
     ),
     "quantize": (
         ["model"],
-        {"--tp", "--to", "--no-validate", "--dtype"}
+        {"--tp", "--to", "--requant", "--no-validate", "--dtype"}
         | OUTPUT
         | QUANTIZE
         | VALIDATE

@@ -205,6 +205,10 @@ def test_reports_of_files(made_gguf: Callable[..., Path], target: str) -> None:
     digest = hashlib.sha256(file_in(folder).read_bytes()).hexdigest()
     assert report["provenance"]["candidate"][file_in(folder).name] == digest
     assert (folder / "Modelfile").read_text() == f"FROM ./{file_in(folder).name}\n"
+    card = (folder / "README.md").read_text()
+    assert "library_name: gguf\n" in card
+    assert f"llama-server -m ./this-folder/{file_in(folder).name} " in card
+    assert not any(word in card for word in ("vllm", "transformers"))
 
 
 @pytest.mark.parametrize(

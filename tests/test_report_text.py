@@ -314,6 +314,10 @@ def test_model_card_front_matter():
         "Made with qconv 0.1.0",
     ):
         assert expected in text
+    refused = model_card(
+        document("full"), base_model=None, adapter=None, license=None, relation="quantized", in_vllm=False
+    )
+    assert "vllm" not in refused
     merged = model_card(document("full"), base_model="a/b", adapter="c/d", license=None, relation="merge")
     assert front_matter(merged)["base_model"] == ["a/b", "c/d"]
     assert "license" not in front_matter(merged)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from qconv.report import content
+from qconv.report.card_serving import FORMATS, library, serving
 from qconv.report.content import Document
 from qconv.report.markdown_text import code, escape, table
 from qconv.report.values import at, items, number, number_at, one_line, percent, shorten, span
@@ -15,41 +16,6 @@ from qconv.report.values import at, items, number, number_at, one_line, percent,
 _HUB_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?/[A-Za-z0-9](?:[\w.-]*[\w])?", re.ASCII)
 _MAX_HUB_ID = 96
 _WORDS = {"quantized": "merged with its adapter and quantized", "merge": "merged with its adapter"}
-_FORMATS = {
-    "gptq": ("GPTQ (AutoGPTQ v1 layout)", "gptqmodel"),
-    "gptq_v2": ("GPTQ (v2 layout)", "gptqmodel"),
-    "awq": ("AWQ (AutoAWQ gemm layout)", "gptqmodel"),
-    "w4a16": ("compressed-tensors pack-quantized", "compressed-tensors"),
-    "w8a16": ("compressed-tensors pack-quantized (8-bit)", "compressed-tensors"),
-    "fp8": ("compressed-tensors float-quantized (FP8)", "compressed-tensors"),
-    "fp8-block": ("FP8 with 128 x 128 blocks (DeepSeek-V3 layout)", ""),
-    "gpt-oss-mxfp4": ("MXFP4 experts, as gpt-oss is published", ""),
-    "hqq": ("HQQ (as transformers 4 saves it)", '"transformers<5" hqq'),
-    "nf4": ("bitsandbytes NF4 with double quantization", "bitsandbytes"),
-    "w4a8": ("compressed-tensors pack-quantized (INT8 activations)", "compressed-tensors"),
-    "w4a8-fp8": ("compressed-tensors pack-quantized (FP8 activations)", "compressed-tensors"),
-    "nvfp4": ("compressed-tensors nvfp4-pack-quantized", "compressed-tensors"),
-    "mxfp4": ("compressed-tensors mxfp4-pack-quantized", "compressed-tensors"),
-    "nvfp4a16": ("compressed-tensors nvfp4-pack-quantized (weights)", "compressed-tensors"),
-    "mxfp4a16": ("compressed-tensors mxfp4-pack-quantized (weights)", "compressed-tensors"),
-    "int8": ("compressed-tensors int-quantized (W8A8 INT8)", "compressed-tensors"),
-    "onnx": ("an ONNX graph", ""),
-    "onnx-int4": ("an ONNX graph (4-bit MatMulNBits)", ""),
-    "onnx-int8": ("an ONNX graph (8-bit MatMulNBits)", ""),
-}
-_OF_GENAI = """\
-# needs: pip install onnxruntime-genai
-import onnxruntime_genai as og
-
-model = og.Model("./this-folder")
-tokenizer = og.Tokenizer(model)
-params = og.GeneratorParams(model)
-params.set_search_options(max_length=64)
-generator = og.Generator(model, params)
-generator.append_tokens(tokenizer.encode("The capital of France is"))
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))"""
 
 
 def model_card(
@@ -60,6 +26,8 @@ def model_card(
     license: str | None,
     relation: Literal["quantized", "merge"],
     tags: Sequence[str] = (),
+    gguf_file: str | None = None,
+    in_vllm: bool = True,
 ) -> str:
     """README.md of a model folder.
 
@@ -70,11 +38,13 @@ def model_card(
         license: identifier of the licence, or None when it is not known: none is ever guessed.
         relation: of the folder to its base, as hubs know it.
         tags: further tags.
+        gguf_file: the file's name in a folder of llama.cpp.
+        in_vllm: whether vLLM loads the folder.
     """
     sections = (
         _front_matter(base_model, adapter, license, relation, tags, document),
         _what(document, base_model, adapter, relation),
-        _serving(document),
+        serving(document, gguf_file, in_vllm),
         _fidelity(document),
         _gates(document),
         _origin(document),
@@ -104,11 +74,11 @@ def _front_matter(
         parents = (base_model, adapter) if relation == "merge" else (base_model,)
         yield from (f"- {yaml_scalar(parent)}" for parent in parents if is_hub_id(parent))
         yield f"base_model_relation: {relation}"
-    yield f"library_name: {'onnx' if _is_onnx(document) else 'transformers'}"
+    yield f"library_name: {library(document)}"
     if license:
         yield f"license: {yaml_scalar(license)}"
     target = at(document, "subject", "target")
-    known = [*tags, "qconv", *([target] if target in _FORMATS else [])]
+    known = [*tags, "qconv", *([target] if target in FORMATS else [])]
     yield "tags:"
     yield from (f"- {yaml_scalar(tag)}" for tag in dict.fromkeys(known))
     yield "---"
@@ -136,8 +106,8 @@ def _what(document: Document, base_model: str | None, adapter: str | None, relat
     text = f"{code(base) if base else 'A model'}, {words}"
     text += f" ({code(with_adapter)})" if with_adapter else ""
     target = at(document, "subject", "target")
-    if target in _FORMATS:
-        text += f", stored as {_FORMATS[target][0]}"
+    if target in FORMATS:
+        text += f", stored as {FORMATS[target][0]}"
     facts = at(document, "stages", "quantization") or {}
     details = [f"{label} {escape(facts[key])}" for key, label in _DETAILS if facts.get(key) is not None]
     yield f"{text}: {', '.join(details)}." if details else f"{text}."
@@ -158,33 +128,6 @@ def _what(document: Document, base_model: str | None, adapter: str | None, relat
 
 
 _DETAILS = (("algorithm", "algorithm"), ("bits", "bits"), ("group_size", "group size"))
-
-
-def _serving(document: Document) -> Iterator[str]:
-    target = at(document, "subject", "target")
-    yield "## Serve it"
-    yield ""
-    if _is_onnx(document):
-        yield from ("```python", *_OF_GENAI.splitlines(), "```")
-        return
-    yield "```sh"
-    cache = at(document, "stages", "key-value cache")
-    yield f"vllm serve ./this-folder{' --kv-cache-dtype fp8' if cache else ''}"
-    yield "```"
-    yield ""
-    yield "```python"
-    if target in _FORMATS:
-        needs = _FORMATS[target][1]
-        yield f"# needs: pip install {'' if 'transformers<' in needs else 'transformers '}accelerate {needs}"
-    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    yield ""
-    yield 'model = AutoModelForCausalLM.from_pretrained("./this-folder", device_map="auto")'
-    yield 'tokenizer = AutoTokenizer.from_pretrained("./this-folder")'
-    yield "```"
-
-
-def _is_onnx(document: Document) -> bool:
-    return str(at(document, "subject", "target")).startswith("onnx")
 
 
 def _fidelity(document: Document) -> Iterator[str]:
