@@ -18,8 +18,12 @@ from qconv import __version__
 from qconv.config import HUB_ID
 from qconv.errors import HubAccessError, HubError, UsageError
 
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "quantize_config.json", "quant_config.json")
-"""What is left of an earlier model would be read together with the new one."""
+REPLACED = (
+    *("*.safetensors", "*.safetensors.index.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.bin"),
+    *("*.gguf", "*.imatrix", "Modelfile", "*.onnx", "*.onnx.data", "genai_config.json"),
+)
+"""What is left of an earlier model would be read together with the new one, or in its place."""
 _TOKEN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 _BEFORE = "nothing was done yet: try again when the hub can be reached, or without --push-to-hub and push later"
 _AFTER = "nothing else is wrong with the folder: push it again when the hub can be reached"

@@ -331,7 +331,7 @@ def test_of_several_outputs_a_missed_gate_counts_before_a_push_that_fails() -> N
 @pytest.fixture
 def http_hub() -> Iterator[tuple[str, dict[str, Any]]]:
     """As much of the hub's interface as a push needs, with the old way of large files (LFS)."""
-    state: dict[str, Any] = {"files": {}, "objects": {}, "created": None, "seen": []}
+    state: dict[str, Any] = {"files": {}, "objects": {}, "created": None, "seen": [], "deleted": []}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -354,7 +354,7 @@ def http_hub() -> Iterator[tuple[str, dict[str, Any]]]:
             elif state["created"] is None:
                 self._say(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
             elif "/tree/" in self.path:
-                self._say(200, [])
+                self._say(200, [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in state["files"]])
             else:
                 self._say(200, {"id": "ada/tiny", "private": is_private(state), "siblings": [], "sha": "0" * 40})
 
@@ -382,6 +382,9 @@ def http_hub() -> Iterator[tuple[str, dict[str, Any]]]:
                         state["files"][value["path"]] = base64.b64decode(value["content"])
                     elif line["key"] == "lfsFile":
                         state["files"][value["path"]] = state["objects"][value["oid"]]
+                    elif line["key"] == "deletedFile":
+                        state["deleted"].append(value["path"])
+                        del state["files"][value["path"]]
                 self._say(200, {"commitUrl": f"{url}/ada/tiny/commit/{'a' * 40}", "commitOid": "a" * 40})
             else:
                 self._say(200, {"errors": [], "warnings": []})  # what it thinks of the card's front matter
@@ -425,8 +428,23 @@ def push_for_real(url: str, out: Path, home: Path, token: str) -> subprocess.Com
     )
 
 
+EARLIER = [
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "model-Q4_0.gguf",
+    "Modelfile",
+    "model.onnx",
+    "model.onnx.data",
+    "genai_config.json",
+    "adapter_config.json",
+    "hf_quant_config.json",
+]
+"""Of models that were there before, in other formats: readers would take them for this one."""
+
+
 def test_the_real_client_pushes_over_http(http_hub: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     url, state = http_hub
+    state["files"] = dict.fromkeys([*EARLIER, "notes.txt"], b"earlier")
     done = push_for_real(url, tmp_path / "out", tmp_path / "home", "hf_fake")
     assert done.returncode == 0, done.stderr + "\n".join(state["seen"])
     assert json.loads(done.stdout)["pushed"] == {
@@ -436,8 +454,10 @@ def test_the_real_client_pushes_over_http(http_hub: tuple[str, dict[str, Any]], 
         "private": True,
     }
     assert is_private(state)
-    assert state["files"] == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    here = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert state["files"] == here | {"notes.txt": b"earlier"}
     assert sum("/commit/" in line for line in state["seen"]) == 1  # all in one
+    assert sorted(state["deleted"]) == sorted(EARLIER)
     refused = push_for_real(url, tmp_path / "other", tmp_path / "home", "hf_wrong")
     assert refused.returncode == 3
     assert "does not know the token" in refused.stderr
