@@ -89,11 +89,12 @@ def pack(model: str, engine: str, with_answers: bool, adapters: tuple[str, ...],
 
 
 def _as_text(packed: Packed) -> str:
-    memory = packed.document["memory"]
+    memory, gpus = packed.document["memory"], packed.document["gpus"]
+    each = f" on each of {gpus} GPUs" if gpus > 1 else ""
     rows = [
         f"pack        {packed.out}",
         f"launch      {packed.out / 'launch.sh'}",
-        f"memory      {memory['total_bytes'] / 1e9:.2f} GB on each of {packed.document['gpus']} GPUs: weights "
+        f"memory      {memory['total_bytes'] / 1e9:.2f} GB{each}: weights "
         f"{memory['weights_bytes'] / 1e9:.2f} GB, keys and values {memory['cache_bytes'] / 1e9:.2f} GB for "
         f"{memory['concurrency']} x {memory['context']} tokens ({memory['cache_bytes_per_token']:,} bytes a token)",
     ]

@@ -25,6 +25,7 @@ from qconv.serving import ENGINES, Engine, Request, Served, ServedAdapter
 from qconv.serving.memory import ServingMemory, serving_memory
 from qconv.serving.page import launch_script, read_me
 from qconv.serving_config import DEFAULT_CONCURRENCY, PackConfig
+from qconv.side_files import tokenizer_files
 from qconv.tensor_parallel import check_parallel
 from qconv.work_folder import PACK_SIGN, check_inputs, check_output, check_place, publishing
 
@@ -161,6 +162,8 @@ def _capacity(memory: ServingMemory) -> list[str]:
 def _cautions(model: ServedModel) -> list[str]:
     """What is true of the model whatever serves it."""
     found = []
+    if not model.served.is_gguf and not tokenizer_files(model.source.folder):
+        found.append("no tokenizer lies beside the weights, and engines look for one there: copy the base's files")
     if model.verdict in ("fail", "inconclusive"):
         found.append(f"the report in this folder ends with '{model.verdict}': it did not pass its gates")
     if model.shape.uncounted:

@@ -476,6 +476,12 @@ def test_missing_packages_are_named(
         pipeline.run(job(tmp_path_factory, tmp_path / "out", tiny_llama, quantization=config))
 
 
+def test_a_package_that_is_missing_is_not_said_of_the_file(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UsageError, match=r"not installed: onnx .*; pip install 'qconv\[onnx\]'"):
+        open_checkpoint(converted)
+
+
 # Validation and the command line
 
 

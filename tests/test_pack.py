@@ -354,6 +354,7 @@ def test_ollama_gets_a_modelfile_and_the_lines(
         "    OLLAMA_NUM_PARALLEL=2 ollama serve    # where no server runs yet\n    ./launch.sh\n    ollama run tiny"
         in page
     )
+    assert "of a GPU by itself" not in page
     memory = document["memory"]
     assert memory["cache_bytes_per_token"] == 2 * 4 * 2 * 64 * 2  # keys and values, layers, heads, features, float16
     assert memory["cache_bytes"] == 2 * 512 * memory["cache_bytes_per_token"]
@@ -440,6 +441,14 @@ def test_only_a_pack_is_replaced(model: Path, pack: Pack, capsys: pytest.Capture
     assert "holds no pack of qconv's" in refused(capsys, model, "--for", "vllm", "--overwrite")[1]
     assert (folder / "config.json").exists()
     assert refused(capsys, model, "--for", "vllm", "--no-answers", "-o", model, "--overwrite")[0] == 3
+
+
+def test_a_folder_without_a_tokenizer_is_told(model: Path, pack: Pack, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    code, message = refused(capsys, model, "--for", "vllm")
+    assert (code, "has no tokenizer" in message, "--no-answers" in message) == (3, True, True)
+    assert any("no tokenizer lies beside" in warning for warning in pack(model, "vllm", "--no-answers")["warnings"])
 
 
 def test_folder_that_missed_its_gates_is_told(model: Path, pack: Pack) -> None:

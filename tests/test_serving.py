@@ -15,7 +15,7 @@ from qconv.serving import ENGINES, Served, ServedAdapter
 from qconv.serving.memory import ServingMemory, serving_memory
 from qconv.serving.trtllm import QUANT_CONFIG
 from qconv.types import Scheme, TensorSpec
-from tests.fp4_cases import MXFP4, NVFP4, NVFP4A16
+from tests.fp4_cases import MXFP4, MXFP4A16, NVFP4, NVFP4A16
 
 LLAMA_8B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}
 LLAMA_70B = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80}
@@ -120,9 +120,9 @@ REFUSED = {
     "sglang": [
         (GPTQ_V2, "checkpoint_format", "gptq"),
         (("gptq", (W4_ASYM,), {}), "asymmetric", "awq"),
-        (("nvfp4-pack-quantized", (NVFP4A16,), {}), "rounded inputs alone", "nvfp4"),
-        (("mxfp4-pack-quantized", (MXFP4,), {}), "nobody tried", "w4a16"),
-        (("pack-quantized", (W4A8,), {}), "nobody tried", "w4a16"),
+        (("mxfp4-pack-quantized", (MXFP4,), {}), "no kernel", "w4a16"),
+        (("mxfp4-pack-quantized", (MXFP4A16,), {}), "no kernel", "w4a16"),
+        (("pack-quantized", (W4A8,), {}), "no kernel", "w4a16"),
     ],
     "tgi": [
         (GPTQ_V2, "version 2", "gptq"),
@@ -150,14 +150,6 @@ LOADED = {
     "trtllm": ["plain", "float-quantized", "fp8-block"],
     "lorax": ["plain", "gptq", "awq"],
 }
-SCHEMES = {
-    "awq": W4_ASYM,
-    "float-quantized": FP8,
-    "fp8-block": BLOCK,
-    "int-quantized": INT8,
-    "nvfp4-pack-quantized": NVFP4,
-    "mxfp4-pack-quantized": MXFP4,
-}
 LOADED["sglang"] += ["nvfp4-pack-quantized"]
 SCHEMES = {
     "nvfp4-pack-quantized": NVFP4,
@@ -184,6 +176,12 @@ def test_what_is_loaded(name: str) -> None:
     for layout in LOADED["vllm" if name == "triton" else name]:
         schemes = () if layout in ("plain", "bnb-nf4-dq") else (SCHEMES.get(layout, W4),)
         assert ENGINES[name].refusal(served(layout, *schemes)) is None, layout
+
+
+def test_sglang_reads_nvfp4_of_weights_alone() -> None:
+    one = served("nvfp4-pack-quantized", NVFP4A16)
+    assert ENGINES["sglang"].refusal(one) is None
+    assert any("0.5.23 reads NVFP4" in note for note in ENGINES["sglang"].notes(one))
 
 
 @pytest.mark.parametrize("name", ["tgi", "lorax"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qconv.errors import CheckpointError
+from qconv.errors import CheckpointError, UsageError
 from qconv.onnx.package import onnx_package
 
 # onnx.TensorProto.DataType
@@ -68,6 +68,8 @@ def load_proto(file: Path) -> Any:
     """
     try:
         return onnx_package().load(str(file), load_external_data=False)
+    except UsageError:  # the package is missing, and nothing is wrong with the file
+        raise
     except Exception as error:  # of protobuf and of the file system
         raise CheckpointError(
             f"{file}: cannot be read as an ONNX model ({type(error).__name__}: {error}); make the folder again"

@@ -118,6 +118,7 @@ class Engine:
     steps: lines that make it serve, `launch.sh` among them.
     most_at_a_time: sequences; None = as many as fit.
     usual_at_a_time: the same unless more are asked for; None = as any engine.
+    takes_the_gpu: it takes most of a GPU for itself when it starts.
     sources: where all of this is from.
     """
 
@@ -134,6 +135,7 @@ class Engine:
     steps: Callable[[Served], list[str]] = lambda _: ["./launch.sh"]
     most_at_a_time: int | None = None
     usual_at_a_time: int | None = None
+    takes_the_gpu: bool = True
     sources: tuple[str, ...]
 
 

@@ -101,6 +101,7 @@ OLLAMA = Engine(
     request=request,
     ready="/api/version",
     usual_at_a_time=1,
+    takes_the_gpu=False,
     sources=(
         "https://docs.ollama.com/modelfile",
         "https://docs.ollama.com/import",

@@ -61,6 +61,7 @@ ORT_GENAI = Engine(
     files=files,
     request=request,
     most_at_a_time=1,
+    takes_the_gpu=False,
     sources=(
         "https://onnxruntime.ai/docs/genai/api/python.html",
         "https://onnxruntime.ai/docs/genai/reference/config.html",

@@ -29,7 +29,8 @@ def read_me(engine: Engine, served: Served, document: Mapping[str, Any], memory:
 def _lines(engine: Engine, served: Served, document: Mapping[str, Any], memory: ServingMemory) -> Iterator[str]:
     yield f"# {served.name} in {engine.title}"
     yield ""
-    yield f"`{served.path}` ({served.layout}), split among {served.num_gpus} GPU{'s' if served.num_gpus > 1 else ''}."
+    split = f", split among {served.num_gpus} GPUs" if served.num_gpus > 1 else ""
+    yield f"`{served.path}` ({served.layout}){split}."
     yield ""
     yield "## Start it"
     yield ""
@@ -45,9 +46,9 @@ def _lines(engine: Engine, served: Served, document: Mapping[str, Any], memory: 
         yield f"- Adapter `{adapter.name}` (rank {adapter.rank}): `{adapter.path}`."
     if engine.files(served) or served.adapters:
         yield ""
-    yield "## Memory, on each GPU"
+    yield "## Memory, on each GPU" if engine.takes_the_gpu else "## Memory, of the GPU or the host"
     yield ""
-    yield from _memory(memory)
+    yield from _memory(engine, memory)
     yield ""
     yield "## Try it"
     yield ""
@@ -69,7 +70,7 @@ def _lines(engine: Engine, served: Served, document: Mapping[str, Any], memory: 
     yield from ("", f"Made with qconv {__version__}.")
 
 
-def _memory(memory: ServingMemory) -> Iterator[str]:
+def _memory(engine: Engine, memory: ServingMemory) -> Iterator[str]:
     yield "| | bytes | |"
     yield "|---|---:|---|"
     yield f"| weights | {memory.weights:,} | {_gb(memory.weights)} |"
@@ -80,10 +81,13 @@ def _memory(memory: ServingMemory) -> Iterator[str]:
     yield f"| {memory.concurrency} of them | {memory.cache:,} | {_gb(memory.cache)} |"
     yield f"| together | {memory.total:,} | {_gb(memory.total)} |"
     yield ""
-    yield (
-        "Computed from the files and the config. Activations, CUDA graphs and the engine itself come on top; it "
-        f"measures them when it starts, and uses {USABLE:.0%} of a GPU by itself."
-    )
+    if engine.takes_the_gpu:
+        yield (
+            "Computed from the files and the config. Activations, CUDA graphs and the engine itself come on top; it "
+            f"measures them when it starts, and uses {USABLE:.0%} of a GPU by itself."
+        )
+    else:
+        yield "Computed from the files and the config. Activations and the engine itself come on top."
     if memory.gpu is not None:
         yield f"Beside the weights {memory.fitting_sequences} whole sequences fit on a GPU of {_gb(memory.gpu)}."
 

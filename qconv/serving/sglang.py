@@ -3,6 +3,8 @@
 https://docs.sglang.ai/advanced_features/server_arguments.html, .../quantization.html, .../lora.html;
 https://github.com/sgl-project/sglang, python/sglang/srt/layers/quantization/gptq.py: Marlin for 4 and 8 bits,
 symmetric; nothing there reads ``checkpoint_format`` but for marlin, so version 2 would be read as version 1.
+Its own parser took the launch lines, and its own choice of a scheme (compressed_tensors.py) was asked for every target
+of that layout, both of the package 0.5.23 without a GPU.
 """
 
 from __future__ import annotations
@@ -28,15 +30,10 @@ def refusal(served: Served) -> str | None:
             return f"its Marlin kernels take GPTQ of 4 or 8 bits, symmetric, and this is {what}; " + instead(
                 "gptq --sym, or awq", served
             )
-    if any(s.has_global_scale and not s.rounds_activations for s in served.schemes):
-        return (
-            "it reads NVFP4 of compressed-tensors with rounded inputs alone, and this has weights alone "
-            "(pull request 40022 would add it); " + instead("nvfp4, or w4a16", served)
-        )
     is_compressed = served.layout != "gpt-oss-mxfp4"
     if is_compressed and any(s.scale_format == "e8m0" or (s.bits == 4 and s.kind == "int" and s.rounds_activations)
            for s in served.schemes):  # fmt: skip
-        return "nobody tried whether it reads such weights of compressed-tensors; " + instead("w4a16", served)
+        return "its reader of compressed-tensors has no kernel for such weights; " + instead("w4a16", served)
     return None
 
 
@@ -46,6 +43,11 @@ def notes(served: Served) -> list[str]:
         found.append("4-bit weights of bitsandbytes are loaded as they are, on one GPU")
     if any(s.kind == "int" and not s.symmetric and served.layout == "pack-quantized" for s in served.schemes):
         found.append("asymmetric pack-quantized weights load in vLLM; nobody measured them here")
+    if any(s.has_global_scale for s in served.schemes):
+        found.append(
+            "release 0.5.23 reads NVFP4 (from its source); before Blackwell it leaves inputs in 16 bits, and some "
+            "releases before refuse weights alone (nvfp4a16)"
+        )
     if served.has_cache_scales:
         found.append(
             "it reads the scales of keys and values since pull request 35455; releases before take 1, silently"
