@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,27 @@ from qconv.cli_answers import Answer, answers
 from qconv.cli_options import json_option, run_options
 from qconv.cli_parsing import Choice, Command, files, folders
 from qconv.config import parse_size
+from qconv.errors import UsageError
 from qconv.own_process import begin
 from qconv.serving import ENGINES
-from qconv.serving_config import PackConfig, parse_adapter
+from qconv.serving.oci import TAG
+from qconv.serving_config import OciConfig, PackConfig, parse_adapter
 
 if TYPE_CHECKING:
-    from qconv.pack import Packed
+    from qconv.pack_place import Packed
+
+OCI = "oci"
 
 
 @click.command(cls=Command)
 @click.argument("model", shell_complete=folders)
-@click.option("--for", "engine", required=True, type=Choice([*ENGINES]), help="What will serve the model.")
+@click.option(
+    "--for",
+    "engine",
+    required=True,
+    type=Choice([*ENGINES, OCI]),
+    help="What will serve the model; oci: an artifact for registries of containers.",
+)
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder for what is written [default: MODEL-ENGINE, beside it]"
 )
@@ -61,7 +72,10 @@ def pack(model: str, engine: str, with_answers: bool, adapters: tuple[str, ...],
     qconv pack ./out --for vllm --tp 2 --context 8192 --gpu-memory 24GB
     qconv pack ./out --for triton -o ./triton --model-path /models/out
     qconv pack ./base-bf16 --for lorax --adapter support=./lora-1 --adapter ./lora-2
+    qconv pack ./out --for oci
     """
+    if engine == OCI:
+        return _pack_oci(model, with_answers, adapters, options)
     config = PackConfig(
         model=model,
         engine=engine,
@@ -86,6 +100,32 @@ def pack(model: str, engine: str, with_answers: bool, adapters: tuple[str, ...],
     packed = run_pack(config, cli_jobs.progress_of(options))
     document = packed.document | {"folder": str(packed.out)}
     return Answer(text=_as_text(packed), document=document, following=(str(packed.out / "launch.sh"),))
+
+
+def _pack_oci(model: str, with_answers: bool, adapters: tuple[str, ...], options: dict[str, Any]) -> Answer:
+    """Raises `UsageError` for options of engines: nothing is served here."""
+    given = ["--adapter"] if adapters else []
+    given += [] if with_answers else ["--no-answers"]
+    given += ["--tp"] if options["tp"] != 1 else []
+    given += ["--kv-dtype"] if options["kv_dtype"] != "auto" else []
+    names = ("context", "concurrency", "gpu_memory", "port", "model_path", "prompts")
+    given += [f"--{name.replace('_', '-')}" for name in names if options[name] is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)}: --for oci packs files for registries and serves none; drop it")
+    config = OciConfig(model=model, out=options["out"], name=options["name"], overwrite=options["overwrite"])
+    begin(options["device"], [model])
+    from qconv.oci import pack_oci
+
+    packed = pack_oci(config, cli_jobs.progress_of(options))
+    document = packed.document
+    text = [
+        f"pack        {packed.out}",
+        f"manifest    {document['manifest']}, {len(document['layers'])} layers",
+        f"bytes       {document['bytes'] / 1e6:,.1f} MB, {document['bytes linked'] / 1e6:,.1f} MB of them hard links",
+        *([f"left out    {', '.join(document['left out'])}"] if document["left out"] else []),
+    ]
+    push = f"oras cp --from-oci-layout {shlex.quote(str(packed.out))}:{TAG} REGISTRY/REPOSITORY:TAG"
+    return Answer(text="\n".join(text), document=document | {"folder": str(packed.out)}, following=(push,))
 
 
 def _as_text(packed: Packed) -> str:

@@ -9,15 +9,15 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 from qconv import __version__
-from qconv.errors import CapacityError, CheckpointError, QconvError, SchemeError, UsageError
+from qconv.errors import CapacityError, QconvError, SchemeError, UsageError
 from qconv.expected_answers import ExpectedAnswer, expected_answers, why_not_whole
 from qconv.inputs import resolve_device
+from qconv.pack_place import PACK_FORMAT, Packed, place_of_pack
 from qconv.progress import QUIET, Progress
 from qconv.runners import Candidate
 from qconv.served_model import ServedModel, open_served
@@ -27,9 +27,8 @@ from qconv.serving.page import launch_script, read_me
 from qconv.serving_config import DEFAULT_CONCURRENCY, PackConfig
 from qconv.side_files import tokenizer_files
 from qconv.tensor_parallel import check_parallel
-from qconv.work_folder import PACK_SIGN, check_inputs, check_output, check_place, publishing
+from qconv.work_folder import PACK_SIGN, publishing
 
-PACK_FORMAT = 1
 ORT_GENAI = "ort-genai"
 OLLAMA = "ollama"
 _GGUF = (
@@ -42,17 +41,6 @@ _PROMPT_ALONE = "The capital of France is"
 _ITEMSIZE = {"float32": 4}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Packed:
-    """Attributes:
-    out: the folder that was written.
-    document: what is in its qconv-pack.json.
-    """
-
-    out: Path
-    document: dict[str, Any]
-
-
 def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
     """Writes the folder, complete or not at all.
 
@@ -63,12 +51,8 @@ def pack(config: PackConfig, progress: Progress = QUIET) -> Packed:
     """
     engine = ENGINES[config.engine]
     model = open_served(config, config.port or engine.port, _concurrency(engine, config))
-    out = config.out or _beside(config, engine)
-    check_output(out, config.overwrite)
-    if out.is_dir() and any(out.iterdir()) and not (out / PACK_SIGN).is_file():
-        raise CheckpointError(f"{out}: holds no pack of qconv's, and --overwrite replaces nothing else here")
-    check_place(out)
-    check_inputs(out, [model.source.folder, *(adapter.source for adapter in config.adapters)])
+    inputs: list[str | Path] = [model.source.folder, *(adapter.source for adapter in config.adapters)]
+    out = place_of_pack(config.out, config.model, engine.name, config.overwrite, inputs)
     served = model.served
     reason = engine.refusal(served)
     if served.is_onnx and engine.name != ORT_GENAI:
@@ -115,14 +99,6 @@ def _concurrency(engine: Engine, config: PackConfig) -> int:
     if config.concurrency is not None and most is not None and config.concurrency > most:
         raise UsageError(f"--concurrency {config.concurrency}: the server for {engine.title} runs {most} at a time")
     return config.concurrency or most or engine.usual_at_a_time or DEFAULT_CONCURRENCY
-
-
-def _beside(config: PackConfig, engine: Engine) -> Path:
-    """Beside the model's folder or file; what lies in the hub's cache gets a folder here."""
-    folder = (
-        Path(os.path.abspath(config.model)) if Path(config.model).exists() else Path.cwd() / Path(config.model).name
-    )
-    return folder.with_name(f"{folder.name}-{engine.name}")
 
 
 def _memory(model: ServedModel, config: PackConfig) -> ServingMemory:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from qconv.merge import load_adapter
 from qconv.records import read_train_record
 from qconv.runners import Candidate
 from qconv.serving import Served, ServedAdapter
-from qconv.serving_config import DEFAULT_CONTEXT, AdapterSource, PackConfig
+from qconv.serving_config import DEFAULT_CONTEXT, AdapterSource, PackConfig, name_of_model
 from qconv.side_files import is_adapter
 from qconv.stored_tensors import FileCheckpoint
 from qconv.tensor_parallel import COLUMN, REPLICATED, ROW, Linear, parallel_linears
@@ -76,7 +74,7 @@ def open_served(config: PackConfig, port: int, concurrency: int) -> ServedModel:
         candidates.append(Candidate(source=source, view=view, adapter=load_adapter(files.folder, view)))
     quantized = set(view.quantized_modules)
     served = Served(
-        name=config.name or _name_of(config.model),
+        name=config.name or name_of_model(config.model),
         path=config.model_path or str(_place(source).resolve()),
         layout=view.kind,
         schemes=tuple(dict.fromkeys(view.schemes.values())),
@@ -134,11 +132,6 @@ def _context(config: PackConfig, shape: DecoderShape) -> int:
     if longest is not None and config.context > longest:
         raise UsageError(f"--context {config.context}: {config.model} has positions for {longest} tokens")
     return config.context
-
-
-def _name_of(model: str) -> str:
-    name = os.path.basename(os.path.abspath(model)).removesuffix(".gguf")
-    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
 
 
 def _plain_linears(view: DequantizedCheckpoint, quantized: Iterable[str]) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,14 +73,45 @@ class PackConfig:
                 raise UsageError(f"{flag} is at least 1, got {value}")
         if self.port is not None and not 0 < self.port < 65536:
             raise UsageError(f"--port is between 1 and 65535, got {self.port}")
-        if self.name is not None and NAME.fullmatch(self.name) is None:
-            raise UsageError(f"--name has letters, digits, '.', '_' and '-' alone, got {self.name!r}")
+        check_name(self.name)
         if self.prompts is not None and not self.answers:
             raise UsageError("--prompts are for the answers that --no-answers leaves out; drop one of the two")
         names = [adapter.name for adapter in self.adapters]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UsageError(f"two adapters are called {twice}; give each a name: --adapter NAME=FOLDER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OciConfig:
+    """A model, to be pushed to a registry of containers.
+
+    Attributes:
+        model: folder, GGUF file or hub id.
+        out: folder for the image layout; None = beside the model, called after it.
+        name: of the model, in the artifact; None = its folder's.
+        overwrite: an existing pack is replaced.
+    """
+
+    model: str
+    out: Path | None = None
+    name: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+
+def check_name(name: str | None) -> None:
+    """Raises `UsageError` for one that requests or registries would not take."""
+    if name is not None and NAME.fullmatch(name) is None:
+        raise UsageError(f"--name has letters, digits, '.', '_' and '-' alone, got {name!r}")
+
+
+def name_of_model(model: str) -> str:
+    """What a model is called that nobody named: as its folder or file."""
+    name = os.path.basename(os.path.abspath(model)).removesuffix(".gguf")
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
 
 
 def parse_adapter(text: str) -> AdapterSource:
