@@ -181,6 +181,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def adds_special_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it puts any around a text by itself, such as a BOS."""
+    return bool(tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids)
+
+
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, rendered: bool) -> list[int]:
     """Token ids of one document, special tokens included."""
     ids = list(tokenizer(text, add_special_tokens=not rendered, truncation=False, padding=False)["input_ids"])

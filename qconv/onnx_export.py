@@ -2,7 +2,8 @@
 
 The codes, scales and zero points of the graph must be those of the folder, and its other weights what rounding to the
 graph's dtype gives: one that differs is an error. Then ONNX Runtime and PyTorch (which decodes the folder's weights,
-and computes in float32) get the same held-out text, in one piece and in two with cached keys and values between.
+and computes in float32) get the same held-out text, in one piece and in two with cached keys and values between. What
+ONNX Runtime GenAI makes of the folder in the end is looked at in `onnx_genai.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qconv.corpus import TokenRows
 from qconv.errors import CheckpointError, NumericsError
 from qconv.layout import PLAIN, Layout
 from qconv.onnx import MODEL_FILE, OnnxPlan, OnnxSession, build, take_over
+from qconv.onnx_genai import Generated, check_genai, generate
 from qconv.progress import Progress
 from qconv.streaming import StreamedModel
 from qconv.timeline import TIMELINE
@@ -30,6 +32,7 @@ from qconv.validate.compare import Entrant, run_candidate
 from qconv.work_folder import disk_error
 
 _ROWS, _SEQ_LEN = 4, 256  # of the embedded held-out text
+_PROMPT = 32  # tokens of it that are gone on with
 _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -56,7 +59,7 @@ def export(folder: Path, layout: Layout, progress: Progress) -> dict[str, Any]:
         with TIMELINE.stage("compare the ONNX graph"):
             _check_weights(written, dequantize(open_checkpoint(built)), plan)
         with TIMELINE.stage("run the ONNX graph"):
-            facts = _check_logits(folder, written, built, plan)
+            facts, generated = _check_logits(folder, written, built, plan)
         for name in ["config.json", *layout.extra_files]:
             (folder / name).unlink()
         for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
@@ -64,11 +67,14 @@ def export(folder: Path, layout: Layout, progress: Progress) -> dict[str, Any]:
         take_over(built, folder)
         (folder / "config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.rmtree(built)
+        with TIMELINE.stage("generate with ONNX Runtime GenAI"):
+            facts |= check_genai(folder, plan, generated, progress)
     except OSError as error:
         raise disk_error(folder, error) from error
     progress.say(
         f"ONNX Runtime agrees with PyTorch: mean KL {facts['kl_mean']:.2g} nats on {facts['positions']} positions "
-        f"(at most {plan.tolerance:g}), {facts['same_top_token']:.1%} of most probable tokens"
+        f"(at most {plan.tolerance:g}), {facts['same_top_token']:.1%} of most probable tokens; "
+        f"GenAI: {facts['GenAI']}"
     )
     return facts
 
@@ -109,7 +115,9 @@ def _zeros(q: QuantizedLinear) -> Tensor:
     return torch.full_like(q.scales_NG, q.scheme.mid_code, dtype=torch.uint8)
 
 
-def _check_logits(folder: Path, written: DequantizedCheckpoint, built: Path, plan: OnnxPlan) -> dict[str, Any]:
+def _check_logits(
+    folder: Path, written: DequantizedCheckpoint, built: Path, plan: OnnxPlan
+) -> tuple[dict[str, Any], Generated]:
     rows = _rows(folder, written)
     session = OnnxSession(built / MODEL_FILE)
     found: list[tuple[Tensor, Tensor]] = []  # KL and whether the most probable token is the same, of each row
@@ -134,7 +142,7 @@ def _check_logits(folder: Path, written: DequantizedCheckpoint, built: Path, pla
                 f"{folder}: ONNX Runtime computes something else{what} than PyTorch does of the same weights: mean KL "
                 f"{kl:.3g} nats per token on held-out text, at most {plan.tolerance:g} expected; nothing was written"
             )
-    return {
+    facts = {
         "built by": "onnxruntime_genai.models.builder",
         "runs": session.runs,
         "kl_mean": one_piece,
@@ -143,6 +151,7 @@ def _check_logits(folder: Path, written: DequantizedCheckpoint, built: Path, pla
         "same_top_token": float(torch.cat([same for _, same in found[::2]]).double().mean()),
         "positions": sum(len(kl) for kl, _ in found[::2]),
     }
+    return facts, generate(session, rows.ids_TS[0][:_PROMPT])
 
 
 def _rows(folder: Path, view: DequantizedCheckpoint) -> TokenRows:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qconv import corpus
 from qconv.checkpoint import open_adapter_files, open_checkpoint
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.convert.dequantize import CONV1D_MODELS
@@ -18,7 +19,7 @@ from qconv.records import read_train_record
 from qconv.runners import Candidate
 from qconv.serving import Served, ServedAdapter
 from qconv.serving_config import DEFAULT_CONTEXT, AdapterSource, PackConfig, name_of_model
-from qconv.side_files import is_adapter
+from qconv.side_files import is_adapter, tokenizer_files
 from qconv.stored_tensors import FileCheckpoint
 from qconv.tensor_parallel import COLUMN, REPLICATED, ROW, Linear, parallel_linears
 from qconv.work_folder import REPORT_SIGN
@@ -90,6 +91,7 @@ def open_served(config: PackConfig, port: int, concurrency: int) -> ServedModel:
         has_cache_scales=bool(view.cache.scales),
         port=port,
         model_file=_model_file(source),
+        adds_special_tokens=_adds_special_tokens(source, view),
     )
     return ServedModel(
         source=source,
@@ -105,6 +107,13 @@ def open_served(config: PackConfig, port: int, concurrency: int) -> ServedModel:
 def _place(source: FileCheckpoint) -> Path:
     """What an engine is given: the folder, or the GGUF file in it."""
     return source.file_of(next(iter(source.specs()))) if isinstance(source, GgufCheckpoint) else source.folder
+
+
+def _adds_special_tokens(source: FileCheckpoint, view: DequantizedCheckpoint) -> bool:
+    """Asked of ONNX folders alone: other engines read that from the tokenizer's files."""
+    if not view.kind.startswith("onnx") or not tokenizer_files(source.folder):
+        return False
+    return corpus.adds_special_tokens(corpus.load_tokenizer(source.folder))
 
 
 def _model_file(source: FileCheckpoint) -> str:

@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qconv import judging, onnx_export, pipeline
+from qconv import judging, onnx_export, onnx_genai, pipeline
 from qconv.checkpoint import open_checkpoint
 from qconv.cli import cli, main
 from qconv.config import MergeJob, OutputConfig, ValidateJob, ValidationConfig
@@ -35,9 +35,11 @@ from qconv.convert import dequantize
 from qconv.convert.matmul_nbits import MatMulNBits
 from qconv.errors import CheckpointError, NumericsError, SchemeError, UsageError
 from qconv.inputs import load_reference
-from qconv.onnx import GENAI_CONFIG, MODEL_FILE
+from qconv.onnx import GENAI_CONFIG, MODEL_FILE, genai_tokens
 from qconv.quantization_config import QuantizationConfig
+from qconv.serving import ort_genai_server
 from qconv.types import Scheme
+from scripts.engines.vocabularies import build as build_vocabulary
 from tests.cli_cases import job, report_of
 from tests.conftest import TINY_LLAMA
 from tests.test_gguf import with_random_vectors
@@ -227,6 +229,48 @@ def test_genai_generates_what_transformers_does(converted: Path, merged_fp16: Pa
         assert by_genai(folder, PROMPT, 24) == expected, folder.name
 
 
+def test_genai_gets_a_tokenizer_file_of_sentencepiece(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It reads no ``tokenizer.model``."""
+    build_vocabulary("llama-2", TINY_LLAMA, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink(missing_ok=True)
+    assert (tmp_path / "base" / "tokenizer.model").is_file()
+    config = QuantizationConfig(target="onnx")
+    pipeline.run(job(tmp_path_factory, tmp_path / "out", tmp_path / "base", quantization=config, validation=None))
+    assert (tmp_path / "out" / "tokenizer.model").is_file()
+    expected = AutoTokenizer.from_pretrained(tmp_path / "base")(PROMPT).input_ids
+    assert genai_tokens(tmp_path / "out", [PROMPT], False) == [expected]
+    assert "generates the 8 tokens" in report_of(tmp_path / "out")["stages"]["onnx"]["GenAI"]
+
+
+def test_genai_puts_the_special_tokens_in_front_that_transformers_does(
+    building: Callable[..., None], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Of a tokenizer such as Llama 3's, whose BOS is in a template; also in the server of a pack, and by the card."""
+    base = shutil.copytree(TINY_LLAMA, tmp_path / "base")
+    content = json.loads((base / "tokenizer.json").read_text())
+    bos, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, text],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    building(lambda folder: None)
+    folder = tmp_path / "model"
+    config = QuantizationConfig(target="onnx")
+    pipeline.run(job(tmp_path_factory, folder, base, quantization=config, validation=None))
+    expected = AutoTokenizer.from_pretrained(base)(PROMPT).input_ids
+    assert expected[0] == 0
+    assert genai_tokens(folder, [PROMPT], True) == [expected]
+    assert "the tokens of transformers on 16 texts" in report_of(folder)["stages"]["onnx"]["GenAI"]
+    assert list(ort_genai_server.Model(str(folder), 64, None, True)._tokenizer.encode(PROMPT)) == expected
+    assert 'update_options(add_special_tokens="true")' in (folder / "README.md").read_text()
+    main(["pack", str(folder), "--for", "ort-genai", "--no-answers", "-q"])
+    assert "--special-tokens" in (tmp_path / "model-ort-genai" / "launch.sh").read_text()
+
+
 def test_codes_in_the_graph_are_those_that_calibration_chose(beside_gptq: Path) -> None:
     """Decoded by hand from the initializers of the onnx package; q, k and v lie in one node."""
     chosen = dequantize(open_checkpoint(beside_gptq / "gptq"))
@@ -369,15 +413,22 @@ def _altered(initializer: str) -> Callable[[Path], None]:
     return change
 
 
+def _renamed(folder: Path) -> None:
+    content = json.loads((folder / GENAI_CONFIG).read_text())
+    content["model"]["decoder"]["inputs"]["past_key_names"] = "past.%d"
+    (folder / GENAI_CONFIG).write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
+        (_renamed, CheckpointError, "GenAI cannot generate with it"),
         (_altered("model.layers.2.mlp.down_proj.MatMul.weight"), CheckpointError, "changed the values"),
         (_altered("sin_cache"), NumericsError, "computes something else than PyTorch"),
         (lambda folder: (folder / MODEL_FILE).write_bytes(b"no"), CheckpointError, "cannot be read as an ONNX"),
         (lambda folder: (folder / f"{MODEL_FILE}.data").unlink(), CheckpointError, "model.onnx.data cannot be read"),
     ],
-    ids=["weight", "rotary angles", "graph", "data"],
+    ids=["names of the cache", "weight", "rotary angles", "graph", "data"],
 )  # fmt: skip
 def test_a_wrong_graph_is_an_error_that_leaves_nothing(
     building: Callable[..., None], tmp_path: Path,
@@ -386,6 +437,19 @@ def test_a_wrong_graph_is_an_error_that_leaves_nothing(
     building(change)
     config = QuantizationConfig(target="onnx")
     with pytest.raises(error, match=match):
+        pipeline.run(job(tmp_path_factory, tmp_path / "out", TINY_LLAMA, quantization=config, validation=None))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("found", [[], [7, 7]])
+def test_other_tokens_than_the_graphs_are_an_error(
+    building: Callable[..., None], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch, found: list[int],
+) -> None:  # fmt: skip
+    building(lambda folder: None)
+    monkeypatch.setattr(onnx_genai, "genai_greedy", lambda *_: found)
+    config = QuantizationConfig(target="onnx")
+    with pytest.raises(NumericsError, match="GenAI generates"):
         pipeline.run(job(tmp_path_factory, tmp_path / "out", TINY_LLAMA, quantization=config, validation=None))
     assert list(tmp_path.iterdir()) == []
 

@@ -28,6 +28,11 @@ def runtime_package() -> ModuleType:
     return _package("onnxruntime")
 
 
+def genai_package() -> ModuleType:
+    """ONNX Runtime GenAI; raises `UsageError` where it is not installed."""
+    return _package("onnxruntime_genai")
+
+
 def _package(name: str) -> ModuleType:
     try:
         return import_module(name)

@@ -46,6 +46,8 @@ generator.append_tokens(tokenizer.encode("The capital of France is"))
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))"""
+_BEFORE = "params = "
+_ADDING = 'tokenizer.update_options(add_special_tokens="true")  # a BOS in front, for example\n'
 _OF_LLAMA_CPP = """\
 # needs: pip install llama-cpp-python
 from llama_cpp import Llama
@@ -70,7 +72,8 @@ def serving(document: Document, gguf_file: str | None, in_vllm: bool) -> Iterato
     yield "## Serve it"
     yield ""
     if library(document) == "onnx":
-        yield from _code("python", _OF_GENAI)
+        adds = at(document, "stages", "onnx", "tokenizer adds special tokens")
+        yield from _code("python", _OF_GENAI.replace(_BEFORE, _ADDING + _BEFORE) if adds else _OF_GENAI)
     elif gguf_file is not None:
         yield from _code(
             "sh",

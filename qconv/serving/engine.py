@@ -44,6 +44,7 @@ class Served:
         cache_dtype: of keys and values: ``"auto"`` (the model's) or ``"fp8"``.
         has_cache_scales: the folder holds calibrated scales for these.
         model_file: the Modelfile beside a GGUF file; empty = there is none.
+        adds_special_tokens: whether the tokenizer of an ONNX folder puts any around a prompt by itself.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Served:
     cache_dtype: str = "auto"
     has_cache_scales: bool = False
     model_file: str = ""
+    adds_special_tokens: bool = False
     host: str = "0.0.0.0"
     port: int = 8000
 

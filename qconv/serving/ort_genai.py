@@ -44,7 +44,8 @@ def files(served: Served) -> dict[str, str]:
 
 def command(served: Served) -> list[str]:
     words = ["python3", f"./{SERVER}", "--model", served.path, "--name", served.name]
-    return [*words, "--host", served.host, "--port", str(served.port), "--context", str(served.context)]
+    words += ["--host", served.host, "--port", str(served.port), "--context", str(served.context)]
+    return [*words, *(["--special-tokens"] if served.adds_special_tokens else [])]
 
 
 def request(served: Served, adapter: ServedAdapter | None, prompt: str, num_tokens: int) -> Request:

@@ -19,9 +19,12 @@ DEFAULTS = {"max_tokens": 16, "temperature": 1.0, "top_p": 1.0}
 
 
 class Model:
-    """A loaded folder; ``context`` tokens of keys and values are allocated for each answer."""
+    """A loaded folder; ``context`` tokens of keys and values are allocated for each answer.
 
-    def __init__(self, folder: str, context: int, provider: str | None):
+    ``special_tokens``: prompts get those that the tokenizer has for it, such as a BOS.
+    """
+
+    def __init__(self, folder: str, context: int, provider: str | None, special_tokens: bool):
         import onnxruntime_genai
 
         self._genai, self.context = onnxruntime_genai, context
@@ -31,6 +34,7 @@ class Model:
             config.append_provider(provider)
         self._model = onnxruntime_genai.Model(config)
         self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
+        self._tokenizer.update_options(add_special_tokens=str(special_tokens).lower())
 
     def answer(self, prompt: str, max_tokens: int, temperature: float, top_p: float) -> tuple[str, str, int]:
         """The text, why it ended, and its number of tokens.
@@ -110,8 +114,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="[default: %(default)s]")
     parser.add_argument("--context", type=int, default=8192, help="tokens of prompt and answer [default: %(default)s]")
     parser.add_argument("--provider", help="such as cuda [default: what genai_config.json says, else the CPU]")
+    parser.add_argument("--special-tokens", action="store_true", help="put the tokenizer's own around a prompt (a BOS)")
     options = parser.parse_args()
-    model = Model(options.model, options.context, options.provider)
+    model = Model(options.model, options.context, options.provider, options.special_tokens)
     server = HTTPServer((options.host, options.port), handler_of(model, options.name))
     print(f"serving {options.name} at http://{options.host}:{server.server_port}", flush=True)
     server.serve_forever()
