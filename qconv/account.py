@@ -81,8 +81,10 @@ def reader_notes(quantization: QuantizationConfig, scheme: Scheme | None, has_ad
         )
         if quantization.target == "fp8-block":
             notes.append("transformers knows no FP8 cache of such folders, and reports its scales as unexpected")
-    if scheme.is_fp4 or (scheme.bits == 4 and scheme.rounds_activations):
+    if scheme.is_fp4 or scheme.float8_activations:
         notes.append("vLLM has kernels for this on GPUs alone")
+    elif scheme.kind == "int" and scheme.bits == 4 and scheme.rounds_activations:
+        notes.append("vLLM rounds inputs on GPUs, and on CPUs with AMX and VLLM_CPU_INT4_W4A8=1 (docs/targets.md)")
     if quantization.target == "w4a8-fp8" and scheme.group_size != 128:
         notes.append(
             f"vLLM's kernel for 4-bit weights beside float8 inputs takes groups of 128, not {scheme.group_size}"

@@ -178,6 +178,16 @@ def test_what_is_loaded(name: str) -> None:
         assert ENGINES[name].refusal(served(layout, *schemes)) is None, layout
 
 
+def test_vllm_tells_what_its_cpu_build_does_with_4_bits_beside_rounded_inputs() -> None:
+    def notes(*schemes: Scheme) -> str:
+        return " ".join(ENGINES["vllm"].notes(served("pack-quantized", *schemes)))
+
+    assert "VLLM_CPU_INT4_W4A8=1" in notes(W4A8)
+    assert "no kernel" not in notes(W4A8)
+    assert "no kernel" in notes(W4A8_FP8)
+    assert "VLLM_CPU" not in notes(W4A8_FP8) + notes(W4) + notes(INT8)
+
+
 def test_sglang_reads_nvfp4_of_weights_alone() -> None:
     one = served("nvfp4-pack-quantized", NVFP4A16)
     assert ENGINES["sglang"].refusal(one) is None

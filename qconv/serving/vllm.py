@@ -48,8 +48,14 @@ def notes(served: Served) -> list[str]:
     found = []
     if any(s.kind == "int" and s.bits == 8 and not s.symmetric for s in served.schemes):
         found.append("its Marlin kernels take zero points with 4 bits only; 8-bit ones need another kernel")
-    if any(s.is_fp4 or (s.bits == 4 and s.rounds_activations) for s in served.schemes):
+    if any(s.is_fp4 or s.float8_activations for s in served.schemes):
         found.append("its CPU build has no kernel for these weights; nobody ran its GPU kernels here")
+    if any(s.kind == "int" and s.bits == 4 and s.rounds_activations and not s.float8_activations
+           for s in served.schemes):  # fmt: skip
+        found.append(
+            "its CPU build rounds inputs with VLLM_CPU_INT4_W4A8=1 and AMX alone (measured), and leaves them in 16 "
+            "bits without; nobody ran its GPU kernels here"
+        )
     if any(s.kind == "float" and s.bits == 8 for s in served.schemes):
         found.append("GPUs before Ada (compute capability 8.9) have no float8: weights are then decoded to 16 bits")
     if "pack-quantized" in served.layouts and served.odd_bits is not None:
