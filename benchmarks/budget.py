@@ -22,6 +22,7 @@ from qconv.convert import dequantize
 from qconv.overrides import OverrideConfig
 
 WIDE = (3, 4, 5, 6, 8)
+FLOATS = (*WIDE, "nvfp4a16", "mxfp4a16")
 
 
 def every(bits: int) -> tuple[OverrideConfig, ...]:
@@ -36,6 +37,16 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nvfp4": ("`nvfp4a16`, 4-bit floats", "nvfp4a16", {}),
     "mixed": ("`--budget 4.5bpw`", "w4a16", {"budget": 4.5}),
     "wide": ("`--budget 4.5bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 4.5, "budget_bits": WIDE}),
+    "floats": (
+        "`--budget 4.5bpw --budget-bits 3,4,5,6,8,nvfp4a16,mxfp4a16`",
+        "w4a16",
+        {"budget": 4.5, "budget_bits": FLOATS},
+    ),
+    "floats-awq": (
+        "the same, `--algorithm awq+gptq`",
+        "w4a16",
+        {"budget": 4.5, "budget_bits": FLOATS, "algorithm": "awq+gptq"},
+    ),
     "wide-64": ("the same, `--group-size 64`", "w4a16", {"budget": 4.5, "budget_bits": WIDE, "group_size": 64}),
     "wide-4.75": ("`--budget 4.75bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 4.75, "budget_bits": WIDE}),
     "wide-5": ("`--budget 5bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 5.0, "budget_bits": WIDE}),

@@ -19,7 +19,7 @@ from qconv.merge.interference import Interference, measure_interference
 from qconv.progress import Progress
 from qconv.quantization_config import QuantizationConfig
 from qconv.runners import Reference
-from qconv.targets import TARGETS
+from qconv.targets import TARGETS, mixed_target
 from qconv.types import Checkpoint, Scheme
 
 NOT_MEASURABLE = (
@@ -102,12 +102,24 @@ def _notes(quantization: QuantizationConfig, layout: Layout, has_adapter: bool) 
         notes.append(
             "transformers (5.23) decodes experts of w4a16, w8a16, fp8 and fp8-block as it loads them, and not of int8"
         )
+    if len(layout.layouts) > 1:
+        notes.append(
+            "several layouts in one folder (mixed-precision), each named by its config group: vLLM and "
+            "compressed-tensors read them, SGLang and TGI do not"
+        )
     if layout.head is not None:
         notes.append(
             "not every release of a serving engine reads a quantized output head; it was rounded to nearest on a "
             "searched grid, without calibration"
         )
     return list(dict.fromkeys(notes))
+
+
+def _readers(quantization: QuantizationConfig, layout: Layout) -> str:
+    """Of all its schemes: readers of 4-bit floats read integers, too, and fewer read those floats."""
+    target = TARGETS[quantization.target]
+    floats = [mixed_target(scheme) for scheme in layout.schemes.values() if target.mixed_targets]
+    return TARGETS[next(filter(None, floats), target.name)].readers
 
 
 def _mixture(layout: Layout) -> list[str]:
@@ -117,11 +129,19 @@ def _mixture(layout: Layout) -> list[str]:
         if scheme != layout.scheme:
             others.setdefault(scheme, []).append(name.removesuffix(".weight"))
     return [
-        f"{len(names)} in {scheme.bits}-bit {'symmetric' if scheme.symmetric else 'asymmetric'}, "
-        f"group {'row' if scheme.group_size == -1 else scheme.group_size}: {names[0]}"
+        f"{len(names)} in {mixed_target(scheme) or _in_words(scheme)}: {names[0]}"
         + (f" to {names[-1]}" if len(names) > 1 else "")
         for scheme, names in others.items()
     ]
+
+
+def _in_words(scheme: Scheme) -> str:
+    group = "row" if scheme.group_size == -1 else str(scheme.group_size)
+    if scheme.block_rows > 1:
+        group = f"{scheme.block_rows} x {group}"
+    if scheme.kind == "float":
+        return f"float{scheme.bits}, group {group}"
+    return f"{scheme.bits}-bit {'symmetric' if scheme.symmetric else 'asymmetric'}, group {group}"
 
 
 def describe_plan(job: MergeJob, reference: Reference, layouts: Sequence[Layout], device: str) -> Iterator[str]:
@@ -179,17 +199,8 @@ def _interference(found: Interference) -> dict[str, float]:
 
 def _describe_output(output: OutputConfig, layout: Layout, has_adapter: bool) -> Iterator[str]:
     if output.quantization is not None and layout.scheme is not None:
-        scheme = layout.scheme
-        group = "row" if scheme.group_size == -1 else str(scheme.group_size)
-        if scheme.block_rows > 1:
-            group = f"{scheme.block_rows} x {group}"
-        kind = (
-            f"float{scheme.bits}"
-            if scheme.kind == "float"
-            else f"{scheme.bits}-bit {'symmetric' if scheme.symmetric else 'asymmetric'}"
-        )
         yield (
-            f"quantizing {len(layout.quantized)} linears to {output.quantization.target}: {kind}, group {group}, "
+            f"quantizing {len(layout.quantized)} linears to {output.quantization.target}: {_in_words(layout.scheme)}, "
             f"by {output.quantization.resolved_algorithm}"
         )
         yield from (f"of these: {line}" for line in _mixture(layout))
@@ -275,7 +286,7 @@ def stages(
     if output.quantization is not None and layout.scheme is not None:
         scheme = layout.scheme
         result["quantization"] = {
-            "format": TARGETS[output.quantization.target].format,
+            "format": "+".join(layout.layouts) if layout.onnx is None else TARGETS[output.quantization.target].format,
             "algorithm": output.quantization.resolved_algorithm,
             "bits": scheme.bits,
             "group_size": scheme.group_size,
@@ -283,7 +294,7 @@ def stages(
             **({"activations": "static"} if scheme.static_activations else {}),
             **({"block_rows": scheme.block_rows} if scheme.block_rows > 1 else {}),
             "linears quantized": len(layout.quantized),
-            "read by": TARGETS[output.quantization.target].readers,
+            "read by": _readers(output.quantization, layout),
             "notes on readers": _notes(output.quantization, layout, bool(job.adapters)),
             **({"linears with other settings": _mixture(layout)} if _mixture(layout) else {}),
             **_asked(output, output.quantization),

@@ -163,10 +163,9 @@ def _alongside(names: Iterable[str], task: Callable[[Iterable[str]], None]) -> I
 
 def _write_block(filling: Filling, view: Checkpoint, block: QuantizedBlock) -> None:
     writer, layout = filling.tensors, filling.layout
-    assert layout.format is not None  # a layout without a format has no blocks
-    format_ = FORMATS[layout.format] if layout.gguf is None else GGML_FORMATS[layout.format]
+    formats = FORMATS if layout.gguf is None else GGML_FORMATS
     for name, linear in block.linears.items():
-        module = name.removesuffix(".weight")
+        module, format_ = name.removesuffix(".weight"), formats[layout.layout_of(name)]
         format_.check(linear, module, layout.storage)
         for key, tensor in format_.pack(linear, module, layout.storage).items():
             writer.write(key, tensor)

@@ -154,8 +154,8 @@ quantize_options = options(
         "overrides",
         multiple=True,
         metavar="PATTERN:SETTINGS",
-        help="gptq, gptq_v2, w4a16, w8a16: other settings for some linears: '*.down_proj:bits=8,group-size=32,asym'. "
-        "Repeatable; the first that matches a linear counts.",
+        help="gptq, gptq_v2, w4a16, w8a16: other settings for some linears: '*.down_proj:bits=8,group-size=32,asym'; "
+        "w4a16, w8a16: 4-bit floats, '*.down_proj:target=nvfp4a16'. Repeatable; the first that matches one counts.",
     ),
     click.option(
         "--budget",
@@ -163,7 +163,11 @@ quantize_options = options(
         help="gptq, gptq_v2, w4a16, w8a16: bits per weight, such as 4.5bpw, scales included; the bits of each linear, "
         "and its groups unless --group-size says them, are chosen by what they are measured to cost.",
     ),
-    click.option("--budget-bits", metavar="N,N", help="Widths that --budget chooses from [default: 4,8]"),
+    click.option(
+        "--budget-bits",
+        metavar="N,N",
+        help="Widths that --budget chooses from; w4a16, w8a16: also nvfp4a16, mxfp4a16 (4-bit floats) [default: 4,8]",
+    ),
     click.option(
         "--lm-head", is_flag=True, help="gptq, gptq_v2, w4a16, w8a16: quantize the output head too, unless it is tied."
     ),

@@ -201,10 +201,13 @@ def _quantize_stage(making: _Making, pairs: Sequence[tuple[OutputConfig, Layout]
         gathers = any("gram" in output.statistics for output in _in_blocks(making))
         squares = gathers * sum(k * k for k in shape.grams)
         units["forward"] = blocks * tokens * (2.0 * _passes(_in_blocks(making)) * shape.parameters + squares)
-        for name, is_fp4 in (("gptq", False), ("gptq of floats", True)):
-            solves = [output for output in _in_blocks(making) if output.solves and output.is_fp4 == is_fp4]
-            if solves:
-                units[name] = float(len(solves) * blocks * sum(n * k * k for n, k in shape.stacks))
+        solved = float(blocks * sum(n * k * k for n, k in shape.stacks))
+        for output, layout in pairs:
+            assert output.quantization is not None
+            if output.quantization.solves:
+                floats = _share_of_floats(making, layout)
+                for name, share in (("gptq", 1 - floats), ("gptq of floats", floats)):
+                    units |= {name: units.get(name, 0.0) + share * solved} if share else {}
     gpu: dict[str, Mapping[str, int]] = {}
     if making.on_gpu and plan.calibration is None:
         gpu = {"solve": {"CUDA and its libraries": LIBRARIES, **dict(steps["solve"])}}
@@ -219,6 +222,14 @@ def _quantize_stage(making: _Making, pairs: Sequence[tuple[OutputConfig, Layout]
         gpu=gpu,
         units=units,
     )
+
+
+def _share_of_floats(making: _Making, layout: Layout) -> float:
+    """Of the quantized weights, which are in 4-bit floats."""
+    specs = making.merged.specs()
+    num = {is_fp4: sum(prod(specs[name].shape) for name, scheme in layout.schemes.items() if scheme.is_fp4 == is_fp4)
+           for is_fp4 in (False, True)}  # fmt: skip
+    return num[True] / sum(num.values())
 
 
 def _measure_stage(making: _Making, output: OutputConfig, layout: Layout) -> Stage:

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.convert import CACHE_SCHEME, FORMATS, Bnb4bit, FusedPlan, cache_specs, meta_linear, mixed_config, plan_fused
+from qconv.convert import (
+    CACHE_SCHEME,
+    FORMATS,
+    Bnb4bit,
+    FusedPlan,
+    cache_specs,
+    format_for,
+    meta_linear,
+    mixed_config,
+    plan_fused,
+)
 from qconv.decoder_shape import DecoderShape
 from qconv.errors import CheckpointError, SchemeError
 from qconv.experts import stays_float32
@@ -44,6 +54,7 @@ class Layout:
         quantized: full names of the weights that are quantized, empty for a plain checkpoint.
         scheme: of those that no override is about, or None.
         schemes: of each of them, by name; empty where there is no scheme.
+        format: of them, but for those whose scheme has another one: see `layout_of`.
         config: the content of ``config.json``.
         extra_files: further JSON files, by name.
         gguf: of a GGUF file, what lies in it under which name; ``specs`` are then those of the file.
@@ -64,6 +75,18 @@ class Layout:
     fused: FusedPlan | None = None
     onnx: OnnxPlan | None = None
     cached: tuple[str, ...] = ()
+
+    def layout_of(self, weight: str) -> str:
+        """Of a quantized weight."""
+        assert self.format is not None  # something is quantized
+        if self.format not in FORMATS or weight not in self.schemes:
+            return self.format
+        return format_for(FORMATS[self.format], self.schemes[weight]).name
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """All that quantized weights have."""
+        return tuple(dict.fromkeys(self.layout_of(name) for name in self.schemes))
 
     @property
     def handed_over(self) -> torch.dtype | None:
@@ -183,12 +206,13 @@ def _plan_quantized(
     if not quantization.keeps_codes:
         default, schemes = schemes_of(view, linears, quantization)
     for scheme in dict.fromkeys(schemes.values()):
-        format_.check_scheme(scheme)
+        format_for(format_, scheme).check_scheme(scheme)
 
     def packed(module: str, n: int, k: int) -> Mapping[str, Tensor]:
         scheme = schemes[f"{module}.weight"]
-        format_.check_shapes(module, n, k, scheme)
-        return format_.pack(meta_quantized(n, k, scheme, quantization.desc_act), module, storage)
+        own = format_for(format_, scheme)
+        own.check_shapes(module, n, k, scheme)
+        return own.pack(meta_quantized(n, k, scheme, quantization.desc_act), module, storage)
 
     cached = _cached_attentions(view) if quantization.kv_cache else []
     config["quantization_config"] = mixed_config(

@@ -18,7 +18,10 @@ FUSED = {
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 """Linears that serving engines run as one, under the name that they give it."""
-_SYNTAX = "PATTERN:bits=8,group-size=32,sym, such as '*.down_proj:bits=8' or 're:.*layers\\.0\\..*:group-size=32,asym'"
+_SYNTAX = (
+    "PATTERN:bits=8,group-size=32,sym or PATTERN:target=nvfp4a16, such as '*.down_proj:bits=8' or "
+    "'re:.*layers\\.0\\..*:group-size=32,asym'"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +34,25 @@ class OverrideConfig:
         bits: of a weight.
         group_size: inputs per scale; -1 = the whole row.
         symmetric: without zero points.
+        target: the scheme of another target in the place of all these, in its own layout: 4-bit floats.
     """
 
     pattern: str
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
         check_pattern(self.pattern)
-        if self.bits is None and self.group_size is None and self.symmetric is None:
-            raise UsageError(f"--override {self.pattern!r} changes nothing: no bits, group-size or symmetric")
+        has_settings = self.bits is not None or self.group_size is not None or self.symmetric is not None
+        if not has_settings and self.target is None:
+            raise UsageError(f"--override {self.pattern!r} changes nothing: no bits, group-size, symmetric or target")
+        if has_settings and self.target is not None:
+            raise UsageError(
+                f"--override {self.pattern!r}: {self.target} has one scheme, and bits, group-size or symmetric say "
+                "others; drop them or the target"
+            )
         if self.group_size is not None and self.group_size != -1 and self.group_size < 8:
             raise UsageError(
                 f"--override {self.pattern!r}: group-size is at least 8, or -1 for one group per row, "
@@ -56,13 +67,15 @@ def parse_override(text: str) -> OverrideConfig:
         UsageError: not of that form.
     """
     pattern, _, settings = text.rpartition(":")
-    values: dict[str, int | bool] = {}
+    values: dict[str, int | bool | str] = {}
     for setting in settings.split(","):
         name, has_value, value = setting.strip().partition("=")
         if name in ("sym", "asym") and not has_value:
-            new: dict[str, int | bool] = {"symmetric": name == "sym"}
+            new: dict[str, int | bool | str] = {"symmetric": name == "sym"}
         elif name in ("bits", "group-size") and re.fullmatch(r"-?\d+", value):
             new = {name.replace("-", "_"): int(value)}
+        elif name == "target" and value:
+            new = {"target": value}
         else:
             raise UsageError(f"--override {text!r}: {setting!r} is no setting; expected {_SYNTAX}")
         if new.keys() & values.keys():

@@ -149,7 +149,7 @@ def _parallel_warnings(job: MergeJob, merged: Checkpoint, layouts: Sequence[Layo
     is_transposed = merged.config.get("model_type") in CONV1D_MODELS
     found = []
     for output, layout in zip(job.outputs, layouts, strict=True):
-        stored = {name.removesuffix(".weight"): str(layout.format) for name in layout.quantized}
+        stored = {name.removesuffix(".weight"): layout.layout_of(name) for name in layout.quantized}
         schemes = {name.removesuffix(".weight"): scheme for name, scheme in layout.schemes.items()}
         linears = parallel_linears(merged.specs(), stored, schemes, is_transposed)
         found += check_parallel(shape, linears, job.tensor_parallel, str(output.out))

@@ -41,7 +41,8 @@ class QuantizationConfig:
         budget: bits per weight that the quantized linears may take on disk, scales included; the width of each, and its
             group size unless one is given, is then chosen by what it is measured to cost. What ``overrides`` are about
             keeps its settings.
-        budget_bits: widths to choose from; empty = 4 and 8.
+        budget_bits: widths to choose from, and targets of 4-bit floats (nvfp4a16, mxfp4a16) in whose scheme linears may
+            be; empty = 4 and 8.
         imatrix: write llama.cpp's importance matrix beside the file, of the calibration text; for kinds without blocks,
             which llama-quantize makes K-quants of.
         kv_cache: store calibrated scales for a cache of keys and values in float8, one of each for an attention; None =
@@ -60,7 +61,7 @@ class QuantizationConfig:
     lm_head: bool = False
     overrides: tuple[OverrideConfig, ...] = ()
     budget: float | None = None
-    budget_bits: tuple[int, ...] = ()
+    budget_bits: tuple[int | str, ...] = ()
     imatrix: bool = False
     kv_cache: Literal["fp8"] | None = None
 
@@ -169,6 +170,20 @@ class QuantizationConfig:
                     f"--override {override.pattern!r}: {self.target} has bits "
                     f"{' or '.join(map(str, target.mixed_bits))}, got {override.bits}"
                 )
+            if override.target is not None and override.target not in target.mixed_targets:
+                raise UsageError(f"--override {override.pattern!r}: {self._no_such_scheme(override.target)}")
+
+    def _no_such_scheme(self, name: str) -> str:
+        """Why no linear can have the scheme of another target."""
+        target = TARGETS[self.target]
+        if target.mixed_targets:
+            known = " or ".join(target.mixed_targets)
+            return f"{self.target} holds linears in the schemes of {known} beside its own, got {name!r}"
+        holding = [other.name for other in TARGETS.values() if other.mixed_targets]
+        return (
+            f"{self.target} holds integers alone, got {name!r}; {' and '.join(holding)} hold linears in 4-bit floats "
+            "beside others"
+        )
 
     def _check_budget(self) -> None:
         if self.budget is None:
@@ -186,8 +201,13 @@ class QuantizationConfig:
             raise UsageError(f"--budget chooses the bits of each linear, and --bits {self.bits} says them; drop one")
         if not 0 < self.budget < 32:
             raise UsageError(f"--budget is a number of bits per weight, such as 4.5bpw, got {self.budget:g}")
-        if len(set(self.widths)) < 2 or len(set(self.widths)) < len(self.widths):
-            raise UsageError(f"--budget-bits takes two widths or more, each once, got {self.budget_bits}")
+        num = len(set(self.budget_bits))
+        if self.budget_bits and (num < 2 or num < len(self.budget_bits)):
+            given = ",".join(map(str, self.budget_bits))
+            raise UsageError(f"--budget-bits takes two widths or more, each once, got {given}")
+        odd_target = next((name for name in self.budget_targets if name not in target.mixed_targets), None)
+        if odd_target is not None:
+            raise UsageError(f"--budget-bits: {self._no_such_scheme(odd_target)}")
         odd = next((bits for bits in self.widths if bits not in target.mixed_bits), None)
         if odd is not None:
             raise UsageError(
@@ -209,8 +229,13 @@ class QuantizationConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Those that a budget chooses from, in ascending order."""
-        return tuple(sorted(self.budget_bits)) or WIDTHS
+        """Those of integers that a budget chooses from, in ascending order."""
+        return tuple(sorted(one for one in self.budget_bits if isinstance(one, int))) if self.budget_bits else WIDTHS
+
+    @property
+    def budget_targets(self) -> tuple[str, ...]:
+        """Those in whose schemes a budget may put linears, too."""
+        return tuple(one for one in self.budget_bits if isinstance(one, str))
 
     @property
     def folding(self) -> Folding | None:
@@ -231,12 +256,6 @@ class QuantizationConfig:
     def solves(self) -> bool:
         """Codes are chosen by GPTQ."""
         return self.resolved_algorithm in ("gptq", "awq+gptq", "smoothquant+gptq")
-
-    @property
-    def is_fp4(self) -> bool:
-        """Codes are 4-bit floats."""
-        own = TARGETS[self.target].scheme
-        return own is not None and own.is_fp4
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -314,12 +333,12 @@ def parse_budget(text: str) -> float:
     return float(found[1])
 
 
-def parse_widths(text: str) -> tuple[int, ...]:
-    """``"4,5,8"``.
+def parse_widths(text: str) -> tuple[int | str, ...]:
+    """``"4,5,8"`` or ``"4,8,nvfp4a16"``: numbers of bits, and names of targets.
 
     Raises:
         UsageError: not of that form.
     """
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise UsageError(f"--budget-bits takes widths with commas between, such as 4,8, got {text!r}")
-    return tuple(map(int, text.split(",")))
+    if not re.fullmatch(r"\w+(,\w+)*", text):
+        raise UsageError(f"--budget-bits takes widths with commas between, such as 4,8 or 4,5,8,nvfp4a16, got {text!r}")
+    return tuple(int(word) if word.isdecimal() else word for word in text.split(","))

@@ -39,10 +39,11 @@ from qconv.recipe_values import (
     TEXT,
     WEIGHTED_SOURCE,
     WHOLE,
+    WIDTH,
     Kind,
     choice,
 )
-from qconv.targets import PLAIN_DTYPES, TARGETS
+from qconv.targets import MIXED_TARGETS, PLAIN_DTYPES, TARGETS
 from qconv.training_config import TrainConfig
 
 # What errors of the configs call by their flags, and a recipe otherwise.
@@ -255,9 +256,16 @@ OUTPUT = _section(
     names={"max_shard_bytes": "max-shard-size"},
     kinds={"max_shard_bytes": SIZE, "dtype": choice(PLAIN_DTYPES)},
 )
-OVERRIDE = _section(OverrideConfig, kinds={"pattern": PATTERN})
+OVERRIDE = _section(OverrideConfig, kinds={"pattern": PATTERN, "target": choice(MIXED_TARGETS)})
 QUANTIZATION = _section(
-    QuantizationConfig, kinds={"target": choice(TARGETS), "ignore": PATTERN, "overrides": OVERRIDE, "budget": BUDGET}
+    QuantizationConfig,
+    kinds={
+        "target": choice(TARGETS),
+        "ignore": PATTERN,
+        "overrides": OVERRIDE,
+        "budget": BUDGET,
+        "budget_bits": WIDTH,
+    },
 )
 VALIDATION = _section(
     ValidationConfig,

@@ -22,6 +22,7 @@ from qconv.nodes import Node
 from qconv.overrides import check_pattern
 from qconv.quantization_config import parse_budget
 from qconv.suggest import did_you_mean, did_you_mean_path
+from qconv.targets import MIXED_TARGETS
 from qconv.text_sources import EMBEDDED, SUFFIXES
 
 _WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)")
@@ -56,6 +57,10 @@ def _whole(node: Node) -> int:
 
 def _rank(node: Node) -> int | str:
     return "auto" if node.content == "auto" else _whole(node)
+
+
+def _width(node: Node) -> int | str:
+    return str(node.content) if node.content in MIXED_TARGETS else _whole(node)
 
 
 def _budget(node: Node) -> float:
@@ -164,6 +169,7 @@ _STRING = {"type": "string", "minLength": 1}
 TEXT = Kind(_text, _STRING)
 WHOLE = Kind(_whole, {"type": "integer"})
 RANK = Kind(_rank, {"type": ["integer", "string"], "pattern": "^auto$"})
+WIDTH = Kind(_width, {"anyOf": [{"type": "integer"}, {"enum": list(MIXED_TARGETS)}]})
 NUMBER = Kind(_number, {"type": "number"})
 BUDGET = Kind(_budget, {"type": ["number", "string"], "pattern": r"^\d+(\.\d*)?\s*bpw$"})
 SWITCH = Kind(_switch, {"type": "boolean"})

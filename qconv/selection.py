@@ -10,11 +10,11 @@ from dataclasses import replace
 from qconv.convert import COMPRESSED
 from qconv.errors import SchemeError, UsageError
 from qconv.experts import EXPERTS, FAMILIES, expert_of, names_of
-from qconv.overrides import fused_linears, matches
+from qconv.overrides import OverrideConfig, fused_linears, matches
 from qconv.quantization_config import QuantizationConfig
 from qconv.skeleton import other_linears, text_config
 from qconv.suggest import did_you_mean
-from qconv.targets import TARGETS
+from qconv.targets import TARGETS, mixed_target, target_scheme
 from qconv.types import Checkpoint, Scheme
 
 HEAD = "lm_head"
@@ -116,10 +116,9 @@ def schemes_of(
                 f"--override {override.pattern!r}: earlier overrides have taken all linears that it matches"
             )
         taken |= {module: number for module in found if module not in taken}
-    own_size = {m for m, number in taken.items() if config.overrides[number].group_size is not None}
+    own_size = {m for m, n in taken.items() if config.overrides[n].group_size or config.overrides[n].target}
     base = config.scheme_for([specs[f"{m}.weight"].shape[1] for m in modules if m not in own_size], view.location)
-    others = [_overridden(base, override.bits, override.group_size, override.symmetric, config)
-              for override in config.overrides]  # fmt: skip
+    others = [_overridden(base, override, config) for override in config.overrides]
     schemes = {m: others[taken[m]] if m in taken else base for m in modules}
     _check_fused(schemes, view.location, "--override")
     if len(taken) == len(modules):
@@ -127,14 +126,14 @@ def schemes_of(
     return base, {f"{module}.weight": scheme for module, scheme in schemes.items()}
 
 
-def _overridden(
-    base: Scheme, bits: int | None, group_size: int | None, symmetric: bool | None, config: QuantizationConfig
-) -> Scheme:
-    symmetric = base.symmetric if symmetric is None else symmetric
+def _overridden(base: Scheme, override: OverrideConfig, config: QuantizationConfig) -> Scheme:
+    if override.target is not None:
+        return replace(target_scheme(override.target), activation_order=base.activation_order)
+    symmetric = base.symmetric if override.symmetric is None else override.symmetric
     return replace(
         base,
-        bits=bits or base.bits,
-        group_size=group_size or base.group_size,
+        bits=override.bits or base.bits,
+        group_size=override.group_size or base.group_size,
         symmetric=symmetric,
         min_zero=config.min_zero(symmetric),
     )
@@ -216,6 +215,8 @@ def _check_fused(values: Mapping[str, bool | Scheme], location: str, option: str
 
 
 def _in_words(value: bool | Scheme) -> str:
+    if isinstance(value, Scheme) and mixed_target(value) is not None:
+        return f"({mixed_target(value)})"
     if isinstance(value, Scheme):
         return f"({value.bits}-bit, group size {value.group_size}, {'symmetric' if value.symmetric else 'asymmetric'})"
     return "(quantized)" if value else "(left out)"

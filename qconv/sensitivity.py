@@ -37,13 +37,14 @@ from qconv.corpus import calibration_digest
 from qconv.progress import Progress
 from qconv.quantization_config import QuantizationConfig
 from qconv.quantize.blocks import QuantizedBlock, QuantizeRequest, quantize_blocks
+from qconv.quantize.global_scale import power_of_two
 from qconv.quantize.memory import LIBRARIES, free_memory
 from qconv.quantize.rtn import rtn
 from qconv.size_budget import Choice, Unit
 from qconv.skeleton import block_linears
 from qconv.streaming import StreamedModel
 from qconv.timeline import TIMELINE
-from qconv.types import Checkpoint
+from qconv.types import Checkpoint, Scheme
 from qconv.validate.divergences import divergences
 
 COMPARED_TOKENS, COMPARED_LENGTH = 2048, 256
@@ -100,6 +101,7 @@ def measure_sensitivity(
     view: Checkpoint,
     units: Sequence[Unit],
     measured: Choice,
+    integers: Scheme,
     request: QuantizeRequest,
     rows_RS: Tensor,
     device: str,
@@ -110,6 +112,7 @@ def measure_sensitivity(
     Args:
         units: what is swapped.
         measured: what they have in the request.
+        integers: what choices of integers are about, but for widths and groups.
         rows_RS: int64 token rows, split by `split_rows`.
 
     Raises:
@@ -122,6 +125,7 @@ def measure_sensitivity(
     request = replace(request, gpu_memory_limit=_limit(plain, request, device))
     model = StreamedModel(view, device, request.storage)
     calibration = calibration_RS if request.config.needs_calibration else None
+    searched = request.config.resolved_algorithm != "rtn"
     streams: dict[str, Tensor] = {}  # wait in host memory: a model has hundreds of units
     errors: dict[str, Mapping[Choice, float]] = {}
     for quantized in quantize_blocks(model, [request], calibration, progress):
@@ -132,7 +136,7 @@ def measure_sensitivity(
             linears = block_linears(block)
             for unit in here:
                 weights = {module: linears[module.removeprefix(prefix)].weight.data for module in unit.modules}
-                errors[unit.name] = rounding_errors(weights, unit.num_bytes, request)
+                errors[unit.name] = rounding_errors(weights, unit.num_bytes, integers, searched=searched)
         with TIMELINE.stage("swap"):
             plain_BSH, streams = _carry(plain, block, quantized, here, plain_BSH, streams)
     head = plain.head()
@@ -149,9 +153,14 @@ def measure_sensitivity(
 
 
 def rounding_errors(
-    weights: Mapping[str, Tensor], choices: Iterable[Choice], request: QuantizeRequest
+    weights: Mapping[str, Tensor], choices: Iterable[Choice], integers: Scheme, *, searched: bool
 ) -> dict[Choice, float]:
-    """Squared error of each choice on evenly spaced rows of a unit's weights (by module), rounded to nearest."""
+    """Squared error of each choice on evenly spaced rows of a unit's weights (by module), rounded to nearest.
+
+    Args:
+        integers: what choices of integers are about.
+        searched: search the grids of integers; those of floats always are.
+    """
     rows: dict[int, list[Tensor]] = defaultdict(
         list
     )  # by K: rows are independent, and experts have hundreds of linears
@@ -160,12 +169,16 @@ def rounding_errors(
         num_rows = max(-(-SAMPLED_ROWS // len(weights)), SAMPLED_WEIGHTS // (len(weights) * k))
         rows[k].append(w_NK[:: -(-len(w_NK) // num_rows)])
     sample = [torch.cat(parts) for parts in rows.values()]
-    name, searched = next(iter(weights)), request.config.resolved_algorithm != "rtn"
-    scheme, exact = request.scheme_of(f"{name}.weight"), EXACT * sum(float(w_NK.square().sum()) for w_NK in sample)
+    name, exact = next(iter(weights)), EXACT * sum(float(w_NK.square().sum()) for w_NK in sample)
+    largest = max(float(w_NK.abs().max()) for w_NK in weights.values())  # engines fuse them: one global scale
 
     def error(choice: Choice) -> float:
-        rounded = [rtn(w_NK, choice.of(scheme), name, mse=searched).dequantize() for w_NK in sample]
-        return sum(float((q_NK - w_NK).square().sum()) for q_NK, w_NK in zip(rounded, sample, strict=True)) + exact
+        own = choice.of(integers)
+        by = power_of_two(largest) if own.has_global_scale else 1.0
+        scaled = [w_NK * by for w_NK in sample]
+        rounded = [rtn(w_NK, own, name, mse=searched or own.is_fp4).dequantize() for w_NK in scaled]
+        errors = [float((q_NK - w_NK).square().sum()) for q_NK, w_NK in zip(rounded, scaled, strict=True)]
+        return sum(errors) / by**2 + exact
 
     return {choice: error(choice) for choice in choices}
 

@@ -1,7 +1,8 @@
 """A budget for the size of the quantized linears: what each choice takes, what can be reached, and what is chosen.
 
-A choice is a width and a group size. Groups are part of it since their scales are bits, too: with one for each row a
-weight takes a quarter of a bit less than with groups of 64, which is worth it for some linears and not for others.
+A choice is a width and a group size, or 4-bit floats, which have groups of their own. Groups are part of it since their
+scales are bits, too: with one for each row a weight takes a quarter of a bit less than with groups of 64, which is
+worth it for some linears and not for others.
 
 Bits per weight are those of all tensors that a format stores for the quantized linears (codes, scales, zero points,
 shapes, a group index), divided by the number of their weights. What is not quantized does not count.
@@ -21,12 +22,16 @@ from math import ceil, log, prod
 import torch
 
 from qconv.allocation import Option, allocate
-from qconv.convert import Format
-from qconv.errors import UsageError
+from qconv.convert import Format, format_for
+from qconv.errors import SchemeError, UsageError
 from qconv.overrides import OverrideConfig, fused_linears, matches
 from qconv.quantization_config import GROUP_SIZES, QuantizationConfig
 from qconv.selection import HEAD, schemes_of
+from qconv.targets import target_scheme
 from qconv.types import Checkpoint, QuantizedLinear, Scheme
+
+FLOATS_LIKE: Mapping[str | None, int] = {"nvfp4a16": 32, "mxfp4a16": 1024}
+"""Groups of 4-bit integers that round normal numbers with as large a squared error, grids searched."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,31 @@ class Choice:
     Attributes:
         bits: of a weight.
         group_size: inputs that share a scale; -1 = the whole row.
+        target: whose 4-bit floats these are; None = integers.
     """
 
     bits: int
     group_size: int
+    target: str | None = None
+
+    @classmethod
+    def floats(cls, target: str) -> Choice:
+        """The only one that a target of 4-bit floats has."""
+        scheme = target_scheme(target)
+        return cls(scheme.bits, scheme.group_size, target)
 
     def __str__(self) -> str:
-        return f"{self.bits} bits {_in_words(self.group_size)}"
+        return self.target or f"{self.bits} bits {_in_words(self.group_size)}"
+
+    @property
+    def width(self) -> str:
+        """Without the groups of integers."""
+        return self.target or f"{self.bits} bits"
 
     def of(self, scheme: Scheme) -> Scheme:
-        """A scheme with this width and these groups."""
+        """A scheme with this width and these groups, or these floats in the same order of columns."""
+        if self.target is not None:
+            return replace(target_scheme(self.target), activation_order=scheme.activation_order)
         return replace(scheme, bits=self.bits, group_size=self.group_size)
 
 
@@ -90,9 +110,15 @@ class Sizes:
         """Of all quantized linears on disk, with what is ``chosen`` for the units by name."""
         return self.kept_bytes + sum(unit.num_bytes[chosen[unit.name]] for unit in self.units)
 
-    def everywhere(self, bits: int) -> dict[str, Choice]:
+    def everywhere(self, choice: Choice) -> dict[str, Choice]:
         """All units alike."""
-        return dict.fromkeys((unit.name for unit in self.units), Choice(bits, self.group_size))
+        return dict.fromkeys((unit.name for unit in self.units), choice)
+
+    def alike(self, config: QuantizationConfig) -> list[Choice]:
+        """What all units could have: each width in the groups that nothing chooses, and floats that fit all."""
+        found = [Choice(bits, self.group_size) for bits in config.widths]
+        found += [Choice.floats(target) for target in config.budget_targets]
+        return [choice for choice in found if all(choice in unit.num_bytes for unit in self.units)]
 
     def bits_per_weight(self, num_bytes: int) -> float:
         return 8 * num_bytes / self.num_weights
@@ -148,13 +174,18 @@ def sizes_of(
 
     def num_bytes(module: str, scheme: Scheme) -> int:
         n, k = shape(module)
-        fmt.check_shapes(module, n, k, scheme)
-        packed = fmt.pack(meta_quantized(n, k, scheme, config.desc_act), module, storage)
+        own = format_for(fmt, scheme)
+        own.check_shapes(module, n, k, scheme)
+        packed = own.pack(meta_quantized(n, k, scheme, config.desc_act), module, storage)
         return sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
 
     def of_unit(name: str, members: Sequence[str]) -> Unit:
-        group_sizes = _group_sizes(config, [shape(module)[1] for module in members])
-        choices = [Choice(bits, size) for bits in config.widths for size in group_sizes]
+        choices = _choices(config, [shape(module)[1] for module in members])
+        if not choices:
+            raise SchemeError(
+                f"{view.location}: {name}: {_given(config)}: none of {', '.join(config.budget_targets)} divides its "
+                "input features; give widths of integers, too, with --budget-bits"
+            )
         return Unit(
             name=name,
             modules=tuple(members),
@@ -176,6 +207,13 @@ def sizes_of(
     return sizes
 
 
+def _choices(config: QuantizationConfig, in_features: Collection[int]) -> list[Choice]:
+    """Those for linears with these K, in the order in which equal ones are preferred."""
+    found = [Choice(bits, size) for bits in config.widths for size in _group_sizes(config, in_features)]
+    floats = map(Choice.floats, config.budget_targets)
+    return found + [choice for choice in floats if all(k % choice.group_size == 0 for k in in_features)]
+
+
 def _group_sizes(config: QuantizationConfig, in_features: Collection[int]) -> tuple[int, ...]:
     """Those to choose from for linears with these K: what was given, or all that engines have kernels for."""
     if config.group_size is not None:
@@ -193,14 +231,21 @@ def _check_reach(sizes: Sizes, config: QuantizationConfig, location: str) -> Non
     least, most = sizes.reach
     if least <= config.budget <= most:
         return
-    *others, last = map(str, config.widths)
     kept = f", {len(sizes.kept)} linears of which keep what --override or --lm-head says" if sizes.kept else ""
     groups = "" if config.group_size is None else f" {_in_words(config.group_size)}"
     raise UsageError(
-        f"{_given(config)}: {location}: with {', '.join(others)} or {last} bits{groups} for each linear{kept}, the "
+        f"{_given(config)}: {location}: with {_widths_in_words(config, groups)} for each linear{kept}, the "
         f"quantized linears take {least:.4f} to {most:.4f} bits per weight, scales included; give a budget in between, "
         "or other widths with --budget-bits"
     )
+
+
+def _widths_in_words(config: QuantizationConfig, groups: str) -> str:
+    """What a budget chooses from."""
+    *others, last = [*map(str, config.widths), *config.budget_targets]
+    if config.budget_targets:
+        return f"{', '.join(others)} or {last}{f' (integers{groups})' if groups and config.widths else ''}"
+    return f"{', '.join(others)} or {last} bits{groups}"
 
 
 def together(modules: Collection[str]) -> dict[str, list[str]]:
@@ -227,7 +272,7 @@ def choose(sizes: Sizes, config: QuantizationConfig, costs: Mapping[str, Mapping
 
 def without_budget(config: QuantizationConfig, sizes: Sizes, chosen: Mapping[str, Choice]) -> QuantizationConfig:
     """The same output with a group size and overrides in the place of the budget."""
-    default = Choice(config.default_bits, sizes.group_size)
+    default = Choice(config.default_bits, sizes.group_size)  # of what no override is about
     groups: dict[tuple[Choice, str], set[str]] = defaultdict(set)
     for unit in sizes.units:
         for module in unit.modules:
@@ -237,8 +282,9 @@ def without_budget(config: QuantizationConfig, sizes: Sizes, chosen: Mapping[str
     overrides = [
         OverrideConfig(
             pattern=f"re:{role.replace('#', _alternatives(numbers))}$",
-            bits=choice.bits if choice.bits != default.bits else None,
-            group_size=choice.group_size if choice.group_size != default.group_size else None,
+            bits=choice.bits if choice.target is None and choice.bits != default.bits else None,
+            group_size=choice.group_size if choice.target is None and choice.group_size != default.group_size else None,
+            target=choice.target,
         )
         for (choice, role), numbers in groups.items()
     ]
@@ -270,13 +316,14 @@ def before_measuring(
 ) -> QuantizationConfig:
     """An output of the size that the budget allows, for plans: as if all weights did the same harm.
 
-    The squared range of g normal numbers grows with log(2 g).
+    The squared range of g normal numbers grows with log(2 g); of 4-bit floats see `FLOATS_LIKE`.
     """
     sizes = sizes_of(view, weights, config, fmt, storage)
 
     def cost(unit: Unit, choice: Choice) -> float:
         k = max(view.specs()[f"{module}.weight"].shape[1] for module in unit.modules)
-        return unit.num_weights * 4.0**-choice.bits * log(2 * (k if choice.group_size == -1 else choice.group_size))
+        size = k if choice.group_size == -1 else choice.group_size
+        return unit.num_weights * 4.0**-choice.bits * log(2 * FLOATS_LIKE.get(choice.target, size))
 
     costs = {unit.name: {choice: cost(unit, choice) for choice in unit.num_bytes} for unit in sizes.units}
     return without_budget(config, sizes, choose(sizes, config, costs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qconv.types import Scheme
@@ -50,6 +50,7 @@ class Target:
     scheme: Scheme | None = None  # the only one that the format holds
     activations: Literal["int8", "float8"] | None = None  # what inputs are rounded to, where `scheme` does not say it
     mixed_bits: tuple[int, ...] = ()  # of single linears, the output head among them; () = one scheme for all
+    mixed_targets: tuple[str, ...] = ()  # whose scheme single linears of the blocks may have, each in its own layout
 
     @property
     def has_float_zeros(self) -> bool:
@@ -72,6 +73,8 @@ class Target:
         return self.format in ("onnx", "matmul-nbits")
 
 
+MIXED_TARGETS = ("nvfp4a16", "mxfp4a16")
+"""4-bit floats of 16-bit activations, which readers of compressed-tensors take beside integers."""
 _GGUF_BITS = {"q4_0": 4, "q4_1": 4, "q8_0": 8, "q5_0": 5, "q5_1": 5, "f16": 16, "bf16": 16, "f32": 32}
 GGUF_READERS = "llama.cpp, Ollama, LM Studio, transformers (decoded while loading)"
 
@@ -150,6 +153,7 @@ TARGETS: Mapping[str, Target] = {
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",
         mixed_bits=(3, 4, 5, 6, 8),
+        mixed_targets=MIXED_TARGETS,
     ),
     "w8a16": Target(
         name="w8a16",
@@ -159,6 +163,7 @@ TARGETS: Mapping[str, Target] = {
         symmetric=True,
         readers="vLLM, SGLang, transformers + compressed-tensors",
         mixed_bits=(3, 4, 5, 6, 8),
+        mixed_targets=MIXED_TARGETS,
     ),
     "fp8": Target(
         name="fp8",
@@ -263,6 +268,21 @@ TARGETS: Mapping[str, Target] = {
     "onnx-int8": _onnx(8),
     **{f"gguf-{kind}": _gguf(kind, bits) for kind, bits in _GGUF_BITS.items()},
 }
+
+
+def target_scheme(name: str) -> Scheme:
+    """The only scheme of a target that has one alone."""
+    scheme = TARGETS[name].scheme
+    assert scheme is not None  # the caller's, by `mixed_targets`
+    return scheme
+
+
+def mixed_target(scheme: Scheme) -> str | None:
+    """The target that gives a linear among others its 4-bit floats; None for integers."""
+    plain = replace(scheme, activation_order=False)
+    return next((name for name in MIXED_TARGETS if TARGETS[name].scheme == plain), None)
+
+
 ONNX_PLAIN = ("onnx",)  # without codes: what convert makes
 GGUF_TARGETS = tuple(target.name for target in TARGETS.values() if target.gguf_kind is not None)
 

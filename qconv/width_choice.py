@@ -53,13 +53,13 @@ class WidthChoice:
         return sum(self.sensitivity.at(name, choice) for name, choice in self.choices.items())
 
     @property
-    def alike(self) -> dict[int, tuple[float, float]]:
+    def alike(self) -> dict[str, tuple[float, float]]:
         """Bits per weight and sum of costs if all units had one width, in the groups that nothing chose, by width."""
         found = {}
-        for bits in self.asked.widths:
-            everywhere = self.sizes.everywhere(bits)
-            cost = sum(self.sensitivity.at(name, choice) for name, choice in everywhere.items())
-            found[bits] = self.sizes.bits_per_weight(self.sizes.num_bytes(everywhere)), cost
+        for choice in self.sizes.alike(self.asked):
+            everywhere = self.sizes.everywhere(choice)
+            cost = sum(self.sensitivity.at(name, choice) for name in everywhere)
+            found[choice.width] = self.sizes.bits_per_weight(self.sizes.num_bytes(everywhere)), cost
         return found
 
     @property
@@ -70,20 +70,21 @@ class WidthChoice:
     def facts(self) -> dict[str, Any]:
         """For the report."""
         measured, (least, most) = self.sensitivity.measured, self.sizes.reach
-        group_sizes = sorted({choice.group_size for unit in self.sizes.units for choice in unit.num_bytes})
+        choices = {choice for unit in self.sizes.units for choice in unit.num_bytes}
+        group_sizes = sorted({choice.group_size for choice in choices if choice.target is None})
         return {
             "bits per weight asked": self.asked.budget,
             "bits per weight": round(self.sizes.bits_per_weight(self.num_bytes), 4),
             "bytes of quantized linears": self.num_bytes,
             "bits per weight within reach": [least, most],
-            "widths": list(self.asked.widths),
+            "widths": [*self.asked.widths, *self.asked.budget_targets],
             "group sizes": group_sizes,
             "cost measured": f"KL of the model with one unit at {measured} by {self.sensitivity.algorithm}, "
             f"{self.sensitivity.num_positions} positions of calibration text, sha256 {self.sensitivity.tokens}",
             "sum of costs as chosen": self.expected,
             "with one width for all": {
-                f"{bits} bits": {"bits per weight": round(taken, 4), "sum of costs": cost}
-                for bits, (taken, cost) in self.alike.items()
+                width: {"bits per weight": round(taken, 4), "sum of costs": cost}
+                for width, (taken, cost) in self.alike.items()
             },
             "group size of what no override is about": self.sizes.group_size,
             "as overrides": self.overrides,
@@ -92,7 +93,8 @@ class WidthChoice:
                 unit.name: {
                     "bits": self.choices[unit.name].bits,
                     "group size": self.choices[unit.name].group_size,
-                    f"cost at {measured.bits} bits": self.sensitivity.costs[unit.name],
+                    **({"target": self.choices[unit.name].target} if self.asked.budget_targets else {}),
+                    f"cost at {measured.width}": self.sensitivity.costs[unit.name],
                     "cost": self.sensitivity.at(unit.name, self.choices[unit.name]),
                     "weights": unit.num_weights,
                 }
@@ -102,12 +104,15 @@ class WidthChoice:
 
     def say(self, progress: Progress) -> None:
         costs = self.sensitivity.costs
-        alike = ", ".join(f"{cost:.2g} with all in {bits} ({taken:.3f})" for bits, (taken, cost) in self.alike.items())
+        alike = ", ".join(
+            f"{cost:.2g} with all in {width.removesuffix(' bits')} ({taken:.3f})"
+            for width, (taken, cost) in self.alike.items()
+        )
         progress.say(
             f"budget of {self.asked.budget:g} bits per weight: {self.sizes.bits_per_weight(self.num_bytes):.4f} taken, "
             f"expected KL {self.expected:.2g}; {alike}"
         )
-        for choice in sorted(set(self.choices.values()), key=lambda choice: (choice.bits, choice.group_size % 1000)):
+        for choice in sorted(set(self.choices.values()), key=_order):
             units = [unit for unit in self.sizes.units if self.choices[unit.name] == choice]
             share = sum(unit.num_weights for unit in units) / self.sizes.num_weights
             dearest = sorted(units, key=lambda unit: -costs[unit.name])
@@ -120,23 +125,26 @@ class WidthChoice:
             )
 
 
+def _order(choice: Choice) -> tuple[int, int]:
+    return choice.bits, choice.group_size % 1000  # one scale for each row comes last
+
+
 def _as_option(override: OverrideConfig) -> str:
-    settings = {"bits": override.bits, "group-size": override.group_size}
+    settings = {"bits": override.bits, "group-size": override.group_size, "target": override.target}
     return f"{override.pattern}:" + ",".join(f"{name}={value}" for name, value in settings.items() if value is not None)
 
 
-def _measured(sizes: Sizes, config: QuantizationConfig) -> int:
-    """The width to measure at: the largest that all could have, or the smallest.
+def _measured(sizes: Sizes, config: QuantizationConfig) -> Choice:
+    """What to measure at: the largest width that all could have, or the smallest; of integers where there are any.
 
     Near what will be chosen: the further away, the less is the KL quadratic in the error.
     """
     assert config.budget is not None
-    fitting = [bits for bits in config.widths if _bits_per_weight(sizes, bits) <= config.budget]
-    return max(fitting, default=config.widths[0])
-
-
-def _bits_per_weight(sizes: Sizes, bits: int) -> float:
-    return sizes.bits_per_weight(sizes.num_bytes(sizes.everywhere(bits)))
+    alike = sizes.alike(config)
+    alike = [choice for choice in alike if choice.target is None] or alike
+    taken = {choice: sizes.bits_per_weight(sizes.num_bytes(sizes.everywhere(choice))) for choice in alike}
+    fitting = [choice for choice in alike if taken[choice] <= config.budget]
+    return max(fitting or [min(alike, key=taken.__getitem__)], key=taken.__getitem__)
 
 
 def with_widths(job: MergeJob, device: str, progress: Progress) -> tuple[MergeJob, dict[int, WidthChoice]]:
@@ -177,8 +185,8 @@ def _choose(
     assert plan.calibration is not None  # a budget needs text
     weights = [name for name in view.specs() if name in layout.quantized]
     sizes = sizes_of(view, weights, config, FORMATS[TARGETS[config.target].format], layout.storage)
-    bits = _measured(sizes, config)
-    uniform = without_budget(config, sizes, sizes.everywhere(bits))
+    at = _measured(sizes, config)
+    uniform = without_budget(config, sizes, sizes.everywhere(at))
     default, schemes = schemes_of(view, weights, uniform)
     request = QuantizeRequest(
         config=measured_by(uniform),
@@ -195,9 +203,11 @@ def _choose(
         tuple((unit.modules, tuple(unit.num_bytes)) for unit in sizes.units),
     )
     if key not in measured:
-        progress.say(f"measuring what each of {len(sizes.units)} linears, fused ones as one, costs in {bits} bits")
-        at = Choice(bits, sizes.group_size)
-        measured[key] = measure_sensitivity(view, sizes.units, at, request, plan.calibration, device, progress)
+        progress.say(f"measuring what each of {len(sizes.units)} linears, fused ones as one, costs in {at.width}")
+        integers, _ = schemes_of(view, weights, config)
+        measured[key] = measure_sensitivity(
+            view, sizes.units, at, integers, request, plan.calibration, device, progress
+        )
     sensitivity = measured[key]
     costs = {
         unit.name: {choice: sensitivity.at(unit.name, choice) for choice in unit.num_bytes} for unit in sizes.units

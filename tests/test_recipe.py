@@ -493,7 +493,7 @@ OTHER: dict[str, tuple[str, int, list[str]]] = {
     "override of nothing": (
         MIXED + "    overrides:\n      - pattern: a\n",
         9,
-        ["outputs[1].overrides[0]", "changes nothing: no bits, group-size or symmetric"],
+        ["outputs[1].overrides[0]", "changes nothing: no bits, group-size, symmetric or target"],
     ),
     "broken pattern": (MIXED + "    ignore:\n      - a\n      - 're:('\n", 10, ["[1].ignore[1]", "regular expression"]),
     "broken pattern of an override": (

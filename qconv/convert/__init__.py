@@ -14,7 +14,7 @@ from qconv.convert.fused_experts import FusedOutput, FusedPlan, is_fused, plan_f
 from qconv.convert.ggml_blocks import GGML_FORMATS
 from qconv.convert.key_values import SCHEME as CACHE_SCHEME
 from qconv.convert.key_values import CacheReading, cache_specs
-from qconv.convert.mixed import mixed_config
+from qconv.convert.mixed import format_for, mixed_config
 from qconv.convert.simulate import simulate_training_base
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "cache_specs",
     "dequantize",
     "encode_linear",
+    "format_for",
     "is_fused",
     "meta_linear",
     "mixed_config",

@@ -1,6 +1,7 @@
 """The ``quantization_config`` of linears with several schemes: inverse of `module_config`.
 
-compressed-tensors: a config group for each scheme. GPTQ: the rules of ``dynamic``, whose first match counts, for
+compressed-tensors: a config group for each scheme, which names its layout where there are several (the whole is then
+called ``mixed-precision``, as the package does). GPTQ: the rules of ``dynamic``, whose first match counts, for
 modules as well as for what vLLM fuses of them (it asks with the fused name). Patterns name one role in all blocks where
 they can, and single modules elsewhere; class names are not used, since engines match them before the parts of a fused
 linear.
@@ -12,11 +13,22 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from qconv.convert.compressed_tensors import PackQuantized
 from qconv.convert.format import Format
+from qconv.convert.fp4 import MXFP4, NVFP4
 from qconv.convert.hqq import settings_of, tag_of
 from qconv.errors import SchemeError
 from qconv.overrides import fused_linears
 from qconv.types import Scheme
+
+MIXED = "mixed-precision"
+
+
+def format_for(fmt: Format, scheme: Scheme) -> Format:
+    """The layout of a linear with this scheme among others in ``fmt``: 4-bit floats have those of their own."""
+    if scheme.is_fp4 and fmt.name == PackQuantized.name:
+        return NVFP4 if scheme.has_global_scale else MXFP4
+    return fmt
 
 
 def mixed_config(
@@ -33,7 +45,7 @@ def mixed_config(
     Raises:
         SchemeError: the format has one scheme for all.
     """
-    config = fmt.quantization_config(default, list(schemes), ignored, has_group_index)
+    config = format_for(fmt, default).quantization_config(default, list(schemes), ignored, has_group_index)
     groups: dict[Scheme, list[str]] = {default: []}
     for module, scheme in schemes.items():
         groups.setdefault(scheme, []).append(module)
@@ -56,9 +68,14 @@ def mixed_config(
     if config["quant_method"] != "compressed-tensors":
         raise SchemeError(f"{fmt.name} has one scheme for all linears, got {len(groups)}")
     config["config_groups"] = {}
+    layouts = dict.fromkeys(format_for(fmt, scheme).name for scheme, modules in groups.items() if modules)
+    if len(layouts) > 1:
+        config["format"] = MIXED
     for scheme, modules in groups.items():
         if modules:
-            own = fmt.quantization_config(scheme, modules, ignored, has_group_index)["config_groups"]["group_0"]
+            layout = format_for(fmt, scheme)
+            own = layout.quantization_config(scheme, modules, ignored, has_group_index)["config_groups"]["group_0"]
+            own |= {"format": layout.name} if len(layouts) > 1 else {}
             # Whole names where a pattern would stand for one module: engines that rename modules can map those.
             by_pattern = {f"re:^{re.escape(module)}$": module for module in modules}
             targets = [by_pattern.get(f"re:{pattern}", f"re:{pattern}") for pattern in _patterns(modules, everything)]

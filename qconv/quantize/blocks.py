@@ -33,8 +33,7 @@ from qconv.quantize.folds import Heads, folds_of
 from qconv.quantize.gather import gather
 from qconv.quantize.key_values import CacheRanges
 from qconv.quantize.memory import ModelShape, free_memory, plan_memory, solving_order
-from qconv.quantize.rtn import rtn
-from qconv.quantize.solve import solve
+from qconv.quantize.solve import round_searched, solve
 from qconv.quantize.zeros import ZeroMoves, moved_zeros
 from qconv.skeleton import StoredBlocks
 from qconv.streaming import StreamedModel
@@ -146,7 +145,7 @@ def _quantize_head(
             yield QuantizedBlock(index=model.num_blocks, request=number, linears={}, plain={name: w_NK})
             continue
         with TIMELINE.stage("solve"):
-            linear = rtn(w_NK.float(), request.scheme_of(name), f"{model.view.location}: {name}", mse=True)
+            linear = round_searched(w_NK.float(), request.scheme_of(name), f"{model.view.location}: {name}")
         request.counts["output head rounded to nearest on a searched grid, without calibration"] = 1
         yield QuantizedBlock(index=model.num_blocks, request=number, linears={name: linear}, plain={})
 

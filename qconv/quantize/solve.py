@@ -61,6 +61,18 @@ def solve(
     return {name: divided(found.pop(name), scales[name], input_scales.get(name)) for name in order}
 
 
+def round_searched(w_NK: Tensor, scheme: Scheme, name: str) -> QuantizedLinear:
+    """A weight whose inputs nobody saw: each group's grid searched, then round-to-nearest.
+
+    Raises:
+        NumericsError: NaN or infinity in the weight.
+    """
+    if not scheme.has_global_scale:
+        return rtn(w_NK, scheme, name, mse=True)
+    scale = global_scales({name: w_NK}, "")[name]
+    return divided(rtn(w_NK * scale, scheme, name, mse=True), scale, None)
+
+
 def _sample_of(statistics: Mapping[str, Statistics], name: str, where: str) -> InputSample:
     sample = statistics[name].sample
     if sample is None:

@@ -106,9 +106,12 @@ def _what(document: Document, base_model: str | None, adapter: str | None, relat
     text = f"{code(base) if base else 'A model'}, {words}"
     text += f" ({code(with_adapter)})" if with_adapter else ""
     target = at(document, "subject", "target")
-    if target in FORMATS:
-        text += f", stored as {FORMATS[target][0]}"
     facts = at(document, "stages", "quantization") or {}
+    layouts = str(facts.get("format")).split("+")
+    if len(layouts) > 1:
+        text += f", stored as compressed-tensors mixed-precision ({' and '.join(layouts)})"
+    elif target in FORMATS:
+        text += f", stored as {FORMATS[target][0]}"
     details = [f"{label} {escape(facts[key])}" for key, label in _DETAILS if facts.get(key) is not None]
     yield f"{text}: {', '.join(details)}." if details else f"{text}."
     if at(document, "stages", "key-value cache"):
