@@ -42,11 +42,7 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "w4a16",
         {"budget": 4.5, "budget_bits": FLOATS},
     ),
-    "floats-awq": (
-        "the same, `--algorithm awq+gptq`",
-        "w4a16",
-        {"budget": 4.5, "budget_bits": FLOATS, "algorithm": "awq+gptq"},
-    ),
+    "floats-4.75": ("the same, `--budget 4.75bpw`", "w4a16", {"budget": 4.75, "budget_bits": FLOATS}),
     "wide-64": ("the same, `--group-size 64`", "w4a16", {"budget": 4.5, "budget_bits": WIDE, "group_size": 64}),
     "wide-4.75": ("`--budget 4.75bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 4.75, "budget_bits": WIDE}),
     "wide-5": ("`--budget 5bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 5.0, "budget_bits": WIDE}),

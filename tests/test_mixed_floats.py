@@ -18,6 +18,7 @@ from qconv.config import CalibrationConfig, MergeJob, OutputConfig
 from qconv.convert import FORMATS
 from qconv.describe import describe
 from qconv.errors import QconvError, SchemeError, UsageError
+from qconv.estimate_jobs import estimate_merge
 from qconv.overrides import OverrideConfig, parse_override
 from qconv.plan import make_plan
 from qconv.progress import QUIET
@@ -268,6 +269,22 @@ def test_a_plan_has_the_size_of_what_is_measured(chosen: tuple[Path, dict[str, A
     planned = sum(spec.num_bytes for spec in layout.specs)
     stored = sum(t.numel() * t.element_size() for t in stored_tensors(chosen[0]).values())
     assert planned == pytest.approx(stored, rel=0.01)
+
+
+def test_time_is_planned_by_what_linears_are_in(tiny_llama: Path) -> None:
+    """Solving 4-bit floats takes longer than solving integers."""
+
+    def units(**config: Any) -> tuple[float, float]:
+        job = job_of(tiny_llama, CALIBRATION, **config)
+        (stage,) = (
+            s for s in estimate_merge(job, make_plan(job, QUIET), "cpu", "quantize").stages if s.name == "quantize"
+        )
+        return stage.units.get("gptq", 0.0), stage.units.get("gptq of floats", 0.0)
+
+    whole, _ = units()
+    assert units(target="nvfp4a16") == (0, whole)
+    down = 256 * 768 / (3 * 256 * 768 + 2 * 256 * 256 + 2 * 128 * 256)
+    assert units(overrides=(NVFP4,)) == pytest.approx(((1 - down) * whole, down * whole))
 
 
 # How it is asked for ------------------------------------------------------------------------------

@@ -91,6 +91,12 @@ def typed(override: dict[str, Any]) -> str:
     return f"{override['pattern']}:{','.join(settings)}"
 
 
+def in_floats() -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({
+        "pattern": st.sampled_from(PATTERNS), "target": st.sampled_from(["nvfp4a16", "mxfp4a16"])
+    })  # fmt: skip
+
+
 @st.composite
 def options(draw: st.DrawFn) -> dict[str, Any]:
     """Some keys of a recipe with one output, by path."""
@@ -125,7 +131,8 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
     if target == "fp8":
         possible |= {"outputs.0.activations": st.sampled_from(["dynamic", "static"])}
     if target in ("gptq", "gptq_v2", "w4a16", "w8a16"):
-        possible |= {"outputs.0.lm-head": st.booleans(), "outputs.0.overrides": st.lists(overrides())}
+        settings = overrides() | in_floats() if target in ("w4a16", "w8a16") else overrides()
+        possible |= {"outputs.0.lm-head": st.booleans(), "outputs.0.overrides": st.lists(settings)}
         possible |= {"outputs.0.budget": st.sampled_from(["4.5bpw", 5, "6 bpw", 4.75])}
     if target in ("gptq", "gptq_v2", "awq", "w4a16", "w8a16"):
         possible |= {
@@ -135,6 +142,8 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
             "outputs.0.damping": st.floats(1e-6, 0.9),
         }
     chosen = draw(st.fixed_dictionaries({}, optional=possible))
+    if "outputs.0.budget" in chosen and target in ("w4a16", "w8a16"):
+        chosen["outputs.0.budget-bits"] = draw(st.permutations([4, 8, "nvfp4a16", "mxfp4a16"]))
     default = "awq" if target == "awq" else "gptq"
     if "gptq" not in chosen.get("outputs.0.algorithm", default):
         chosen.pop("outputs.0.damping", None)
@@ -166,6 +175,8 @@ def as_flags(chosen: dict[str, Any], folder: Path) -> list[str]:
         name = FLAGS.get(path, path.rpartition(".")[2])
         if path == "outputs.0.symmetric":
             flags.append("--sym" if value else "--asym")
+        elif path == "outputs.0.budget-bits":
+            flags += ["--budget-bits", ",".join(map(str, value))]
         elif path == "outputs.0.overrides":
             flags += [word for override in value for word in ("--override", typed(override))]
         elif isinstance(value, bool):
