@@ -8,6 +8,7 @@ An attention counts if compressed-tensors 0.20 gives it scales (`is_cached_atten
 of its class, a projection of keys and values of its own, and ``past_key_values`` among what it is called with. Engines
 that read that package's checkpoints look for scales in the same places.
 
+What passes these signs and keeps something else is told apart by calling it (`cached_attentions.py`).
 Left out: attention that keeps a latent instead (MLA), which its callers refuse.
 """
 
@@ -23,6 +24,11 @@ from torch.utils.hooks import RemovableHandle
 from qconv.errors import CalibrationError
 
 _PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
+
+HANDS_NONE = (
+    "hands no keys and values to a cache (layers that share those of others do not), so there is nothing to scale; "
+    "leave --kv-cache out"
+)
 
 Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Gets keys and values ``[B, heads, S, features]``, and gives what the attention goes on with."""
@@ -63,6 +69,9 @@ class _StandIn:
             return keys, values
         result: tuple[Tensor, Tensor] = self._cache.update(keys, values, *args, **kwargs)
         return result
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0 if self._cache is None else self._cache.get_seq_length(*args)
 
     def __getattr__(self, name: str) -> Any:
         if self._cache is None:

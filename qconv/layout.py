@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qconv.cached_attentions import cache_use
 from qconv.convert import (
     CACHE_SCHEME,
     FORMATS,
@@ -33,7 +34,7 @@ from qconv.plain_tensors import is_plain_float
 from qconv.quantization_config import QuantizationConfig
 from qconv.selection import chosen_linears, kept_linears, schemes_of
 from qconv.size_budget import before_measuring, meta_quantized
-from qconv.skeleton import cached_attention_names, other_linears
+from qconv.skeleton import other_linears
 from qconv.targets import TARGETS
 from qconv.types import Checkpoint, Scheme, TensorSpec
 
@@ -244,13 +245,15 @@ def _cached_attentions(view: Checkpoint) -> list[str]:
             f"{view.location}: --kv-cache: keys and values are kept as one latent (MLA), for which no scale of "
             "keys and none of values is defined; leave it out"
         )
-    found = cached_attention_names(view)
-    if not found:
+    found = cache_use(view)
+    for attention, instead in found.others.items():
+        raise SchemeError(f"{view.location}: --kv-cache: {attention}: {instead}")
+    if not found.handing:
         raise SchemeError(
             f"{view.location}: --kv-cache: no attention of this family has projections of keys and values under the "
             "names that compressed-tensors' readers give scales to (k_proj, v_proj, qkv_proj); leave it out"
         )
-    return found
+    return list(found.handing)
 
 
 def _plan_bnb(

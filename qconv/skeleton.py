@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from qconv.errors import CheckpointError
 from qconv.expert_modules import router_modules, separate_experts
 from qconv.experts import FAMILIES, expert_of, has_experts, names_of
-from qconv.key_values import cached_attentions
 from qconv.own_process import importing_libraries, without_collections
 from qconv.suggest import did_you_mean
 from qconv.types import Checkpoint
@@ -143,17 +142,6 @@ def linear_weights(view: Checkpoint) -> list[str]:
     names = [f"{name}.weight" for name in inside if name.rpartition(".")[2] not in left_out]
     _check_names(names, model, view)
     return names
-
-
-def cached_attention_names(view: Checkpoint) -> list[str]:
-    """The attentions that hand keys and values to a cache, as `cached_attentions` finds them, in the model's order.
-
-    Raises:
-        CheckpointError: transformers cannot build the architecture.
-    """
-    model = build_skeleton(view, torch.bfloat16)
-    layers_name, layers = find_blocks(model, view.location)
-    return [f"{layers_name}.{name}" for name in cached_attentions(layers)]
 
 
 def linears_of_training(view: Checkpoint, with_experts: bool) -> list[str]:

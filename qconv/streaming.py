@@ -206,12 +206,20 @@ class StreamedModel(BlockModel):
             self._kept[index] = self.build_block(index, self.read_block(index))
         return self._kept[index]
 
+    def block_without_values(self, index: int) -> nn.Module:
+        """A decoder layer on the meta device."""
+        return copy.deepcopy(self._layers[index]).to("meta").eval()
+
+    @torch.no_grad()
+    def run_without_values(self, index: int, block: nn.Module, hidden_BSH: Tensor) -> Any:
+        """What `block_without_values` returns for a batch from `embed`; raises where steps depend on values."""
+        call = self._calls[(hidden_BSH.shape[0], hidden_BSH.shape[1])][index]
+        return replace(call, hidden_BSH=hidden_BSH).without_values(block)
+
     def _try_block(self, call: _Call) -> Any:
         try:
             # Types do not depend on values, so no weight has to be read.
-            meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (call.args, call.kwargs))
-            hidden_BSH = None if call.hidden_BSH is None else call.hidden_BSH.to("meta")
-            return copy.deepcopy(self._layers[0]).to("meta")(hidden_BSH, *meta[0], **meta[1])
+            return call.without_values(self.block_without_values(0))
         except Exception:  # a block whose steps depend on values
             return super()._try_block(call)
 
@@ -295,6 +303,12 @@ class _Call:
     hidden_BSH: Tensor | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def without_values(self, block: nn.Module) -> Any:
+        """What a layer on the meta device returns for it."""
+        everything = (self.hidden_BSH, self.args, self.kwargs)
+        hidden_BSH, args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, everything)
+        return block(hidden_BSH, *args, **kwargs)
 
 
 class _StoppedError(Exception):

@@ -59,6 +59,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "mlp_only_layers": [0],
     },
+    # Dense here. The second layer has no positions; its queries are scaled by how long the sequence is.
+    "llama4_text": {"moe_layers": [], "intermediate_size_mlp": 256, "no_rope_layers": [1, 0], "floor_scale": 8},
     "gpt2": {"n_embd": 128, "n_inner": 256, "n_layer": 2, "n_head": 4, "n_positions": 512},
 }
 

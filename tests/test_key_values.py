@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,11 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, DynamicCache, FineGrainedFP8Config
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, DynamicCache, FineGrainedFP8Config
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qconv import pipeline
+from qconv.cached_attentions import cache_use
 from qconv.checkpoint import open_checkpoint
 from qconv.config import OutputConfig, ValidateJob, ValidationConfig
 from qconv.convert import CACHE_SCHEME, dequantize
@@ -42,7 +45,7 @@ from qconv.quantize.key_values import BEYOND, CacheRounding, fake_quantize_cache
 from qconv.runners import Candidate, candidate_model
 from qconv.sensitivity import measured_by
 from qconv.serving_config import PackConfig
-from qconv.skeleton import cached_attention_names, linear_weights
+from qconv.skeleton import linear_weights
 from qconv.streaming import StreamedModel
 from qconv.targets import TARGETS
 from qconv.types import TensorSpec
@@ -59,6 +62,10 @@ Making = Callable[..., Path]
 
 def config(target: str, **more: Any) -> QuantizationConfig:
     return QuantizationConfig(target=target, kv_cache="fp8", **more)
+
+
+def plain(target: str) -> QuantizationConfig:
+    return QuantizationConfig(target=target)
 
 
 @pytest.fixture(scope="module")
@@ -183,14 +190,14 @@ def replaced(quantization: QuantizationConfig, cached: str | None) -> Quantizati
     )
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "phi3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "phi3", "llama4_text", "mixtral", "qwen3_moe"])
 def test_families(random_model: Callable[..., Path], family: str) -> None:
     """Names as compressed-tensors gives them, and scales as transformers' cache has them, block after stored block."""
     folder = random_model(family)
     view, ids_BS = open_checkpoint(folder), torch.arange(3 * 40).reshape(3, 40)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     names = [name for name, module in model.named_modules() if is_cached_attention_module(module)]
-    assert cached_attention_names(view) == names
+    assert cache_use(view).handing == tuple(names)
     weights = linear_weights(view)
     quantization = config("fp8")
     request = QuantizeRequest(
@@ -531,6 +538,52 @@ def test_models_without_keys_and_values_of_heads(random_model: Callable[..., Pat
     gpt2 = open_checkpoint(random_model("gpt2"))
     with pytest.raises(SchemeError, match="no attention of this family has projections of keys and values"):
         _cached_attentions(gpt2)
+
+
+def inkling(folder: Path) -> Path:
+    """Its attentions keep states of convolutions beside keys and values."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "mlp_layer_types": ["dense"] * 2, "dense_intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    own = {f"swa_{name}": number for name, number in heads.items()}
+    found = AutoConfig.for_model("inkling_text", vocab_size=2048, **sizes, **heads, **own)
+    AutoModelForCausalLM.from_config(found, dtype=torch.bfloat16).save_pretrained(folder)
+    copy_tokenizer(folder)
+    return folder
+
+
+def test_attentions_that_keep_something_else_are_refused_before_the_work(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    planned = job(tmp_path_factory, tmp_path / "out", inkling(tmp_path / "base"), quantization=config("fp8"))
+    with pytest.raises(
+        SchemeError, match=r"--kv-cache: model\.layers\.0\.self_attn: .* asks .* 'get_conv_state', which"
+    ):
+        make_plan(planned, QUIET)
+    make_plan(replace(planned, outputs=(OutputConfig(out=tmp_path / "out", quantization=plain("fp8")),)), QUIET)
+
+
+def test_attentions_that_share_keys_and_values_are_refused_before_the_work(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = LlamaAttention.forward
+
+    def shared(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return own(self, *args, past_key_values=past_key_values if self.layer_idx != 2 else None, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", shared)
+    use = cache_use(open_checkpoint(tiny_llama))
+    assert use.handing == tuple(f"model.layers.{index}.self_attn" for index in (0, 1, 3))
+    planned = job(tmp_path_factory, tmp_path / "out", tiny_llama, quantization=config("fp8"))
+    with pytest.raises(SchemeError, match=r"model\.layers\.2\.self_attn: hands no keys and values to a cache"):
+        make_plan(planned, QUIET)
+
+
+def test_what_attentions_do_is_asked_without_weights(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_checkpoint(tiny_llama)
+    monkeypatch.setattr(source, "read", None)
+    found = cache_use(source)
+    assert len(found.handing) == 4
+    assert not found.others
 
 
 def test_layout_plans_what_is_written(make: Making, tiny_llama: Path) -> None:

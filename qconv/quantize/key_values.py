@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from qconv.errors import CalibrationError, NumericsError
 from qconv.finite import put_off
-from qconv.key_values import cached_attentions, exchanging
+from qconv.key_values import HANDS_NONE, cached_attentions, exchanging
 from qconv.quantize.fp8 import FP8_MAX, to_fp8
 from qconv.quantize.grid import round_scale
 
@@ -101,10 +101,7 @@ class CacheRanges:
 
     def _scales_of(self, name: str) -> tuple[Tensor, Tensor]:
         if name not in self._largest:
-            raise CalibrationError(
-                f"{self._prefix}{name}: hands no keys and values to a cache (layers that share those of others do "
-                "not), so there is nothing to scale; leave --kv-cache out"
-            )
+            raise CalibrationError(f"{self._prefix}{name}: {HANDS_NONE}")
         keys, values = (self._scale(name, what, x) for what, x in zip(PARTS, self._largest[name], strict=True))
         return keys, values
 
