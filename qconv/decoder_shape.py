@@ -37,8 +37,7 @@ class DecoderShape:
         Raises:
             CheckpointError: a number is not there or is none.
         """
-        text = config.get("text_config")
-        found = {**config, **text} if isinstance(text, Mapping) else config
+        found = _of_decoder(config)
         num_heads = _number(found, location, "num_attention_heads", "n_head", "num_heads")
         hidden = _number(found, location, "hidden_size", "n_embd", "d_model")
         num_layers = _number(found, location, "num_hidden_layers", "n_layer", "num_layers")
@@ -53,6 +52,16 @@ class DecoderShape:
             latent=None if latent is None else int(latent) + int(found.get("qk_rope_head_dim") or 0),
             uncounted=uncounted,
         )
+
+
+def keeps_latents(config: Mapping[str, Any]) -> bool:
+    """Whether attentions cache one latent in the place of keys and values (MLA)."""
+    return _of_decoder(config).get("kv_lora_rank") is not None
+
+
+def _of_decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, Mapping) else config
 
 
 def _windows(config: Mapping[str, Any], num_layers: int) -> tuple[tuple[int | None, ...], tuple[str, ...]]:

@@ -70,8 +70,10 @@ def _describe_model(checkpoint: FileCheckpoint) -> dict[str, Any]:
         counted = [f"{words} x {count}" for words, count in schemes.most_common()]
         facts["scheme"] = "; ".join(counted if len(schemes) > 1 else schemes)
     facts["quantized linears"] = len(view.quantized_modules)
-    if view.cache.scales:
-        facts["keys and values"] = f"float8, scales of {len(view.cache.scales)} attentions"
+    if view.cache.is_float8:
+        num_scaled = len(view.cache.scales)
+        stored = f"scales of {num_scaled} attentions" if num_scaled else "no scales stored, for which vLLM takes 1"
+        facts["keys and values"] = f"float8, {stored}"
     elif view.cache.why_not is not None:
         facts["keys and values"] = view.cache.why_not
     facts["parameters"] = _num_elements(view)

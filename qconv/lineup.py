@@ -199,7 +199,7 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
             lineup.enter("base", streamed(views.base, None, None, device), controls)
             lineup.pair("base_without_adapter", REFERENCE, "base")
     of_base = reference.stored.cache
-    if of_base.scales or of_base.why_not:
+    if of_base.is_float8 or of_base.why_not:
         lineup.notes.append(
             "the base announces a quantized cache of keys and values, or holds scales for one: training had none, and "
             "neither has the reference"

@@ -14,9 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qconv.adapter_configs import CombinationConfig
+from qconv.cached_attentions import cache_use
 from qconv.convert import DequantizedCheckpoint, dequantize
 from qconv.errors import AdapterError, UsageError
 from qconv.experts import expert_of
@@ -145,10 +147,15 @@ class Candidate:
     @cached_property
     def rounding(self) -> CacheRounding | None:
         """What the FP8 cache that the checkpoint announces does to keys and values; reads its scales."""
-        cached = self.view.cache.scales
-        if not cached:
+        if not self.view.cache.is_float8:
             return None
-        return CacheRounding(scales={attention: self.view.cache_scales(attention) for attention in cached})
+        stored = {attention: self.view.cache_scales(attention) for attention in self.view.cache.scales}
+        ones = torch.ones(1), torch.ones(1)
+        return CacheRounding(scales={attention: stored.get(attention, ones) for attention in self._attentions})
+
+    @cached_property
+    def _attentions(self) -> tuple[str, ...]:
+        return cache_use(self.view).handing
 
     def cache_facts(self) -> dict[str, Any]:
         """For reports: how many keys and values, of all that were computed so far, its cache had no range for."""
@@ -160,12 +167,28 @@ class Candidate:
     def cache_notes(self) -> list[str]:
         """The same in words, and what of its cache was not computed."""
         found = [] if self.view.cache.why_not is None else [f"the candidate: {self.view.cache.why_not}"]
+        if self.cache_facts():
+            found += self._scale_notes()
         for what, facts in self.cache_facts().get("kv_cache", {}).items():
             if what != "dtype":
                 most = f", most in {facts['most_in']}" if facts["clipped"] else ""
                 found.append(
                     f"{100 * facts['clipped']:.2g}% of the {what} were beyond the range of the FP8 cache{most}"
                 )
+        return found
+
+    def _scale_notes(self) -> list[str]:
+        found, stored = [], self.view.cache.scales
+        without = [attention for attention in self._attentions if attention not in stored]
+        if without:
+            found.append(
+                f"no scales of keys and values are stored for {len(without)} of {len(self._attentions)} attentions "
+                f"({without[0]}{' and others' if without[1:] else ''}): the candidate has 1 for them, as in vLLM; "
+                "transformers leaves theirs uninitialised"
+            )
+        unused = [attention for attention in stored if attention not in self._attentions]
+        if unused:
+            found.append(f"scales of keys and values are stored for {unused[0]}, which hands none to a cache")
         return found
 
 
@@ -265,7 +288,7 @@ def candidate_model(
         kinds = {s.input_words for s in _rounding_inputs(candidate.view).values()}
         how += f", inputs of quantized linears rounded to {' and '.join(sorted(kinds))} as engines do"
     if candidate.rounding is not None:
-        how += ", keys and values rounded to float8 by the stored scales, as an FP8 cache keeps them"
+        how += ", keys and values rounded to float8, as an FP8 cache keeps them"
     return streamed(view, candidate.adapter, inputs, device, keep, candidate.rounding), how
 
 

@@ -87,7 +87,7 @@ def open_served(config: PackConfig, port: int, concurrency: int) -> ServedModel:
         num_kv_heads=shape.num_kv_heads,
         context=_context(config, shape),
         concurrency=concurrency,
-        cache_dtype="fp8" if view.cache.scales else config.cache_dtype,
+        cache_dtype="fp8" if view.cache.is_float8 else config.cache_dtype,
         has_cache_scales=bool(view.cache.scales),
         port=port,
         model_file=_model_file(source),

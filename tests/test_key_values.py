@@ -329,7 +329,7 @@ def test_logits_and_answers_are_those_of_compressed_tensors_cache(make: Making) 
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     candidate = Candidate.of(open_checkpoint(folder))
     model, how = candidate_model(candidate, candidate.view, "cpu", False, None)
-    assert "keys and values rounded to float8 by the stored scales" in how
+    assert "keys and values rounded to float8" in how
     (h_BSH,) = model.embed([ids_BS])
     for index in range(model.num_blocks):
         h_BSH = model.run_block(index, model.load_block(index), h_BSH)
@@ -481,7 +481,6 @@ def _without_a_cache(tensors: dict[str, Tensor], quantization: dict[str, Any]) -
     ("change", "words"),
     [
         (_dynamic, "announces a cache of keys and values that is not computed here"),
-        (_without_scales, "no scales are stored for it"),
         (_unannounced, "holds scales for an FP8 cache, and its config asks for none"),
     ],
 )
@@ -498,6 +497,70 @@ def test_what_is_not_computed_is_said(
     assert any(words in note for note in fidelity["notes"])
     assert "kv_cache" not in fidelity["candidate"]
     assert words in describe(folder)["keys and values"]
+
+
+def _scales_of(tensors: dict[str, Tensor], layers: tuple[int, ...]) -> list[str]:
+    return [name for name in tensors if name.endswith(SCALES) and int(name.split(".")[2]) in layers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [(1, 3), (0, 1, 2, 3)], ids=str)
+def test_attentions_without_scales_have_one_as_in_vllm(
+    make: Making, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tmp_path: Path, layers: tuple[int, ...]
+) -> None:
+    """Expected logits are transformers' for scales of 1 that are stored."""
+
+    def lose(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        for name in _scales_of(tensors, layers):
+            del tensors[name]
+
+    def make_one(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        for name in _scales_of(tensors, layers):
+            tensors[name] = torch.ones(1)
+
+    folder = changed(make("w4a16"), tmp_path / "lost", lose)
+    ids_BS = torch.arange(40).reshape(1, 40)
+    stored = changed(make("w4a16"), tmp_path / "ones", make_one)
+    expected = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)(ids_BS, use_cache=False).logits
+    candidate = Candidate.of(open_checkpoint(folder))
+    whole: Any = candidate_model(candidate, candidate.view, "cpu", False, None)[0].whole()
+    found = whole(ids_BS).logits
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    candidate.rounding.scales.clear()  # type: ignore[union-attr, attr-defined]
+    unrounded: Any = candidate_model(candidate, candidate.view, "cpu", False, None)[0].whole()
+    assert (found - unrounded(ids_BS).logits).abs().max() > 0.01, "rounding shows"
+    (note,) = [note for note in validated(tmp_path_factory, tiny_llama, folder)["notes"] if "no scales" in note]
+    named = (
+        f"{len(layers)} of 4 attentions (model.layers.{layers[0]}.self_attn and others): the candidate has 1 for them"
+    )
+    assert named in note
+    words = describe(folder)["keys and values"]
+    assert words == (
+        "float8, scales of 2 attentions" if len(layers) == 2 else "float8, no scales stored, for which vLLM takes 1"
+    )
+    document = pack(PackConfig(model=str(folder), engine="vllm", out=tmp_path / "pack", answers=False)).document
+    assert "--kv-cache-dtype" in document["launch"]
+
+
+def test_scales_of_nothing_are_named(
+    make: Making, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tmp_path: Path
+) -> None:
+    def rename(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        for name in _scales_of(tensors, (3,)):
+            tensors[name.replace("self_attn", "mixer")] = tensors.pop(name)
+
+    notes = validated(tmp_path_factory, tiny_llama, changed(make("w4a16"), tmp_path / "other", rename))["notes"]
+    assert any("1 of 4 attentions (model.layers.3.self_attn)" in note for note in notes)
+    assert any("stored for model.layers.3.mixer, which hands none to a cache" in note for note in notes)
+
+
+def test_caches_of_latents_are_not_computed(make: Making, tmp_path: Path) -> None:
+    folder = changed(make("w4a16"), tmp_path / "latent", _without_scales)
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(found | {"kv_lora_rank": 16}))
+    cache = dequantize(open_checkpoint(folder)).cache
+    assert not cache.is_float8
+    assert "one latent for keys and values" in str(cache.why_not)
 
 
 def test_the_reference_has_no_such_cache(make: Making, tmp_path_factory: pytest.TempPathFactory) -> None:

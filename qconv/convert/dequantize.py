@@ -29,6 +29,7 @@ from qconv.convert.int_quantized import IntQuantized
 from qconv.convert.key_values import CacheReading, read_cache, read_cache_scale
 from qconv.convert.matmul_nbits import MatMulNBits
 from qconv.convert.module_config import config_for, formats_of
+from qconv.decoder_shape import keeps_latents
 from qconv.errors import CheckpointError
 from qconv.read_ahead import read_ahead
 from qconv.types import Checkpoint, QuantizedLinear, Scheme, TensorSpec
@@ -228,7 +229,7 @@ class DequantizedCheckpoint:
             raise CheckpointError(f"{self.location}: quantized with {method!r}, which is not read; read are {READ}")
         assert isinstance(quantization, dict)
         self._find_modules(_formats_of(method, quantization, self.location), quantization)
-        self.cache = read_cache(self.source.specs(), quantization, self.location)
+        self.cache = read_cache(self.source.specs(), quantization, self.location, keeps_latents(self.config))
         return "+".join(dict.fromkeys(fmt.name for fmt in self._formats.values()))
 
     def _detect_bnb(self, packed: Mapping[str, str]) -> str:

@@ -4,10 +4,12 @@ Layout source: compressed-tensors 0.20, `quantization/lifecycle/initialize.py` (
 ``v_scale`` of an attention, ``[1]`` in the model's dtype, or ``[heads, 1, 1]``), and vLLM 0.32, which reads them there
 and in checkpoints with ``quant_method`` fp8; other names in `model_executor/layers/quantization/base_config.py`.
 
-What an attention keeps is divided by its scale and rounded to float8_e4m3fn. A scheme of another kind, or a dynamic
-one, is not computed here: `CacheReading.why_not` says so, for reports.
+What an attention keeps is divided by its scale and rounded to float8_e4m3fn. Where a cache is announced, an attention
+without scales of its own gets 1 in vLLM (`CompressedTensorsKVCacheMethod.create_weights`; `BaseKVCacheMethod` for
+``quant_method`` fp8), and here. A scheme of another kind, or a dynamic one, is not computed: `CacheReading.why_not`
+says so, for reports.
 
-Left out: zero points (refused by engines), scales of queries.
+Left out: zero points (refused by engines), scales of queries, caches of latents (MLA).
 """
 
 from __future__ import annotations
@@ -43,11 +45,13 @@ class CacheReading:
     """What a checkpoint says of the cache that it is served with.
 
     Attributes:
-        scales: of each attention, the tensors that scale its keys and its values; empty where none is announced.
+        is_float8: an FP8 cache is announced, of the kind that is computed here.
+        scales: of the attentions that have some, the tensors that scale keys and values; empty without such a cache.
         tensors: all that belong to the cache, and are no weights.
         why_not: in words, what it announces or holds beyond that and is not computed here; None = nothing.
     """
 
+    is_float8: bool = False
     scales: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     tensors: frozenset[str] = frozenset()
     why_not: str | None = None
@@ -59,8 +63,13 @@ def cache_specs(attention: str, dtype: torch.dtype) -> tuple[TensorSpec, TensorS
     return keys, values
 
 
-def read_cache(specs: Mapping[str, TensorSpec], quantization: Mapping[str, Any], location: str) -> CacheReading:
+def read_cache(
+    specs: Mapping[str, TensorSpec], quantization: Mapping[str, Any], location: str, keeps_latents: bool = False
+) -> CacheReading:
     """Finds the scales of a quantized checkpoint, from headers alone.
+
+    Args:
+        keeps_latents: the model's attentions cache one latent in the place of keys and values (MLA).
 
     Raises:
         CheckpointError: an attention has a scale of keys and none of values, or the other way round.
@@ -84,11 +93,12 @@ def read_cache(specs: Mapping[str, TensorSpec], quantization: Mapping[str, Any],
         scales[attention] = keys, values
     names = frozenset([*unused, *(name for pair in scales.values() for name in pair)])
     scheme = quantization.get("kv_cache_scheme")
-    why_not = _why_not(scheme, bool(scales))
-    return CacheReading(scales=scales if why_not is None else {}, tensors=names, why_not=why_not)
+    why_not = _why_not(scheme, bool(scales), keeps_latents)
+    is_float8 = scheme is not None and why_not is None
+    return CacheReading(is_float8=is_float8, scales=scales if is_float8 else {}, tensors=names, why_not=why_not)
 
 
-def _why_not(scheme: Any, has_scales: bool) -> str | None:
+def _why_not(scheme: Any, has_scales: bool, keeps_latents: bool) -> str | None:
     if scheme is None:
         return (
             "the folder holds scales for an FP8 cache, and its config asks for none: an engine that is told to keep "
@@ -101,10 +111,8 @@ def _why_not(scheme: Any, has_scales: bool) -> str | None:
     is_static = args.get("dynamic", False) is False and args.get("strategy") in ("tensor", "attn_head")
     if asked != [8, "float", True] or not is_static:
         return f"its config announces a cache of keys and values that is not computed here ({scheme})"
-    if not has_scales:
-        return (
-            "its config announces an FP8 cache, and no scales are stored for it: engines take 1, which was not computed"
-        )
+    if keeps_latents:
+        return "its config announces an FP8 cache of one latent for keys and values (MLA), which is not computed here"
     return None
 
 
