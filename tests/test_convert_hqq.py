@@ -23,6 +23,7 @@ from tests.test_zeros import ALPHA, GROUP, MODULES, PREFIX, R, updates
 HQQ = FORMATS["hqq"]
 PACKINGS = {
     8: ("8bit_u8", 8, 1),
+    6: ("8bit_u8", 8, 1),
     5: ("8bit_u8", 8, 1),
     4: ("4bit_u8", 4, 2),
     3: ("3bit_32", 3, 10),
@@ -190,6 +191,28 @@ def test_settings_by_kind_of_linear(tmp_path: Path) -> None:
     schemes = {f"model.layers.{i}.mlp.up_proj": Scheme(bits=3 + i, group_size=64, symmetric=False) for i in range(2)}
     with pytest.raises(SchemeError, match=r"one scheme for mlp\.up_proj of all blocks"):
         mixed_config(HQQ, schemes["model.layers.0.mlp.up_proj"], schemes, [], False)
+
+
+@pytest.mark.parametrize(("bits", "code"), [(5, 32), (5, 255), (6, 64)])
+def test_codes_of_more_bits_than_the_folder_says(bits: int, code: int, tmp_path: Path) -> None:
+    """They lie in bytes, which have room for more."""
+    base = save_base(tmp_path / "base", torch.float16, settings(bits, GROUP, 1), bits=lambda _: bits)
+    name = "model.layers.1.mlp.up_proj"
+    tensors = load_file(base / "model.safetensors")
+    whole = dequantize(open_checkpoint(base)).read_quantized(name)
+    tensors[f"{name}.W_q"][3, 5] = 2**bits - 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    found = dequantize(open_checkpoint(base)).read_quantized(name)
+    assert int((found.codes_NK != whole.codes_NK).sum()) <= 1
+    assert int(found.codes_NK.max()) == 2**bits - 1
+    tensors[f"{name}.W_q"][3, 5] = code
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    view = dequantize(open_checkpoint(base))
+    with pytest.raises(
+        CheckpointError, match=rf"{base}: tensor '{name}\.W_q' holds a code {code}, and {2**bits - 1} is"
+    ):
+        view.read(f"{name}.weight")
+    view.read("model.layers.0.mlp.up_proj.weight")
 
 
 def _tags() -> list[str]:

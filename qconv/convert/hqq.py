@@ -116,6 +116,13 @@ class Hqq:
             raise reader.error(".shape", f"says {n} x {k}, which groups of {size} do not fill")
         rows, columns = (n * k // size, size) if axis == 1 else (size, n * k // size)
         codes = _unpack(reader, packing, rows, columns)
+        largest = int(codes.max()) if packing == "8bit_u8" and bits < 8 else 0  # there is room for more than codes
+        if largest > scheme.max_code:
+            raise reader.error(
+                ".W_q",
+                f"holds a code {largest}, and {scheme.max_code} is the largest of {bits} bits; the file is damaged: "
+                "save or fetch it again",
+            )
         scales = reader.take(".scale", DTYPES, (rows, 1) if axis == 1 else (1, columns)).float()
         reader.check_scales(scales)
         zeros = reader.take(".zero", DTYPES, tuple(scales.shape)).float()
