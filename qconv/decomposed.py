@@ -33,7 +33,7 @@ from qconv.records import write_train_record
 from qconv.safe_pickles import load_pickle
 from qconv.side_files import LQ_LORA_MODEL, side_files
 from qconv.types import TensorSpec
-from qconv.work_folder import check_inputs, check_output, publishing
+from qconv.work_folder import check_inputs, check_output, filling
 from qconv.writer import CheckpointWriter
 
 PREFIX = "base_model.model."
@@ -83,9 +83,9 @@ def separate(config: UnpickleConfig) -> Separated:
         kept = {key: value for key, value in model_config.items() if key not in ("torch_dtype", "quantization_config")}
         writer.write_json("config.json", kept | {"dtype": str(PLAIN[config.dtype]).removeprefix("torch.")})
         writer.copy_files(side_files(origin, folder))
-        with publishing(out_adapter, config.overwrite) as partial:
-            _write_adapter(partial, factors, about, out_base, file)
-            writer.commit()
+        with filling(out_adapter, config.overwrite) as adapter:
+            _write_adapter(adapter.path, factors, about, out_base, file)
+            writer.commit(adapter)
     bits = Counter(
         lq_lora.bits_of(tensor) for tensor in weights.values() if isinstance(tensor, lq_lora.QuantizedTensor)
     )

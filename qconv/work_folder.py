@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -78,30 +78,24 @@ class WorkFolder:
             os.close(handle)
         shutil.rmtree(self.path)
 
-    def publish(self) -> None:
-        """Syncs the folder and makes it visible as ``out``; an old one is removed last, and put back on failure."""
+    def publish(self, first: WorkFolder | None = None) -> None:
+        """Syncs the folder and makes it visible as ``out``; an old one is removed last, and put back on failure.
+
+        Args:
+            first: another folder, of no use without this one, nor this one without it. Both appear, or none: it comes
+                before this one, and of two old ones goes after it, so that this one is never there without it.
+        """
+        folders = (self,) if first is None else (first, self)
         try:
-            self._seal()
-            check_output(self.out, self._overwrite)
+            for folder in folders:
+                folder._seal()
+                check_output(folder.out, folder._overwrite)
             with _undisturbed():
-                self._put_in_place()
-            _fsync(self.out.parent)
+                _put_in_place(folders)
+            for folder in folders:
+                _fsync(folder.out.parent)
         except OSError as error:
             raise disk_error(self.out, error) from error
-
-    def _put_in_place(self) -> None:
-        old = _free_name(self.out, ".old") if self.out.exists() else None
-        if old is not None:
-            self.out.rename(old)
-        try:
-            self.path.rename(self.out)
-        except OSError:
-            if old is not None:
-                old.rename(self.out)
-            raise
-        self._release()
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
 
     def reject(self) -> Path:
         """Keeps a complete folder that missed a gate, for inspection; ``out`` stays as it was.
@@ -158,14 +152,45 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def _put_in_place(folders: Sequence[WorkFolder]) -> None:
+    """Renames all of them, or none."""
+    renamed: list[tuple[Path, Path]] = []  # now called -> was called
+    old = []
+    try:
+        for folder in reversed(folders):
+            if folder.out.exists():
+                old.append(_free_name(folder.out, ".old"))
+                folder.out.rename(old[-1])
+                renamed.append((old[-1], folder.out))
+        for folder in folders:
+            folder.path.rename(folder.out)
+            renamed.append((folder.out, folder.path))
+    except OSError:
+        for now, before in reversed(renamed):
+            with suppress(OSError):  # the others, all the same
+                now.rename(before)
+        raise
+    for folder in folders:
+        folder._release()
+    for path in old:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def publishing(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, published as ``out`` when the block ends well and removed when it does not."""
+    with filling(out, overwrite) as folder:
+        yield folder.path
+        folder.publish()
+
+
+@contextmanager
+def filling(out: Path, overwrite: bool) -> Iterator[WorkFolder]:
+    """A folder to fill and to publish, removed at the end of the block where it was not."""
     folder = WorkFolder(out, overwrite)
     try:
         folder.begin()
-        yield folder.path
-        folder.publish()
+        yield folder
     except OSError as error:
         raise disk_error(out, error) from error
     finally:

@@ -262,11 +262,15 @@ class CheckpointWriter:
         total = sum(spec.num_bytes for spec in self._specs.values())
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
-    def commit(self) -> None:
-        """Makes the folder visible under its final name, replacing an old one only now."""
+    def commit(self, first: WorkFolder | None = None) -> None:
+        """Makes the folder visible under its final name, replacing an old one only now.
+
+        Args:
+            first: see `WorkFolder.publish`.
+        """
         if self._handles:
             self.finish_tensors()
-        self._folder.publish()
+        self._folder.publish(first)
 
     def reject(self) -> Path:
         """Keeps a complete folder that missed a gate aside; see `WorkFolder.reject`."""

@@ -40,6 +40,10 @@ def separated(folder: Path, **more: Any) -> Separated:
     return separate(UnpickleConfig(adapter=str(folder), out=folder.with_name(folder.name + "-out"), **more))
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def read_back(folder: Path, tensor: Any) -> Any:
     torch.save({"w": tensor}, folder / "w.pth")
     return load_pickle(folder / "w.pth", "", lq_lora.CLASSES)["w"]
@@ -238,6 +242,64 @@ def test_files_that_are_none_of_its(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"gone: no such folder.*with --base"):
             separated(folder)
         assert separated(folder, base=str(TINY_LLAMA), dtype="bf16").dtype == "bf16"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("failing", ["base", "base.partial", "adapter", "adapter.partial"])
+def test_base_and_adapter_appear_together(
+    failing: str, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever rename fails; nor is a base there, after any of them, without its own adapter."""
+    with its_modules() as modules:
+        stored, _ = weight(modules, (8, 64), 4, 8, (16, 16), words=False)
+        state = {
+            Q + "weight": stored,
+            Q + "lora_A.default.weight": torch.ones(2, 64),
+            Q + "lora_B.default.weight": torch.ones(8, 2),
+        }
+        folder = pickled(tmp_path / "lq", state)
+        out, before = tmp_path / "lq-out", {}
+        if overwrite:
+            separated(folder)
+            before = content(out)
+            state[Q + "lora_B.default.weight"] *= 2
+            pickled(folder, state)
+    rename, fails, generations = Path.rename, True, []
+
+    def of_generation(part: str) -> int | None:
+        file = out / part / "generation"
+        return int(file.read_text()) if file.is_file() else None
+
+    def watched(self: Path, target: Path) -> Path:
+        if self.name == failing and fails:
+            raise OSError("no")
+        if self.name.endswith(".partial"):
+            (self / "generation").write_text("2")
+        result = rename(self, target)
+        generations.append((of_generation("base"), of_generation("adapter")))
+        return result
+
+    if overwrite:
+        for part in ("base", "adapter"):
+            (out / part / "generation").write_text("1")
+        before = content(out)
+    monkeypatch.setattr(Path, "rename", watched)
+    if overwrite or failing.endswith(".partial"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            separated(folder, overwrite=overwrite)
+        assert out.exists() == overwrite
+        assert not overwrite or content(out) == before
+        assert names(tmp_path) == (["lq", "lq-out"] if overwrite else ["lq"])
+        assert not overwrite or names(out) == ["adapter", "base"]
+    fails = False
+    separated(folder, overwrite=overwrite)
+    assert names(out) == ["adapter", "base"]
+    assert generations[-1] == (2, 2)
+    assert all(base is None or base == adapter for base, adapter in generations)
 
 
 def test_its_adapter_is_for_no_other_base(tmp_path: Path) -> None:
