@@ -5,6 +5,8 @@ config.json), tensorrt_llm/models/quant_config_utils.py (compressed-tensors: ``c
 tensorrt_llm/quantization/modelopt_config.py (the two shapes of ``hf_quant_config.json``),
 tensorrt_llm/_torch/modules/linear.py (``weight_scale`` and ``input_scale`` of one number), docs/source/features/
 quantization.md (GPUs), tensorrt_llm/commands/serve.py (flags). [out, 1] scales of rows load since pull request 15415.
+Scales of keys and values: tensorrt_llm/_torch/modules/attention.py hands them on where the cache is NVFP4, and
+tensorrt_llm/_torch/attention_backend/trtllm.py has ones for others.
 
 4-bit weights load there in ModelOpt's own packing alone. Integer 8-bit weights must be refused here: its reader of
 compressed-tensors looks at bits and strategy and not at the type, and would take them for float8.
@@ -54,8 +56,8 @@ def notes(served: Served) -> list[str]:
         found.append("float8 keys and values are set in serve.yaml")
     if served.has_cache_scales:
         found.append(
-            "it looks for scales of keys and values under ModelOpt's names (k_proj.k_scale), and takes 1 for those of "
-            "this folder: what was validated has the stored ones"
+            "it takes 1 for scales of float8 keys and values, whatever a folder holds (it loads those of NVFP4 caches "
+            "alone): what was validated has the stored ones"
         )
     return found
 

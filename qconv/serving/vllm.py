@@ -25,7 +25,9 @@ def refusal(served: Served) -> str | None:
                 + ", or decode a base exactly with qconv convert --to bf16"
             )
         if layout == "hqq":
-            return "its releases since 0.15 read no HQQ (from its source); " + instead("awq --algorithm zeros", served)
+            return "its releases since 0.15 read no HQQ (pull request 32681); " + instead(
+                "awq --algorithm zeros", served
+            )
         if layout in ("gptq", "gptq_v2"):
             if served.has_group_index:
                 return (
