@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from qconv.cli import main
 from qconv.targets import TARGETS
 from scripts.engines import exchange
 from scripts.engines.agreement import LIMIT, Check, Reading
+from scripts.engines.cut import towards_zero
 from scripts.engines.importance import Weighed, means_of
 from scripts.engines.page import Found, render
 from scripts.engines.plan import ARTIFACTS, ENGINES, NOT_MADE, NOT_RUN, NOTES, readers_of
@@ -186,9 +188,10 @@ def test_the_plan_names_what_exists() -> None:
             *engine.tried,
             *engine.without_onednn,
             *engine.settings,
-            *(name for name, _ in engine.notes),
+            *engine.cuts,
         }
         assert of_artifacts <= set(ARTIFACTS)
+        assert all(fnmatch.filter(ARTIFACTS, pattern) for pattern, _ in engine.notes)
         assert set(engine.close) <= {*engine.reads, *engine.tried}
         if engine.environment is not None:
             assert (ROOT / f"constraints-{engine.environment.removeprefix('.venv-')}.txt").is_file()
@@ -220,6 +223,55 @@ def test_the_page_that_is_kept_has_every_target() -> None:
     start = lines.index("## Target by target")
     end = lines.index("## What was read")
     assert [line.split("`")[1] for line in lines[start:end] if line.startswith("| `")] == list(TARGETS)
+
+
+def test_numbers_are_cut_to_the_next_of_float8_towards_zero() -> None:
+    import torch
+
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # 0 to 448, in order
+    x = torch.cat([torch.randn(4000) * scale for scale in (1e-3, 0.1, 20.0, 300.0)] + [numbers, -numbers])
+    below = numbers[torch.bucketize(x.abs(), numbers, right=True) - 1]
+    assert torch.equal(towards_zero(x, torch.tensor([1.0])), below.copysign(x))
+    halved = towards_zero(x.bfloat16(), torch.tensor([0.5]))
+    assert halved.dtype == torch.bfloat16
+    below = numbers[torch.bucketize(2 * x.bfloat16().float().abs(), numbers, right=True) - 1]
+    assert torch.equal(halved.float(), below.copysign(x) / 2)
+
+
+def test_our_reader_cuts_where_an_engine_does(tiny_llama: Path, tmp_path: Path) -> None:
+    """Against transformers with the decoded weights and a cache of its own that is cut."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, DynamicCache
+
+    folder = tmp_path / "cached"
+    words = ["quantize", str(tiny_llama), "--to", "w4a16", "--algorithm", "rtn", "--kv-cache", "fp8", "--dtype", "fp32"]
+    main([*words, "--samples", "2", "--seq-len", "64", "--no-validate", "--device", "cpu", "-o", str(folder)])
+    stored = load_file(folder / "model.safetensors")
+    scales = [[stored[f"model.layers.{i}.self_attn.{part}_scale"] for part in ("k", "v")] for i in range(4)]
+
+    class Cut(DynamicCache):
+        def update(self, keys: Any, values: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            of_keys, of_values = scales[layer_idx]
+            both = towards_zero(keys, of_keys), towards_zero(values, of_values)
+            return super().update(*both, layer_idx, *args, **kwargs)
+
+    row = [1, 5, 9, 700, 30, 2, 11, 12]
+    request = {"folder": str(folder), "rows": [row], "prompt": "We", "new_tokens": 1, "cuts": True}
+    asked, answered = tmp_path / "request.json", tmp_path / "answer.json"
+    asked.write_text(json.dumps(request))
+    reader = ROOT / "scripts" / "engines" / "read_qconv.py"
+    subprocess.run([sys.executable, str(reader), str(asked), str(answered)], check=True)
+    found = torch.tensor(json.loads(answered.read_text())["logprobs"])
+    quantization = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
+    ids = torch.tensor([row])
+    expected, uncut = (
+        model(ids, past_key_values=cache).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).flatten()
+        for cache in (Cut(), DynamicCache())
+    )
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert (found - uncut).abs().max() > 0.02
 
 
 def test_our_reader_answers_as_engines_must(tiny_llama: Path, tmp_path: Path) -> None:

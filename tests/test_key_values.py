@@ -689,6 +689,7 @@ def test_packs_keep_such_a_cache_unasked(make: Making, tmp_path: Path) -> None:
         document = pack(PackConfig(model=str(folder), engine=engine, out=tmp_path / engine, answers=False)).document
         launch = document["launch"]
         assert launch[launch.index("--kv-cache-dtype") + 1] == flag
+        assert any("cuts float8 keys and values" in note for note in document["notes"]) == (engine == "vllm")
         per_token[engine] = document["memory"]["cache_bytes_per_token"]
         other = pack(PackConfig(model=str(plain), engine=engine, out=tmp_path / f"{engine}0", answers=False)).document
         assert "--kv-cache-dtype" not in other["launch"]

@@ -71,6 +71,10 @@ def notes(served: Served) -> list[str]:
             "the folder holds no scales of keys and values, and it takes 1 for them; --kv-cache fp8 beside --requant "
             "w4a16, for one, calibrates them"
         )
+    if served.cache_dtype == "fp8":
+        found.append(
+            "its CPU build (0.32, measured) cuts float8 keys and values towards zero, where GPUs round to nearest"
+        )
     if served.dtype == "float32":
         found.append("float32 weights are rounded to float16 as they are loaded (--dtype auto)")
     return found

@@ -156,18 +156,22 @@ def check_all(run: Run, names: Sequence[str], pythons: Mapping[str, Path]) -> li
         request |= {"folder": str(folder), "sha256": digest(folder)}
         if ARTIFACTS[name].texts:
             request["texts"] = TEXTS
-        ours = run.read("qconv", "qconv", "read_qconv.py", Path(sys.executable), request)
+        own_reader = "read_qconv.py", Path(sys.executable)
+        ours = run.read("qconv", "qconv", *own_reader, request)
         for engine in ENGINES:
             if name not in engine.reads + engine.tried:
                 continue
             request["onednn"] = name not in engine.without_onednn
             own = {"settings": engine.settings[name]} if name in engine.settings else {}
             theirs = run.read(engine.name, engine.key, engine.reader, pythons[engine.key], request | own)
+            alike = ours
+            if name in engine.cuts:
+                alike = run.read("qconv", "qconv-cut", *own_reader, request | {"onednn": True, "cuts": True})
             checks.append(
                 Check(
                     artifact=name,
                     engine=engine.name,
-                    ours=ours,
+                    ours=alike,
                     theirs=theirs,
                     required=name in engine.reads,
                     close=engine.close.get(name),

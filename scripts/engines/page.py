@@ -124,8 +124,9 @@ def _table(checks: Sequence[Check]) -> str:
     explanation = """\
 The difference is of the perplexities, with the 95% interval that this many tokens allow. Nats per token: mean absolute
 difference of the log-probabilities that both give the actual next token. That of the plain merge (`bf16`), where
-nothing is quantized, is what other kernels alone make; of `gguf-f32`, what they make in float32. Where inputs are
-rounded to 8 bits (`int8`, `fp8`) it is larger: there the last bit in bfloat16 decides which way an input rounds."""
+nothing is quantized, is what other kernels alone make; of `gguf-f32`, what they make in float32. Where inputs, or keys
+and values, are rounded to 8 bits (`int8`, `fp8`, `w4a16-cache`) it is larger: there the last bit in bfloat16 decides
+which way one rounds."""
     return "\n".join([header, "|---|---|---|---|---|---|---|---|", *rows, "", explanation])
 
 

@@ -44,11 +44,13 @@ ARTIFACTS = {
     "w4a16": _merged("w4a16"),
     "w4a16-asym": _merged("w4a16", f"--asym {_CALIBRATED}"),
     "w4a16-partly": _merged("w4a16", f"--algorithm awq+gptq --ignore '*.layers.0.*' {_CALIBRATED}"),
+    "w4a16-cache": _merged("w4a16", f"--kv-cache fp8 {_CALIBRATED}", rows=16),
     "w8a16": _merged("w8a16"),
     "int8": _merged("int8", "--algorithm int8", rows=48),
     "int8-smoothed": _merged("int8", rows=24),
     "fp8": _merged("fp8", "", rows=16),
     "fp8-static": _merged("fp8", f"--activations static {_CALIBRATED}", rows=16),
+    "fp8-cache": _merged("fp8", f"--kv-cache fp8 {_CALIBRATED}", rows=32),
     # Blocks of 128 divide no layer of SmolLM2, whose width is 576.
     "fp8-block": Artifact(target="fp8-block", arguments="quantize tests/data/tiny-llama --to fp8-block"),
     "w4a8": _merged("w4a8", rows=48),
@@ -82,10 +84,11 @@ ARTIFACTS = {
 }
 """By name, which is that of the artifact's folder, too."""
 
-_IN_16_BITS = ("w4a16", "w4a16-partly", "w8a16", "nvfp4a16", "mxfp4a16")
-_ROUNDING_INPUTS = ("int8", "int8-smoothed", "fp8", "fp8-block", "w4a8", "w4a8-fp8", "nvfp4", "mxfp4")
+_IN_16_BITS = ("w4a16", "w4a16-partly", "w4a16-cache", "w8a16", "nvfp4a16", "mxfp4a16")
+_ROUNDING_INPUTS = ("int8", "int8-smoothed", "fp8", "fp8-cache", "fp8-block", "w4a8", "w4a8-fp8", "nvfp4", "mxfp4")
 _GGUF = tuple(name for name in ARTIFACTS if name.startswith("gguf-"))
 _VOCABULARIES = tuple(name for name in ARTIFACTS if name.startswith("vocabulary-"))
+_CACHES = ("w4a16-cache", "fp8-cache")
 _ONNX = ("onnx", "onnx-int4", "onnx-int8")
 _IN_FLOAT32 = 0.001
 """Lead of a best logit that two computations in float32 may disagree about: they differ by about 0.0001."""
@@ -108,6 +111,8 @@ class Engine:
             may part.
         without_onednn: artifacts for which PyTorch's matrix products have to do without oneDNN.
         settings: artifacts that need environment variables of their own.
+        cuts: artifacts whose keys and values it cuts towards zero where others round to nearest; for these, so does
+            qconv's reading (see `cut`).
     """
 
     key: str
@@ -122,6 +127,7 @@ class Engine:
     close: Mapping[str, float] = field(default_factory=dict)
     without_onednn: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    cuts: tuple[str, ...] = ()
 
     @property
     def answers_for(self) -> tuple[str, ...]:
@@ -135,8 +141,8 @@ ENGINES = (
         reader="read_vllm.py",
         environment=".venv-vllm",
         reads=(
-            *("bf16", "gptq", "gptq-v2", "awq", "w4a16", "w4a16-asym", "w4a16-partly"),
-            *("int8", "int8-smoothed", "fp8", "w4a8"),
+            *("bf16", "gptq", "gptq-v2", "awq", "w4a16", "w4a16-asym", "w4a16-partly", "w4a16-cache"),
+            *("int8", "int8-smoothed", "fp8", "fp8-cache", "w4a8"),
         ),
         tried=(
             *("w8a16", "fp8-static", "gptq-desc-act", "gptq-asym", "fp8-block", "nf4"),
@@ -149,9 +155,15 @@ ENGINES = (
                 "fp8",
                 "with `torch.backends.mkldnn.set_flags(False)`. On CPUs without float8 instructions vLLM leaves the "
                 "product to `torch._scaled_mm`, which would take hours for these rows through oneDNN, and computes it "
-                "in float32 without.",
+                "in float32 without. The same for `fp8-cache`.",
             ),
             ("fp8-block", "vLLM needs AMX for it on a CPU."),
+            (
+                "*-cache",
+                "its CPU build reads the scales, and cuts what it divides by them towards zero, where GPUs round to "
+                "nearest: in a cache of 98,304 random keys every code was that of cutting, and half were not the "
+                "nearest. It is compared with qconv's reading of the same files cut alike.",
+            ),
             (
                 "w4a8",
                 "with `VLLM_CPU_INT4_W4A8=1`, on CPUs with AMX: only then do its 4-bit kernels round inputs as the "
@@ -159,7 +171,8 @@ ENGINES = (
             ),
         ),
         settings={"w4a8": {"VLLM_CPU_INT4_W4A8": "1"}},
-        without_onednn=("fp8", "fp8-static"),
+        cuts=_CACHES,
+        without_onednn=("fp8", "fp8-cache", "fp8-static"),
     ),
     Engine(
         key="gptqmodel",
@@ -179,6 +192,14 @@ ENGINES = (
         stands_for=("transformers + compressed-tensors", "transformers + bitsandbytes"),
         note="the same with compressed-tensors, bitsandbytes and gguf in qconv's own environment; GGUF files with "
         "`gguf_file=` and in float32, as transformers decodes them while loading.",
+        notes=(
+            (
+                "*-cache",
+                "compressed-tensors rounds keys and values by the stored scales, and divides by them in the model's "
+                "bfloat16; qconv divides in float32, as kernels do. Dividing in bfloat16, too, qconv's reading of "
+                "`w4a16-cache` is the same to the last bit.",
+            ),
+        ),
         close=dict.fromkeys(_GGUF, _IN_FLOAT32),
     ),
     Engine(
