@@ -105,7 +105,7 @@ def _notes(quantization: QuantizationConfig, layout: Layout, has_adapter: bool) 
     if len(layout.layouts) > 1:
         notes.append(
             "several layouts in one folder (mixed-precision), each named by its config group: vLLM and "
-            "compressed-tensors read them, SGLang and TGI do not"
+            "compressed-tensors read them, SGLang since some release up to 0.5.23 (from its source), TGI does not"
         )
     if layout.head is not None:
         notes.append(

@@ -192,6 +192,10 @@ def test_sglang_reads_nvfp4_of_weights_alone() -> None:
     one = served("nvfp4-pack-quantized", NVFP4A16)
     assert ENGINES["sglang"].refusal(one) is None
     assert any("0.5.23 reads NVFP4" in note for note in ENGINES["sglang"].notes(one))
+    mixed = served("pack-quantized+nvfp4-pack-quantized", W4, NVFP4A16)
+    assert ENGINES["sglang"].refusal(mixed) is None
+    assert any("layout of each config group" in note for note in ENGINES["sglang"].notes(mixed))
+    assert "one layout for all linears" in str(ENGINES["tgi"].refusal(mixed))
 
 
 @pytest.mark.parametrize("name", ["tgi", "lorax"])

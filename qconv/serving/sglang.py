@@ -48,6 +48,8 @@ def notes(served: Served) -> list[str]:
             "release 0.5.23 reads NVFP4 (from its source); before Blackwell it leaves inputs in 16 bits, and some "
             "releases before refuse weights alone (nvfp4a16)"
         )
+    if len(served.layouts) > 1:
+        found.append("release 0.5.23 goes by the layout of each config group (from its source); earlier ones may not")
     if served.has_cache_scales:
         found.append(
             "it reads the scales of keys and values since pull request 35455; releases before take 1, silently"
