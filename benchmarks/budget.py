@@ -43,6 +43,11 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"budget": 4.5, "budget_bits": FLOATS},
     ),
     "floats-4.75": ("the same, `--budget 4.75bpw`", "w4a16", {"budget": 4.75, "budget_bits": FLOATS}),
+    "floats-48": (
+        "`--budget 4.5bpw --budget-bits 4,8,nvfp4a16`",
+        "w4a16",
+        {"budget": 4.5, "budget_bits": (4, 8, "nvfp4a16")},
+    ),
     "wide-64": ("the same, `--group-size 64`", "w4a16", {"budget": 4.5, "budget_bits": WIDE, "group_size": 64}),
     "wide-4.75": ("`--budget 4.75bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 4.75, "budget_bits": WIDE}),
     "wide-5": ("`--budget 5bpw --budget-bits 3,4,5,6,8`", "w4a16", {"budget": 5.0, "budget_bits": WIDE}),

@@ -104,8 +104,8 @@ def _notes(quantization: QuantizationConfig, layout: Layout, has_adapter: bool) 
         )
     if len(layout.layouts) > 1:
         notes.append(
-            "several layouts in one folder (mixed-precision), each named by its config group: vLLM and "
-            "compressed-tensors read them, SGLang since some release up to 0.5.23 (from its source), TGI does not"
+            "several layouts in one folder (mixed-precision), each named by its config group: compressed-tensors and "
+            "vLLM read them, SGLang 0.5.23 does but for MXFP4, TGI does not"
         )
     if layout.head is not None:
         notes.append(
@@ -117,9 +117,9 @@ def _notes(quantization: QuantizationConfig, layout: Layout, has_adapter: bool) 
 
 def _readers(quantization: QuantizationConfig, layout: Layout) -> str:
     """Of all its schemes: readers of 4-bit floats read integers, too, and fewer read those floats."""
-    target = TARGETS[quantization.target]
-    floats = [mixed_target(scheme) for scheme in layout.schemes.values() if target.mixed_targets]
-    return TARGETS[next(filter(None, floats), target.name)].readers
+    found, target = set(map(mixed_target, layout.schemes.values())), TARGETS[quantization.target]
+    floats = (name for name in reversed(target.mixed_targets) if name in found)  # fewer engines read the last
+    return TARGETS[next(floats, target.name)].readers
 
 
 def _mixture(layout: Layout) -> list[str]:

@@ -27,6 +27,11 @@ from qconv.quantize.solve import round_searched
 from qconv.recipe import load_recipe
 from qconv.report.model_card import model_card
 from qconv.sensitivity import rounding_errors, split_rows
+from qconv.serving import launcher
+from qconv.serving.engine import Served
+from qconv.serving.sglang import refusal as sglang
+from qconv.serving.trtllm import refusal as trtllm
+from qconv.serving.vllm import refusal as vllm
 from qconv.size_budget import Choice, together
 from qconv.targets import TARGETS, mixed_target, target_scheme
 from qconv.types import Scheme
@@ -128,7 +133,7 @@ def test_the_report_and_inspect_name_the_kinds(mixed: tuple[Path, dict[str, Any]
         "4 in nvfp4a16: model.layers.0.mlp.down_proj to model.layers.3.mlp.down_proj"
         in (facts["linears with other settings"])
     )
-    assert facts["read by"] == TARGETS["nvfp4a16"].readers  # SGLang reads none of these floats
+    assert facts["read by"] == TARGETS["mxfp4a16"].readers  # SGLang reads none of these
     assert any("mixed-precision" in note for note in facts["notes on readers"])
     assert "float4, group size 16, symmetric x 4" in describe(folder)["scheme"]
     assert 0 < report["fidelity"]["total"]["kl"]["mean"] < 0.02
@@ -171,6 +176,22 @@ def test_a_head_in_floats(tmp_path: Path, random_model: Callable[..., Path], tar
     view = reopened(tmp_path / "out")
     assert view.layout_of("lm_head") == TARGETS[target].format
     check_logits(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("engine", "bits", "floats", "reason"), [
+    (vllm, 5, "mxfp4a16", None),
+    (sglang, 8, "nvfp4a16", None),
+    (sglang, 5, "nvfp4a16", "pack-quantized of 4 or 8 bits, and this has 5"),
+    (sglang, 8, "mxfp4a16", "no kernel for such weights"),
+    (launcher._tgi_refusal, 8, "nvfp4a16", "one layout for all linears"),
+    (trtllm, 8, "nvfp4a16", "does not load pack-quantized+nvfp4-pack-quantized"),
+])  # fmt: skip
+def test_engines_that_read_several_layouts_are_given_them(
+    engine: Callable[[Served], str | None], bits: int, floats: str, reason: str | None
+) -> None:
+    layout = f"pack-quantized+{TARGETS[floats].format}"
+    found = engine(Served(name="m", path="m", layout=layout, schemes=(Scheme(bits=bits), target_scheme(floats))))
+    assert found is None if reason is None else found is not None and reason in found
 
 
 # A budget -----------------------------------------------------------------------------------------
