@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ from qconv.serving.engine import Served
 from qconv.serving.sglang import refusal as sglang
 from qconv.serving.trtllm import refusal as trtllm
 from qconv.serving.vllm import refusal as vllm
-from qconv.size_budget import Choice, together
+from qconv.size_budget import Choice, sizes_of, together
 from qconv.targets import TARGETS, mixed_target, target_scheme
 from qconv.types import Scheme
 from tests.cli_cases import stored_tensors
+from tests.merge_cases import TensorsInMemory
 from tests.test_budget import CALIBRATION, Whole, bytes_of_linears, job_of, reopened, weights_of
 from tests.test_budget import quantize as with_budget
 from tests.test_mixed_schemes import config_of, logits, quantize
@@ -283,6 +285,18 @@ def test_floats_alone_are_a_choice(tiny_llama: Path) -> None:
         UsageError, match=r"with nvfp4a16 or mxfp4a16 for each linear, .* take 4\.2500 to 4\.50\d\d bits"
     ):
         make_plan(job_of(tiny_llama, CALIBRATION, budget=5.0, budget_bits=widths), QUIET)
+
+
+def test_floats_alone_that_no_group_of_fits_are_refused() -> None:
+    shapes = {"model.layers.0.self_attn.o_proj.weight": (64, 64), "model.layers.0.mlp.down_proj.weight": (64, 40)}
+    view = TensorsInMemory({name: torch.empty(shape) for name, shape in shapes.items()}, {})
+    floats = ("nvfp4a16", "mxfp4a16")
+    config = QuantizationConfig(target="w4a16", group_size=-1, budget=4.4, budget_bits=floats)
+    with pytest.raises(SchemeError, match=r"down_proj: --budget 4\.4bpw: none of nvfp4a16, mxfp4a16 divides"):
+        sizes_of(view, list(shapes), config, FORMATS["pack-quantized"], torch.bfloat16)
+    beside = replace(config, budget_bits=(4, *floats))
+    sizes = sizes_of(view, list(shapes), beside, FORMATS["pack-quantized"], torch.bfloat16)
+    assert [len(unit.num_bytes) for unit in sizes.units] == [3, 1]
 
 
 def test_a_plan_has_the_size_of_what_is_measured(chosen: tuple[Path, dict[str, Any]], tiny_nf4: Path) -> None:
