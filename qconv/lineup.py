@@ -123,6 +123,7 @@ class Lineup:
                 names = [name for name in names if not is_fused(name)]  # of which ranges are read
                 if side is self.reference:
                     names = [name for name in names if not self.views.base.is_lent(name, self.device)]
+                    names = [name for name in names if not side.source.is_lent(name, self.device)]
                 side.source.read_ahead(names, pin=self.device.startswith("cuda"))
         if self.reference.adapter is not None:
             read_ahead(self.reference.adapter.tensors, self._factors_of(prefix), pin=self.device.startswith("cuda"))
@@ -142,7 +143,8 @@ class Lineup:
                 self.views.base.take_back(name, self.device)
 
     def end(self) -> None:
-        """Drops what was read ahead and what the views remember."""
+        """Drops what was read ahead, what the views remember and what the reference lent."""
+        self.reference.source.lend({}, self.device)
         for side in (self.reference, self.candidate):
             if side is not None:
                 side.source.read_ahead(())
@@ -172,6 +174,9 @@ def line_up(reference: Reference, candidate: Candidate | None, config: Validatio
         model, lineup.runs[REFERENCE] = reference_model(reference, views.base, device, keep)
     if isinstance(model, ResidentModel):  # the controls and the audit read what it holds: embedding and head are large
         views.base.lend(model.held(views.base.specs()), device)
+        stored = reference.source.specs()
+        codes = {name: spec for name, spec in stored.items() if not spec.dtype.is_floating_point}
+        reference.source.lend(model.held(codes), device)
     lineup.enter(REFERENCE, model, config.rows)
     if candidate is not None and views.stored is not None:
         with TIMELINE.stage("load candidate"):

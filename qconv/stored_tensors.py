@@ -41,6 +41,7 @@ class FileCheckpoint:
         self._places: dict[str, tuple[Path, int]] = {}
         self._handles: dict[Path, int] = {}
         self._ahead = ReadAhead()
+        self._lent: dict[tuple[str, str], Tensor] = {}
         self._opening = threading.Lock()
 
     @property
@@ -56,6 +57,8 @@ class FileCheckpoint:
     def read(self, name: str, device: str = "cpu") -> Tensor:
         if name not in self._specs:
             raise CheckpointError(f"{self.folder}: no tensor {name!r}")
+        if (name, device) in self._lent:
+            return self._lent[name, device]
         tensor = self._ahead.take(name)
         if tensor is None and device.startswith("cuda") and self._specs[name].num_bytes >= SMALL_BYTES:
             return self._read_to_gpu(name, device)
@@ -63,6 +66,13 @@ class FileCheckpoint:
             with TIMELINE.stage("read"):
                 tensor = self._read_host(name)
         return tensor.to(device, non_blocking=True)
+
+    def lend(self, tensors: Mapping[str, Tensor], device: str) -> None:
+        """Has `read` to ``device`` give these: somebody holds them there, as they are stored. Empty = no more."""
+        self._lent = {(name, device): tensor for name, tensor in tensors.items()}
+
+    def is_lent(self, name: str, device: str) -> bool:
+        return (name, device) in self._lent
 
     def read_part(self, name: str, begin: int, shape: tuple[int, ...], device: str = "cpu") -> Tensor:
         """A range of neighbouring elements of a stored tensor, from element ``begin``, as a tensor of ``shape``."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qconv.checkpoint import open_checkpoint
@@ -99,3 +102,35 @@ def test_the_readers_of_a_candidate_share_its_codes() -> None:
     view.stop()
     assert view.read_quantized(module) is not view.read_quantized(module)
     assert torch.equal(view.read("model.norm.weight"), torch.ones(128))
+
+
+def test_codes_of_a_resident_base_are_not_read_again(
+    tiny_nf4: Path, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under an adapter of peft, too; and give the values that those of the file give."""
+    stored, lent = open_checkpoint(str(tiny_nf4)), open_checkpoint(str(tiny_nf4))
+    whole = AutoModelForCausalLM.from_pretrained(tiny_nf4, dtype="auto")
+    model = ResidentModel(PeftModel.from_pretrained(whole, str(tiny_adapter)).get_base_model(), "cpu")
+    codes = {name: spec for name, spec in lent.specs().items() if spec.dtype == torch.uint8}
+    held = model.held(codes)
+    view = dequantize(stored)
+    assert held.keys() == {f"{module}.weight" for module in view.quantized_modules}
+    assert held
+    lent.lend(held, "cpu")
+    wanted = {name: view.read(name) for name in view.specs()}
+    reads: list[str] = []
+    read_host = type(lent)._read_host
+
+    def counted(self: Any, name: str, **options: Any) -> torch.Tensor:
+        reads.append(name)
+        return read_host(self, name, **options)
+
+    monkeypatch.setattr(type(lent), "_read_host", counted)
+    found = dequantize(lent)
+    for name, tensor in wanted.items():
+        assert torch.equal(found.read(name), tensor), name
+    assert reads
+    assert not held.keys() & set(reads)
+    lent.lend({}, "cpu")
+    found.read(next(iter(held)))
+    assert held.keys() & set(reads)

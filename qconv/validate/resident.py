@@ -23,6 +23,7 @@ from qconv.streaming import BlockModel
 from qconv.timeline import TIMELINE
 from qconv.types import BnbKind, TensorSpec
 
+_WRAPPED = ".base_layer."  # what an adapter of peft is put around, and leaves as it is
 MEMORY_SHARE = 0.6  # of the free device memory that the resident reference may take
 
 
@@ -80,13 +81,14 @@ class ResidentModel(BlockModel):
             self._read_embedding = None
 
     def held(self, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-        """Its matrices that are in memory as they are stored: neither quantized nor wrapped by the adapter.
+        """Its matrices that are in memory as they are stored, codes of bitsandbytes among them.
 
         Vectors are left out, as adapters that train biases put them in the place of the base's.
         """
+        parameters = ((name.replace(_WRAPPED, "."), p) for name, p in self._model.named_parameters())
         return {
             name: parameter.data
-            for name, parameter in self._model.named_parameters()
+            for name, parameter in parameters
             if name in specs
             and parameter.ndim == 2
             and (tuple(parameter.shape), parameter.dtype) == (specs[name].shape, specs[name].dtype)
