@@ -135,9 +135,10 @@ def fit_channels(stored: Stored, expected: Tensor, num_rounds: int = 3) -> Facto
 def _slopes(stored: Stored, expected: Tensor, factor: Factor, axis: int) -> Tensor:
     """Least-squares scales of ``Wc`` by ``a``, the expected weight times the factor, along an axis; float32."""
     if is_fused(stored, expected):
-        from qconv.validate.audit_kernels import launch, slopes  # imports Triton
+        from qconv.validate.audit_kernels import COLUMNS, ROWS, launch, slopes  # imports Triton
 
-        rows, columns, _ = launch(stored, expected, None, factor.row_N, factor.column_K, whole=False)
+        side = COLUMNS if axis == 0 else ROWS
+        rows, columns, _ = launch(stored, expected, None, factor.row_N, factor.column_K, side)
         found: Tensor = slopes(columns if axis == 0 else rows)
         return found
     size = expected.shape[1 - axis]

@@ -21,16 +21,20 @@ from qconv.validate.audit_stored import Stored
 
 TILE_ROWS, TILE_COLUMNS, WARPS = 32, 128, 8
 NUM_TOTALS = 4
+BOTH, ROWS, COLUMNS = 0, 1, 2  # the sides of a weight that are wanted
+_ROWS, _COLUMNS = tl.constexpr(ROWS), tl.constexpr(COLUMNS)
 ROUND = tl.constexpr(1.5 * 2.0**23)  # added to a float32 of magnitude under 2^22 it leaves no bits for fractions
 SAFE = tl.constexpr(1024.0)  # codes have 8 bits at most
 
 
 @triton.jit
-def _store_sums(x_RC, y_RC, row_ptr, column_ptr, pair, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k):
+def _store_sums(x_RC, y_RC, row_ptr, column_ptr, pair, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k, SIDE: tl.constexpr):
     """Of products: along rows to ``[pair, tile column, n]``, along columns to ``[pair, tile row, k]``."""
     product_RC = x_RC * y_RC
-    tl.store(row_ptr + (pair * num_k + pid_k).to(tl.int64) * N + n_R, tl.sum(product_RC, axis=1), mask=n_R < N)
-    tl.store(column_ptr + (pair * num_n + pid_n).to(tl.int64) * K + k_C, tl.sum(product_RC, axis=0), mask=k_C < K)
+    if SIDE != _COLUMNS:
+        tl.store(row_ptr + (pair * num_k + pid_k).to(tl.int64) * N + n_R, tl.sum(product_RC, axis=1), mask=n_R < N)
+    if SIDE != _ROWS:
+        tl.store(column_ptr + (pair * num_n + pid_n).to(tl.int64) * K + k_C, tl.sum(product_RC, axis=0), mask=k_C < K)
 
 
 @triton.jit(do_not_specialize=["has_base"])
@@ -58,6 +62,7 @@ def sums_kernel(
     has_base,
     HAS_ZEROS: tl.constexpr,
     WHOLE: tl.constexpr,
+    SIDE: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -80,10 +85,10 @@ def sums_kernel(
         zero_RC = tl.full((R, C), 0.0, tl.float32) + mid_code
     y_RC = tl.where(is_in, (code_RC - zero_RC) * scale_RC - a_RC, 0.0)
 
-    _store_sums(a_RC, a_RC, row_ptr, column_ptr, 0, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
-    _store_sums(y_RC, a_RC, row_ptr, column_ptr, 1, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
+    _store_sums(a_RC, a_RC, row_ptr, column_ptr, 0, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k, SIDE)
+    _store_sums(y_RC, a_RC, row_ptr, column_ptr, 1, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k, SIDE)
     if WHOLE:
-        _store_sums(y_RC, y_RC, row_ptr, column_ptr, 2, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
+        _store_sums(y_RC, y_RC, row_ptr, column_ptr, 2, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k, SIDE)
         scale_RC = tl.where(scale_RC == 0, 1.0, scale_RC)
         quotient_RC = tl.minimum(tl.maximum(tl.div_rn(a_RC, scale_RC), -SAFE), SAFE) + ROUND - ROUND
         nearest_RC = tl.minimum(tl.maximum(quotient_RC + zero_RC, 0.0), tl.full((R, C), 0.0, tl.float32) + max_code)
@@ -96,9 +101,9 @@ def sums_kernel(
         if has_base != 0:
             base_RC = tl.load(base_ptr + wide_R1 * base_stride + k_1C, mask=is_in, other=0.0).to(tl.float32)
             d_RC = (expected_RC - base_RC) * factor_RC
-            _store_sums(a_RC, d_RC, row_ptr, column_ptr, 3, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
-            _store_sums(d_RC, d_RC, row_ptr, column_ptr, 4, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
-            _store_sums(y_RC, d_RC, row_ptr, column_ptr, 5, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k)
+            _store_sums(a_RC, d_RC, row_ptr, column_ptr, 3, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k, SIDE)
+            _store_sums(d_RC, d_RC, row_ptr, column_ptr, 4, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k, SIDE)
+            _store_sums(y_RC, d_RC, row_ptr, column_ptr, 5, pid_n, pid_k, n_R, k_C, N, K, num_n, num_k, SIDE)
             tl.store(total + 3, tl.sum(z_RC * d_RC))
 
 
@@ -139,7 +144,7 @@ def launch(
     base_NK: Tensor | None,
     row_N: Tensor,
     column_K: Tensor,
-    whole: bool = True,
+    side: int = BOTH,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the tiles found, on the device.
 
@@ -148,7 +153,7 @@ def launch(
         expected_NK: float32.
         base_NK: any float dtype, or None.
         row_N, column_K: float32 factors of expected weight and update.
-        whole: if not, only the first two pairs are found, and nothing of ``z``.
+        side: of `ROWS` or `COLUMNS` the first two pairs alone are found, and neither the other side nor ``z``.
 
     Returns:
         float32, to be added up along dimension 1: of each of the 3 pairs of `Sums` (6 with a base) what tiles have
@@ -166,9 +171,10 @@ def launch(
     has_zeros = quantized.zeros_NG is not None
     zeros_NG = quantized.zeros_NG.contiguous() if has_zeros else quantized.codes_NK
     tiles = triton.cdiv(num_rows, TILE_ROWS), triton.cdiv(num_columns, TILE_COLUMNS)
+    whole = side == BOTH
     num_pairs = (6 if has_base else 3) if whole else 2
-    rows = expected_NK.new_empty(num_pairs, tiles[1], num_rows)
-    columns = expected_NK.new_empty(num_pairs, tiles[0], num_columns)
+    rows = expected_NK.new_empty(num_pairs, tiles[1] if side != COLUMNS else 0, num_rows)
+    columns = expected_NK.new_empty(num_pairs, tiles[0] if side != ROWS else 0, num_columns)
     totals = expected_NK.new_zeros(*(tiles if whole else (0, 0)), NUM_TOTALS)
     sums_kernel[tiles](
         expected_NK,
@@ -193,6 +199,7 @@ def launch(
         int(has_base),
         HAS_ZEROS=has_zeros,
         WHOLE=whole,
+        SIDE=side,
         R=TILE_ROWS,
         C=TILE_COLUMNS,
         num_warps=WARPS,
